@@ -1,0 +1,72 @@
+"""Train a face VAE from a JSON configuration.
+
+    accelerate launch train_vae.py --config configs/ultra.json
+    python train_vae.py --config configs/quickstart.json --set training_presets.num_epochs=2
+    python train_vae.py --config configs/ultra.json --resume auto
+    python train_vae.py --config configs/ultra.json --dry-run
+
+Exit codes: 0 finished; 2 something in the configuration, the data or the machine must be changed (one line says what);
+75 stopped by a signal with a checkpoint (`--resume auto` goes on); 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from training.config import Config, load_config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train a face VAE from a JSON configuration.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration, such as configs/ultra.json")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="change one key (repeatable); VALUE is JSON, or else a string",
+    )
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of this run name, or from PATH"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and exit")
+    return parser
+
+
+def _dry_run(config: Config) -> None:
+    from training.budget import describe_plan
+    from training.trainer import build_model
+
+    build_model(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_train_images = config.data.num_train_images
+    if num_train_images is None and config.data.dataset == "synthetic_faces":
+        num_train_images = config.data.synthetic_train_images
+    print(describe_plan(config, processes, num_train_images))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            _dry_run(config)
+            return 0
+        # Imported late: --help and a misspelt key need not wait for torch.
+        from training.trainer import Trainer
+
+        trainer = Trainer(config, arguments.resume)
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others found the same
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

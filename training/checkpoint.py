@@ -1,0 +1,136 @@
+"""Checkpoints and exported models on disk.
+
+A checkpoint is `<run>/checkpoints/step_XXXXXXXX/`: accelerate's own files (weights, optimizer, averaged weights,
+gradient scaler) and `trainer_state.json`. It is written under a temporary name and renamed when complete, so a folder
+with the final name is whole. An exported model is what `from_pretrained` loads, with the model's source beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [
+        path
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if re.fullmatch(r"step_\d{8}", path.name) and (path / STATE_FILE).is_file()
+    ]
+    return sorted(found)
+
+
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Save everything a resume needs; called by every process.
+
+    Args:
+        accelerator: Whose prepared and registered objects are saved.
+        run_dir: The run's folder.
+        step: Optimizer updates done.
+        state: JSON-able state of the trainer.
+        keep: Newest checkpoints to keep, this one included; older ones are removed after it is complete.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(temporary / STATE_FILE, state)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def find_checkpoint(resume: str, runs_dir: Path, run_name: str) -> Path | None:
+    """The checkpoint that `--resume` means.
+
+    Args:
+        resume: "auto" (the newest run of this name that has a checkpoint), a run's folder or a checkpoint's folder.
+        runs_dir: Where runs are.
+        run_name: `output.run_name`.
+
+    Returns:
+        A checkpoint's folder; None where "auto" finds none.
+
+    Raises:
+        ValueError: The path holds no complete checkpoint.
+    """
+    if resume == "auto":
+        runs = [p for p in runs_dir.glob(f"{run_name}_*") if re.fullmatch(r"\d{8}_\d{6}", p.name[len(run_name) + 1 :])]
+        for run in sorted(runs, reverse=True):
+            if checkpoints := list_checkpoints(run):
+                return checkpoints[-1]
+        return None
+    path = Path(resume)
+    if (path / STATE_FILE).is_file():
+        return path
+    if checkpoints := list_checkpoints(path):
+        return checkpoints[-1]
+    raise ValueError(
+        f"--resume {resume}: no complete checkpoint there. Give a run's folder such as "
+        f"{runs_dir}/{run_name}_YYYYMMDD_HHMMSS, a folder checkpoints/step_XXXXXXXX in it, or auto."
+    )
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's own state in a checkpoint."""
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
+    """Write what `from_pretrained` loads, replacing `folder` when complete.
+
+    The model's source travels along, and `config.json` names it, so that
+    `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
+
+    Args:
+        model: Unwrapped, in float32.
+        folder: Destination; an older export there is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    type(model).register_for_auto_class("AutoModel")
+    model.save_pretrained(temporary, safe_serialization=True)
+    source = Path(inspect.getfile(type(model)))
+    shutil.copyfile(source, temporary / source.name)
+    if folder.exists():
+        # Two renames: a reader never meets half an export.
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, folder)

@@ -1,0 +1,366 @@
+"""The configuration: one file of dataclasses, JSON in and out; the place that documents every key.
+
+Sections of the JSON file: `model` (passed straight to `AutoencoderKLUltra`, whose docstring documents it), `data`,
+`loss`, `training_presets`, `output`, `hub`. Keys equal field names. An unknown key or a value of the wrong type is an
+error that names the key, the value and the remedy; nothing is repaired silently. Stdlib only, so that reading a
+configuration costs no import of torch.
+
+    config = load_config("configs/ultra.json", ["training_presets.batch_size=32"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.kl import KLSchedule
+
+
+def _require(ok: bool, key: str, value: Any, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {value!r}: {remedy}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Section `data`: where images come from and what is done to their bytes."""
+
+    # A dataset id on the Hub ("flwrlabs/celeba"), or "parquet" (with data_files), "imagefolder" (with data_dir), or
+    # "synthetic_faces", which is drawn on this machine and needs no network.
+    dataset: str = "synthetic_faces"
+    revision: str | None = None  # commit, tag or branch of a Hub dataset; pin a commit to make runs repeatable
+    data_files: dict | None = None  # "parquet": split name -> path, glob, or a list of them
+    data_dir: str | None = None  # "imagefolder": folder of images, with a folder for each split if there are splits
+    train_split: str = "train"
+    # Split for validation; null holds out `holdout_fraction` of the training rows by a hash of their bytes.
+    validation_split: str | None = "validation"
+    holdout_fraction: float = 0.02
+    image_column: str = "image"
+    crop_px: int | None = None  # side of the centre crop before resizing; null: the largest centred square
+    horizontal_flip: bool = True  # mirror each training image with probability 1/2
+    shuffle_buffer: int = 2048  # rows in the streaming shuffle buffer (encoded bytes, about 10 kB each)
+    num_train_images: int | None = None  # for plans and time left where the source does not say how many it has
+    max_validation_images: int = 2048  # the first so many rows of the validation split, decoded once and kept
+    max_bad_fraction: float = 0.01  # share of undecodable images above which the run stops
+    decode_threads: int = 0  # 0: one for each CPU core, at most 16
+    prefetch_batches: int = 4  # decoded batches kept ready
+    synthetic_train_images: int = 4096
+    synthetic_validation_images: int = 256
+    cache_dir: str | None = None  # of `datasets`; null: its own default (HF_HOME)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dataset), "data.dataset", self.dataset, "give a Hub id, parquet, imagefolder or synthetic_faces")
+        if self.dataset == "parquet":
+            _require(
+                bool(self.data_files),
+                "data.data_files",
+                self.data_files,
+                'give {"train": "path/train-*.parquet", "validation": ...}',
+            )
+        if self.dataset == "imagefolder":
+            _require(bool(self.data_dir), "data.data_dir", self.data_dir, "give the folder that holds the images")
+        _require(0 < self.holdout_fraction < 0.5, "data.holdout_fraction", self.holdout_fraction, "use 0.001 to 0.5")
+        if self.crop_px is not None:
+            _require(self.crop_px >= 16, "data.crop_px", self.crop_px, "use at least 16 pixels, or null")
+        _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "use at least 1 row")
+        _require(
+            self.max_validation_images >= 1, "data.max_validation_images", self.max_validation_images, "use at least 1"
+        )
+        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use 0 to 1")
+        _require(self.decode_threads >= 0, "data.decode_threads", self.decode_threads, "use 0 (automatic) or more")
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "use at least 1")
+        _require(
+            self.synthetic_train_images >= 1, "data.synthetic_train_images", self.synthetic_train_images, "use at least 1"
+        )
+        _require(
+            self.synthetic_validation_images >= 1,
+            "data.synthetic_validation_images",
+            self.synthetic_validation_images,
+            "use at least 1",
+        )
+
+
+TRUNKS = ("vgg16", "alexnet", "squeezenet", "st_alexnet", "st_vgg16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Section `loss`: weights of the reconstruction terms on images in [-1, 1], and the perceptual trunk."""
+
+    mse_weight: float = 0.4
+    l1_weight: float = 0.2
+    perceptual_weight: float = 0.2  # relative L1 distance of the trunk's features
+    lpips_weight: float = 0.2
+    # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
+    trunk: str = "vgg16"
+    # Folder with <trunk>_features.safetensors; null: torch's hub cache, else torchvision's download.
+    trunk_weights: str | None = None
+    # The trunk sees a random window of this side of each image (the same of both); null: the whole image.
+    perceptual_crop_px: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mse_weight", "l1_weight", "perceptual_weight", "lpips_weight"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "use 0 or more")
+        total = self.mse_weight + self.l1_weight + self.perceptual_weight + self.lpips_weight
+        _require(total > 0, "the sum of the loss weights", total, "give at least one term a weight above 0")
+        _require(self.trunk in TRUNKS, "loss.trunk", self.trunk, f"use one of {', '.join(TRUNKS)}")
+        if self.perceptual_crop_px is not None:
+            _require(
+                self.perceptual_crop_px >= 32,
+                "loss.perceptual_crop_px",
+                self.perceptual_crop_px,
+                "use at least 32 pixels (the trunks need them), or null",
+            )
+
+    @property
+    def needs_trunk(self) -> bool:
+        """Whether a weighted term reads the perceptual trunk."""
+        return self.perceptual_weight > 0 or self.lpips_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPresets(KLSchedule):
+    """Section `training_presets`: the optimisation; the kl_* keys are documented in `training.kl.KLSchedule`."""
+
+    num_epochs: int = 200
+    batch_size: int = 64  # images in one optimizer step, over all processes and accumulation
+    micro_batch_size: int | None = None  # images in one forward pass of one process; null: batch_size / processes
+    learning_rate: float = 5e-5
+    optimizer: str = "adam"  # "adam" (weight decay as an L2 term, the mission's) or "adamw" (decoupled)
+    weight_decay: float = 1e-5
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    lr_warmup_steps: int = 100  # the learning rate rises linearly over so many steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    # ReduceLROnPlateau on the validation reconstruction loss with fixed weights, which beta does not move.
+    plateau_patience: int = 10  # epochs without improvement before the rate is multiplied by plateau_factor
+    plateau_factor: float = 0.5
+    plateau_threshold: float = 1e-4  # relative improvement that counts, here and for the best model
+    min_learning_rate: float = 1e-7
+    early_stopping_patience: int = 20  # epochs without improvement before the run stops; 0: never
+    ema_decay: float = 0.9999  # of the averaged weights that are validated and exported; 0: no averaging
+    ema_power: float = 0.75  # warm-up of the average: decay = 1 - (1 + step)^-power until ema_decay
+    # "auto": bf16 where the hardware computes in it, else fp16 on CUDA, else float32; or "no", "bf16", "fp16".
+    mixed_precision: str = "auto"
+    channels_last: bool = True
+    compile: bool = False  # torch.compile the model in place
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    linear_init_images: int = 8192  # training images from which the linear path is fitted before step 0
+    # Posterior noise at the start: its share of the error that the linear path makes anyway.
+    linear_noise_fraction: float = 0.05
+    linear_lr_scale: float = 0.0  # learning rate of the linear path over the others'; 0: it stays fixed
+    kl_control_enabled: bool = True  # False: beta is kl_beta_init after its warm-up
+    max_images_per_epoch: int | None = None  # shorter epochs; null: every training image
+    max_train_minutes: float | None = None  # stop cleanly after so many minutes of training; null: never
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        KLSchedule.__post_init__(self)
+        name = "training_presets."
+        for key in ("num_epochs", "batch_size", "plateau_patience", "linear_init_images"):
+            _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
+        for key in ("micro_batch_size", "max_images_per_epoch"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, name + key, value, "use at least 1, or null")
+        for key in ("learning_rate", "max_grad_norm", "adam_beta1", "adam_beta2"):
+            _require(getattr(self, key) > 0, name + key, getattr(self, key), "use a number above 0")
+        for key in ("weight_decay", "lr_warmup_steps", "early_stopping_patience", "min_learning_rate", "seed"):
+            _require(getattr(self, key) >= 0, name + key, getattr(self, key), "use 0 or more")
+        for key in ("linear_lr_scale", "plateau_threshold"):
+            _require(getattr(self, key) >= 0, name + key, getattr(self, key), "use 0 or more")
+        for key in ("adam_beta1", "adam_beta2", "plateau_factor"):
+            _require(0 < getattr(self, key) < 1, name + key, getattr(self, key), "use a number between 0 and 1")
+        _require(0 <= self.ema_decay < 1, name + "ema_decay", self.ema_decay, "use 0 (off) to less than 1")
+        _require(0 < self.ema_power <= 1, name + "ema_power", self.ema_power, "use above 0 to 1")
+        _require(
+            0 < self.linear_noise_fraction <= 1,
+            name + "linear_noise_fraction",
+            self.linear_noise_fraction,
+            "use above 0 to 1",
+        )
+        _require(self.optimizer in ("adam", "adamw"), name + "optimizer", self.optimizer, "use adam or adamw")
+        _require(
+            self.mixed_precision in ("auto", "no", "bf16", "fp16"),
+            name + "mixed_precision",
+            self.mixed_precision,
+            "use auto, no, bf16 or fp16",
+        )
+        _require(
+            self.max_train_minutes is None or self.max_train_minutes > 0,
+            name + "max_train_minutes",
+            self.max_train_minutes,
+            "use a number above 0, or null",
+        )
+        if self.max_images_per_epoch is not None:
+            _require(
+                self.max_images_per_epoch >= self.batch_size,
+                name + "max_images_per_epoch",
+                self.max_images_per_epoch,
+                f"use at least batch_size = {self.batch_size}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputConfig:
+    """Section `output`: what a run writes, and where."""
+
+    run_name: str = "ultra_high_quality"  # a run writes into <runs_dir>/<run_name>_YYYYMMDD_HHMMSS/
+    runs_dir: str = "runs"
+    model_dir: str = "model_weights"  # the finished model goes to <model_dir>/vae_<run_name>/
+    log_every_steps: int = 50  # optimizer steps between lines of metrics.jsonl and TensorBoard
+    checkpoint_every_epochs: int = 1
+    keep_checkpoints: int = 2  # newest checkpoints kept; the best model is kept besides
+    sample_every_epochs: int = 10  # epochs between grids of samples and reconstructions
+    num_samples: int = 16  # images in a grid of samples
+    # Trunk of the LPIPS that validation reports; its weights are found like loss.trunk's.
+    eval_lpips_trunk: str = "alexnet"
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.run_name) is not None,
+            "output.run_name",
+            self.run_name,
+            "use letters, digits, '_', '-' and '.', beginning with a letter or digit (it becomes a folder's name)",
+        )
+        for key in ("log_every_steps", "checkpoint_every_epochs", "keep_checkpoints", "sample_every_epochs", "num_samples"):
+            _require(getattr(self, key) >= 1, f"output.{key}", getattr(self, key), "use at least 1")
+        _require(
+            self.eval_lpips_trunk in TRUNKS, "output.eval_lpips_trunk", self.eval_lpips_trunk, f"use one of {', '.join(TRUNKS)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubConfig:
+    """Section `hub`: publishing the finished model. Authentication is the Hub's own (`hf auth login`, `HF_TOKEN`)."""
+
+    push: bool = False  # upload <model_dir>/vae_<run_name>/ when training ends
+    repo_id: str | None = None  # "organisation/name"
+    private: bool = True  # visibility of a repository that has to be created
+
+    def __post_init__(self) -> None:
+        if self.push:
+            _require(
+                self.repo_id is not None and self.repo_id.count("/") == 1,
+                "hub.repo_id",
+                self.repo_id,
+                'give "organisation/name", or set hub.push to false',
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole configuration of a run."""
+
+    model: dict = field(default_factory=dict)  # arguments of AutoencoderKLUltra
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training_presets: TrainingPresets = field(default_factory=TrainingPresets)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as they stand in the JSON file."""
+        return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, as `--set` spells them."""
+        flat: dict[str, Any] = {}
+        for section, values in self.to_dict().items():
+            flat.update({f"{section}.{key}": value for key, value in values.items()})
+        return flat
+
+
+def unknown_key(key: str, known: Sequence[str]) -> ValueError:
+    """The error for a key that does not exist, with the nearest one that does."""
+    # People misspell the last part more often than the section, so the nearest name is sought in both spellings.
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = {name.rsplit(".", 1)[-1]: name for name in known}
+    nearest = nearest or [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)]
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(known))}."
+    return ValueError(f"unknown configuration key {key}: {hint}")
+
+
+def _typed(key: str, value: Any, annotation: Any) -> Any:
+    """Check one JSON value against a field's annotation; whole numbers pass as floats."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, bool, str, dict) and type(value) is option:
+            return value
+    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    wanted = " or ".join(names.get(option, "an object") for option in options)
+    raise ValueError(f"{key} is {json.dumps(value, default=str)}: give {wanted}.")
+
+
+def _section(cls: type, name: str, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"section {name} is {json.dumps(values, default=str)}: give an object of keys and values.")
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise unknown_key(f"{name}.{key}", [f"{name}.{item}" for item in known])
+    return cls(**{key: _typed(f"{name}.{key}", value, hints[key]) for key, value in values.items()})
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Build and check a configuration.
+
+    Raises:
+        ValueError: Unknown key, wrong type, or a value out of range.
+    """
+    hints = typing.get_type_hints(Config)
+    for name in values:
+        if name not in hints:
+            raise unknown_key(name, list(hints))
+    sections = {
+        name: _typed(name, values[name], dict) if name == "model" else _section(hints[name], name, values[name])
+        for name in values
+    }
+    return Config(**sections)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file and apply `section.key=value` overrides.
+
+    Args:
+        path: The file.
+        overrides: Values are JSON; what is not JSON is taken as a string, so that `output.run_name=test` works.
+
+    Raises:
+        ValueError: The file does not exist or is not JSON; an override has no `=`; or the result is invalid.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.json"))) or "none in configs/"
+        raise ValueError(f"there is no configuration file {path}: give one that exists ({near}).")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}: it must be an object of sections.")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not separator or not dot or not name:
+            raise ValueError(f"--set {override}: write section.key=value, such as training_presets.batch_size=32.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if section not in typing.get_type_hints(Config):
+            raise unknown_key(key, list(Config().flat()))
+        values.setdefault(section, {})[name] = value
+    return config_from_dict(values)

@@ -1,0 +1,294 @@
+"""Streams to batches: the order of an epoch, decoding in threads, the flip, bad rows, and resume.
+
+`sources` opens the stream of encoded images, `images` decodes them; pixels stay uint8 until they are on the
+device. Not here: other augmentation, the way to the device.
+
+The order of an epoch is a pure function of (seed, epoch). The numbers of processes and of decode threads and
+interruptions do not change it: the shuffled stream is cut into global batches, and every rank reads the whole
+stream but decodes only its own slice of each. So no row is lost or comes twice whatever the number of shards,
+every rank has the same number of batches, and a resume skips rows without decoding them. To read encoded
+bytes takes a tenth of the time of decoding them. Over a network every rank downloads the stream; a local
+cache belongs into `TrainStream._rows`, the one place that says where the rows of an epoch come from.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+
+from training.images import BadImage, decode_image
+from training.sources import READ_ROWS, encoded_bytes, open_counted_split, open_split
+
+logger = logging.getLogger(__name__)
+
+_SPARE_ROWS = 32  # first rows of an epoch, stand-ins for a global batch that is unreadable altogether
+_MIN_ROWS_TO_JUDGE = 200  # with fewer, one bad row alone would be more than 0.5 %
+_REMINDER_S = 60.0  # between two log lines that say that no rows arrive
+_MAX_DECODE_THREADS = 16
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        pixels: (local batch, 3, resolution, resolution), uint8 in [0, 255], contiguous in channels_last.
+        row_ids: Path and content hash of each image, or its path where the data set is a folder.
+        index: Number of the global batch in its epoch, from 0.
+    """
+
+    pixels: torch.Tensor
+    row_ids: list[str]
+    index: int
+
+
+def _iterate(dataset: datasets.IterableDataset, column: str) -> Iterator[dict | bytes | None]:
+    for rows in dataset.iter(batch_size=READ_ROWS):
+        yield from rows[column]
+
+
+def _decode_pool(config) -> ThreadPoolExecutor:
+    """Threads, not processes: Pillow and torch release the GIL for most of the work on an image."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    default = max(1, min(_MAX_DECODE_THREADS, cores // ranks_here))
+    return ThreadPoolExecutor(config.decode_threads or default, thread_name_prefix="decode")
+
+
+def load_validation(config, *, resolution: int, rank: int, world_size: int) -> tuple[torch.Tensor, list[int]]:
+    """Loads this rank's share of the fixed validation images: rows rank, rank + world_size, ... of the files.
+
+    Args:
+        config: The `data` section.
+        resolution: Side of the images in pixels, the model's `sample_size`.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Returns:
+        Pixels (n, 3, resolution, resolution), uint8, channels_last, never flipped, and the numbers of their
+        rows among the first `max_validation_images`. Unreadable rows are in neither, and warned of.
+
+    Raises:
+        ValueError: The split holds no rows, or this rank can read none of its own.
+    """
+
+    def decode(numbered_row: tuple) -> np.ndarray | None:
+        try:
+            return decode_image(encoded_bytes(numbered_row[1])[0], config.crop_px, resolution)
+        except BadImage as error:
+            logger.warning("validation row %d skipped: %s", numbered_row[0], error)
+            return None
+
+    with contextlib.closing(_iterate(open_split(config, "validation"), config.image_column)) as rows:
+        first_rows = enumerate(itertools.islice(rows, config.max_validation_images))
+        mine = list(itertools.islice(first_rows, rank, None, world_size))
+    with _decode_pool(config) as pool:
+        decoded = zip(mine, pool.map(decode, mine), strict=True)
+        readable = {index: pixels for (index, _), pixels in decoded if pixels is not None}
+    if not readable and (mine or rank == 0):  # a small split may have none for the last ranks
+        counts = f"{len(mine)} rows on rank {rank}"
+        raise ValueError(f"data: {config.dataset!r} has nothing to validate on: {counts}, none readable.")
+    shape = (len(readable), resolution, resolution, 3)
+    pixels = np.array(list(readable.values()), np.uint8).reshape(shape)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(readable)
+
+
+class TrainStream:
+    """The training images of one rank, epoch by epoch.
+
+    Args:
+        config: The `data` section.
+        resolution: Side of the images in pixels, the model's `sample_size`.
+        seed: Of the shuffle and the flips.
+        global_batch: Images of a batch over all ranks, a multiple of `world_size`.
+        rank: Of this process.
+        world_size: Number of processes.
+        pin_memory: Whether batches are in page-locked memory, for asynchronous copies to a GPU.
+
+    Attributes:
+        num_rows: Rows of an epoch. None where unknown, estimated with a held-out part, exact after an epoch.
+        dropped_rows: Rows at the end of the last whole epoch that did not fill a global batch.
+        bad_rows: Rows of this rank that could not be read and were replaced, so far.
+        wait_seconds: Time that the consumer has waited for batches, so far.
+    """
+
+    def __init__(
+        self,
+        config,
+        *,
+        resolution: int,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        pin_memory: bool = False,
+    ):
+        if global_batch % world_size:
+            raise ValueError(
+                f"A global batch of {global_batch} cannot be divided over {world_size} processes."
+            )
+        self.config, self._resolution, self._pin_memory = config, resolution, pin_memory
+        self._seed, self._global_batch = seed, global_batch
+        self._local = range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
+        self._dataset, self.num_rows = open_counted_split(config, "train")
+        self.dropped_rows = self.bad_rows = self._decoded_rows = 0
+        self.wait_seconds = 0.0
+        self._bad_rows: dict[str, str] = {}  # id: reason, in order of appearance
+
+    def epoch_batches(
+        self, epoch: int, start_batch: int = 0, max_batches: int | None = None
+    ) -> Iterator[Batch]:
+        """Yields this rank's batches of an epoch. Its threads end with the iterator, however that ends.
+
+        A row that cannot be read is replaced by the next readable one of its global batch: the same one for
+        every number of processes and after every resume.
+
+        Args:
+            epoch: Chooses the permutation and the flips.
+            start_batch: Number of global batches to skip, undecoded.
+            max_batches: Ends after so many batches.
+
+        Raises:
+            ValueError: The split holds fewer rows than one global batch, or fewer batches than `start_batch`.
+            RuntimeError: More than `max_bad_fraction` of the rows cannot be read.
+        """
+        handover: queue.Queue = queue.Queue(max(1, self.config.prefetch_batches))
+        closing = threading.Event()
+        pool = _decode_pool(self.config)
+        stop_batch = None if max_batches is None else start_batch + max_batches
+
+        def read() -> None:
+            end = None
+            try:
+                submitted = self._submit_batches(epoch, start_batch, stop_batch, pool)
+                with contextlib.closing(submitted):
+                    for batch in submitted:
+                        if closing.is_set():
+                            return
+                        handover.put(batch)
+            except BaseException as error:  # noqa: BLE001 (it is raised in the consumer)
+                end = error
+            if not closing.is_set():
+                handover.put(end)
+
+        reader = threading.Thread(target=read, name="reader", daemon=True)
+        reader.start()
+        try:
+            while (item := self._wait_for(handover)) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield self._finish(*item)
+            if max_batches is None:  # all that there is has been seen
+                self._check_bad_fraction(min_rows=1)
+        finally:
+            closing.set()
+            with contextlib.suppress(queue.Empty):  # a reader that waits for room goes on, and sees `closing`
+                while True:
+                    handover.get_nowait()
+            reader.join(timeout=10.0)  # only a stalled network read takes longer, and ends with the process
+            pool.shutdown(wait=not reader.is_alive(), cancel_futures=True)
+
+    def _rows(self, epoch: int) -> Iterator[dict | bytes | None]:
+        """All rows of an epoch, encoded, in the order of training."""
+        shuffled = self._dataset.shuffle(seed=self._seed, buffer_size=self.config.shuffle_buffer)
+        shuffled.set_epoch(epoch)
+        return _iterate(shuffled, self.config.image_column)
+
+    def _submit_batches(self, epoch: int, start_batch: int, stop_batch: int | None, pool) -> Iterator[tuple]:
+        """Yields (canvas (local, resolution, resolution, 3), the jobs that fill it, index of the batch)."""
+        shape = (len(self._local), self._resolution, self._resolution, 3)
+        with contextlib.closing(self._rows(epoch)) as stream:
+            spares = list(itertools.islice(stream, _SPARE_ROWS))
+            rows = itertools.chain(spares, stream)
+            for index in itertools.count():
+                if index == stop_batch:
+                    return
+                batch = list(itertools.islice(rows, self._global_batch))
+                if len(batch) < self._global_batch:
+                    break
+                if index < start_batch:
+                    continue
+                canvas = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+                jobs = []
+                for slot, i in zip(canvas, self._local, strict=True):
+                    candidates = itertools.chain(batch[i:], batch[:i], spares)  # itself first
+                    position = index * self._global_batch + i
+                    jobs.append(pool.submit(self._fill, slot, candidates, epoch, position))
+                yield canvas, jobs, index
+        self.dropped_rows, self.num_rows = len(batch), index * self._global_batch + len(batch)
+        if index == 0 or index < start_batch:
+            raise ValueError(
+                f"data: {self.config.dataset!r} holds {self.num_rows} rows to train on, {index} batches of "
+                f"{self._global_batch}, and batch {start_batch} was asked for. Use a smaller batch or more "
+                "data; a resume needs the data that the run was started with."
+            )
+        logger.info("epoch %d: %d last rows did not fill a batch and were dropped", epoch, self.dropped_rows)
+
+    def _fill(self, slot: torch.Tensor, candidates, epoch: int, position: int) -> tuple[str, tuple | None]:
+        """Decodes the first readable candidate into the slot.
+
+        Returns:
+            Its id; and (id, reason) of the row that belongs there, if that one is bad.
+        """
+        bad = None
+        for value in candidates:
+            row_id = (isinstance(value, dict) and value["path"]) or "null"
+            try:
+                data, row_id = encoded_bytes(value)
+                pixels = torch.from_numpy(decode_image(data, self.config.crop_px, self._resolution))
+            except BadImage as error:
+                bad = bad or (row_id, f"{error}; row {position} of epoch {epoch}")
+                continue
+            if self.config.horizontal_flip:
+                # A hash and no generator: the flip depends on nothing but the row's place.
+                place = f"{self._seed}:{epoch}:{position}".encode()
+                is_flipped = hashlib.blake2b(place, digest_size=1).digest()[0] & 1
+                pixels = pixels.flip(1) if is_flipped else pixels
+            slot.copy_(pixels)
+            return row_id, bad
+        raise RuntimeError(f"data: no row of {self.config.dataset!r} is readable near {bad[0]} ({bad[1]}).")
+
+    def _wait_for(self, handover: queue.Queue):
+        began = time.perf_counter()
+        try:
+            while True:
+                try:
+                    return handover.get(timeout=_REMINDER_S)
+                except queue.Empty:
+                    waited = time.perf_counter() - began
+                    logger.warning("waiting for rows of %r for %.0f s", self.config.dataset, waited)
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+
+    def _finish(self, canvas: torch.Tensor, jobs: list, index: int) -> Batch:
+        began = time.perf_counter()
+        results = [job.result() for job in jobs]
+        self.wait_seconds += time.perf_counter() - began
+        self._decoded_rows += len(results)
+        for bad_id, reason in (bad for _, bad in results if bad):
+            self.bad_rows += 1
+            if bad_id not in self._bad_rows:  # said once and not every epoch
+                self._bad_rows[bad_id] = reason
+                logger.warning("unreadable row replaced: %s (%s)", bad_id, reason)
+        self._check_bad_fraction(min_rows=_MIN_ROWS_TO_JUDGE)
+        return Batch(canvas.permute(0, 3, 1, 2), [row_id for row_id, _ in results], index)
+
+    def _check_bad_fraction(self, min_rows: int) -> None:
+        total, limit = self._decoded_rows, self.config.max_bad_fraction
+        if total >= min_rows and self.bad_rows > limit * total:
+            some = "; ".join(f"{row_id} ({reason})" for row_id, reason in [*self._bad_rows.items()][:10])
+            raise RuntimeError(
+                f"{self.bad_rows} of {total} rows of {self.config.dataset!r} cannot be read, more than "
+                f"data.max_bad_fraction={limit}: {some}"
+            )

@@ -1,0 +1,178 @@
+"""Fits the model's linear path before the first step: principal components of faces, and the way back from them.
+
+What it is for: starting where linear methods end. The first training images give the components (their mirror images
+included, without being formed), least squares gives the map back to `linear_decode_size` pixels, and reverse
+water-filling gives each channel its first posterior variance. What it is not for: anything after step 0.
+
+Mirror images double the sample at no cost: with x = s + a, s mirror-symmetric and a antisymmetric, the covariance of
+{x, mirror(x)} falls apart into those of s and a, each of half the rank, so two half-sized problems replace one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.autoencoder_kl_ultra import LOGVAR_MIN, AutoencoderKLUltra
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 128  # images turned to float at once: 0.1 GB at 256 px
+_SMALLEST_SHARE = 1e-9  # of the largest variance; components below are rounding errors and are left out
+
+
+def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of the second moment of centred samples, largest first.
+
+    Whichever of the n x n and d x d problems is smaller is solved. Its float32 sums of squares lose components below
+    about 1e-6 of the largest variance, so it only chooses the span; coordinates within that span keep their digits
+    (1e-13 of the largest variance), and the small problem of their second moment gives axes and variances.
+
+    Args:
+        samples: (n, d), centred, float32.
+        count: How many are wanted; fewer come back where n or d is smaller or the samples span less.
+
+    Returns:
+        Variances (k,) in falling order, all positive, and orthonormal columns (d, k).
+    """
+    n, d = samples.shape
+    if n < d:
+        vectors = torch.linalg.eigh(samples @ samples.T)[1].flip(1)[:, :count]
+        vectors = torch.linalg.qr(samples.T @ vectors)[0]
+    else:
+        vectors = torch.linalg.eigh(samples.T @ samples)[1].flip(1)[:, :count]
+    coordinates = samples @ vectors
+    # Float64, on the CPU because Apple's GPUs have none: k x k only.
+    values, rotation = torch.linalg.eigh((coordinates.T @ coordinates).cpu().double() / n)
+    values, rotation = values.flip(0), rotation.flip(1)
+    keep = values > max(_SMALLEST_SHARE * values[0].item(), torch.finfo(torch.float32).tiny)
+    values, rotation = values[keep].to(samples), rotation[:, keep].to(samples)
+    return values, vectors @ rotation
+
+
+def mirrored_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal components of patches and their mirror images.
+
+    Args:
+        patches: (n, 3, p, p).
+        count: Components wanted.
+
+    Returns:
+        Mean (3p^2,), variances (k,) in falling order and orthonormal components (3p^2, k), in the order of
+        `pixel_unshuffle` with factor p: channel, row, column.
+    """
+
+    def mirror(rows: Tensor) -> Tensor:
+        return rows.view(-1, *patches.shape[1:]).flip(-1).reshape(len(rows), -1)
+
+    rows = patches.flatten(1)
+    mean = rows.mean(dim=0, keepdim=True)
+    mean = (mean + mirror(mean)) / 2
+    rows = rows - mean
+    mirrored = mirror(rows)
+    symmetric = principal_components((rows + mirrored) / 2, count)
+    antisymmetric = principal_components((rows - mirrored) / 2, count)
+    variances = torch.cat([symmetric[0], antisymmetric[0]])
+    vectors = torch.cat([symmetric[1], antisymmetric[1]], dim=1)
+    variances, order = variances.sort(descending=True)
+    # Once more for both together: all of the smaller half may be rounding errors.
+    found = min(count, int((variances > _SMALLEST_SHARE * variances[:1]).sum()))
+    return mean[0], variances[:found], vectors[:, order[:found]]
+
+
+@torch.no_grad()
+def fit_linear_path(model: AutoencoderKLUltra, images: Tensor, noise_fraction: float) -> dict[str, float]:
+    """Set the linear path and the first posterior variances from images.
+
+    Args:
+        model: With a linear path; changed in place.
+        images: (n, 3, sample_size, sample_size), uint8.
+        noise_fraction: The posterior's noise may add this share of the squared error that the components leave.
+
+    Returns:
+        `kept_fraction` of the variance at `linear_size`, `components` found, and `kl_per_number` in nats that the
+        fitted posterior has over the images.
+
+    Raises:
+        ValueError: No linear path, images of another size or type, or too few or too equal to determine a component.
+    """
+    path, count, size = model.linear_path, model.config.latent_channels, model.config.sample_size
+    if path is None:
+        raise ValueError("the model has no linear path to fit: set model.linear_size, or do not fit it.")
+    if tuple(images.shape[1:]) != (3, size, size) or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}: the linear path is fitted to uint8 (n, 3, {size}, "
+            f"{size})."
+        )
+    device = path.to_latents.weight.device
+
+    def chunks():
+        for part in images.split(_CHUNK):
+            yield part.to(device).float() / 127.5 - 1.0
+
+    def as_rows(maps: Tensor) -> Tensor:
+        """(n, c, h, w) to (n h w, c)."""
+        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+    patch = path.encode_patch
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} images cannot determine a linear path: give at least 2.")
+    rows = torch.cat([as_rows(F.pixel_unshuffle(model.shrink(part), patch)) for part in chunks()])
+    mean, variances, vectors = mirrored_components(rows.view(-1, 3, patch, patch), count)
+    total = (rows - mean).square().sum(dim=1).mean()
+    del rows
+    found = len(variances)
+    if not found:
+        raise ValueError(f"{len(images)} images without differences cannot determine a linear path: give others.")
+    deviations = variances.sqrt()
+    path.to_latents.weight.zero_()
+    path.to_latents.bias.zero_()
+    path.to_latents.weight[:found] = (vectors / deviations).T[:, :, None, None]
+    path.to_latents.bias[:found] = -(mean @ (vectors / deviations))
+
+    # Least squares from whitened, centred coefficients: their second moment over images and mirror images is the
+    # identity, so the normal equations need no solve, and numbers that were not found get a zero column.
+    products, sums, number = 0.0, 0.0, 0
+    squares = torch.zeros(count, device=device)
+    for part in chunks():
+        for pixels in (part, part.flip(-1)):
+            coefficients = as_rows(path.encode(model.shrink(pixels)))
+            small = F.avg_pool2d(pixels, model.enlarge_factor)
+            targets = as_rows(F.pixel_unshuffle(small, path.decode_patch))
+            products = products + coefficients.T @ targets
+            sums = sums + targets.sum(dim=0)
+            squares += coefficients.square().sum(dim=0)
+            number += len(targets)
+    path.to_pixels.weight.copy_((products / number).T[:, :, None, None])
+    path.to_pixels.bias.copy_(sums / number)
+
+    # Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): each number's noise adds the
+    # same squared error, variance x sigma^2, up to sigma = 1, where it is at the prior and costs nothing.
+    allowed = noise_fraction * (total - variances.sum()).clamp_min(1e-6 * total) / count
+    model.logvar_bias.zero_()
+    model.logvar_bias[:found] = (allowed / variances).clamp(max=1.0).log().clamp(min=LOGVAR_MIN)
+    logvar = model.logvar_bias
+    kl = 0.5 * (squares / number + logvar.exp() - 1.0 - logvar).mean()
+    result = {
+        "kept_fraction": (variances.sum() / total).item(),
+        "components": found,
+        "kl_per_number": kl.item(),
+    }
+    if found < count:
+        logger.warning(
+            "the linear path found %d components for %d latent channels: %d images are too few; the other channels "
+            "start at the prior. Raise training_presets.linear_init_images or use more data.",
+            found,
+            count,
+            len(images),
+        )
+    return result
+
+
+def freeze_linear_path(model: AutoencoderKLUltra, lr_scale: float) -> None:
+    """Keep the linear path out of training where its learning rate is 0."""
+    if model.linear_path is not None and lr_scale == 0:
+        model.linear_path.requires_grad_(False)

@@ -1,0 +1,193 @@
+"""One optimizer update: forward and backward over the pieces of a batch, clipping, Adam, the averaged weights.
+
+Everything random in a step is a pure function of (seed, step, position in the global batch): the posterior's noise
+and the windows of the perceptual terms. So the mathematics of a step does not depend on how the batch is cut into
+processes and pieces, and a resume needs no random state. What this file is not for: when a step happens (trainer.py),
+which images it gets (data.py), which beta (kl.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from training.images import normalize
+from training.losses import LossWeights, vae_loss
+from training.perceptual import PerceptualTrunk
+
+_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring keys give unrelated seeds
+_MASK = (1 << 63) - 1
+
+
+def image_generator(seed: int, step: int, index: int) -> torch.Generator:
+    """A CPU random generator for one image of one step.
+
+    Args:
+        seed: Of the run.
+        step: Optimizer updates before this one.
+        index: Position in the global batch.
+    """
+    mixed = 0
+    for number in (seed, step, index):
+        mixed = ((mixed ^ (number + 1)) * _MULTIPLIER) & ((1 << 64) - 1)
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed & _MASK)
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """Random draws for some images of a step.
+
+    Attributes:
+        noise: Standard normal numbers (N, C, h, w), float32, on the host.
+        tops, lefts: Corner of each image's perceptual window, N integers each, pixels.
+    """
+
+    noise: Tensor
+    tops: list[int]
+    lefts: list[int]
+
+
+def draw_step_noise(
+    seed: int, step: int, indices: Sequence[int], latent_shape: Sequence[int], corner_range: int
+) -> StepNoise:
+    """Draw what images `indices` of global batch `step` need.
+
+    Args:
+        seed, step: See `image_generator`.
+        indices: Positions in the global batch.
+        latent_shape: (C, h, w).
+        corner_range: Window corners are uniform in [0, corner_range].
+    """
+    noises, corners = [], []
+    for index in indices:
+        generator = image_generator(seed, step, index)
+        corners.append(torch.randint(0, corner_range + 1, (2,), generator=generator).tolist())
+        noises.append(torch.randn(*latent_shape, generator=generator))
+    return StepNoise(torch.stack(noises), [corner[0] for corner in corners], [corner[1] for corner in corners])
+
+
+@dataclass
+class StepResult:
+    """What a step leaves for the log.
+
+    Attributes:
+        parts: Means over this process's images of the loss terms (`vae_loss`), on the device.
+        grad_norm: Norm of the global batch's gradient before clipping.
+        skipped: The gradient was not finite, so nothing was updated.
+    """
+
+    parts: dict[str, Tensor]
+    grad_norm: float
+    skipped: bool
+
+
+class TrainStep:
+    """Performs updates on a prepared model and optimizer.
+
+    Args:
+        accelerator: Owns precision, processes and gradient scaling.
+        model: As `accelerator.prepare` returned it.
+        optimizer: As `accelerator.prepare` returned it.
+        parameters: The trained parameters.
+        ema: Averaged weights of `parameters`, or None.
+        trunk: Perceptual trunk on the device, or None if no term needs it.
+        weights: Weights of the reconstruction terms.
+        seed: Of the run.
+        latent_shape: (C, h, w).
+        micro_batch: Most images in one forward pass.
+        crop_px: Side of the perceptual window; None for the whole image.
+        max_grad_norm: Gradients are clipped to this norm.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        *,
+        ema: EMAModel | None,
+        trunk: PerceptualTrunk | None,
+        weights: LossWeights,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        micro_batch: int,
+        crop_px: int | None,
+        max_grad_norm: float,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.ema = ema
+        self.trunk = trunk
+        self.weights = weights
+        self.seed = seed
+        self.latent_shape = latent_shape
+        self.micro_batch = micro_batch
+        self.crop_px = crop_px
+        self.max_grad_norm = max_grad_norm
+
+    def gradients(self, pixels_uint8: Tensor, *, step: int, beta: float) -> dict[str, Tensor]:
+        """Leave the gradient of the global batch's mean loss in the parameters.
+
+        Args:
+            pixels_uint8: This process's slice of the global batch, (N, 3, H, W), uint8; every process has N images.
+            step: Optimizer updates before this one.
+            beta: Weight of KL.
+
+        Returns:
+            Means over these images of the loss terms, float32 scalars on the device.
+        """
+        device, count = self.accelerator.device, len(pixels_uint8)
+        side = pixels_uint8.shape[-1]
+        crop_px = self.crop_px if self.crop_px is not None and self.crop_px < side else None
+        first = self.accelerator.process_index * count
+        totals: dict[str, Tensor] = {}
+        for start in range(0, count, self.micro_batch):
+            piece = pixels_uint8[start : start + self.micro_batch].to(device, non_blocking=True)
+            indices = range(first + start, first + start + len(piece))
+            draws = draw_step_noise(self.seed, step, indices, self.latent_shape, side - (crop_px or side))
+            is_last = start + self.micro_batch >= count
+            # Processes exchange gradients once, with the last piece.
+            sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
+            with sync:
+                pixels = normalize(piece)
+                output = self.model(pixels, noise=draws.noise.to(device, non_blocking=True))
+                with self.accelerator.autocast():  # for the trunk's convolutions; the terms themselves are float32
+                    loss, parts = vae_loss(
+                        output.sample,
+                        pixels,
+                        output.posterior.mean,
+                        output.posterior.logvar,
+                        weights=self.weights,
+                        beta=beta,
+                        trunk=self.trunk,
+                        crop=None if crop_px is None else (draws.tops, draws.lefts, crop_px),
+                    )
+                share = len(piece) / count
+                self.accelerator.backward(loss * share)
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0.0) + value * share
+        return totals
+
+    def __call__(self, pixels_uint8: Tensor, *, step: int, beta: float) -> StepResult:
+        """Do one update; see `gradients` for the arguments."""
+        parts = self.gradients(pixels_uint8, step=step, beta=beta)
+        # The gradient is the mean over processes, so its norm, and every decision on it, is the same on all of them.
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        finite = grad_norm < float("inf")  # False for NaN
+        if finite or self.accelerator.scaler is not None:
+            self.optimizer.step()  # with fp16 the scaler itself skips overflowing steps and lowers its scale
+        skipped = not finite or self.accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None and not skipped:
+            self.ema.step(self.parameters)
+        return StepResult(parts, grad_norm, skipped)

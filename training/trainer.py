@@ -1,0 +1,823 @@
+"""The training run: builds the pieces from a configuration, then one loop that says what happens when.
+
+`train(config, resume)` is the whole run; train_vae.py is its command line. What a step does is in step.py, what an
+epoch's images are in data.py, what beta does in kl.py, what is measured in evaluate.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import inspect
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import hub
+from training.budget import describe_plan
+from training.checkpoint import export_model, find_checkpoint, read_state, save_checkpoint, write_json
+from training.config import Config, config_from_dict, unknown_key
+from training.data import TrainStream, load_validation
+from training.evaluate import Validation, reconstruction_grid, sample_grid, validate
+from training.kl import KLController
+from training.linear_init import fit_linear_path, freeze_linear_path
+from training.losses import LossWeights
+from training.perceptual import PerceptualTrunk
+from training.step import TrainStep
+from training.tracking import Tracker, setup_logging
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
+MAX_SKIPPED_IN_A_ROW = 20  # steps without a finite gradient before the run gives up
+GRID_IMAGES = 8  # validation images in the grid of reconstructions
+
+# Keys that a resume may not change: the weights, the order of images or the meaning of a step depend on them.
+FIXED_ON_RESUME = ("model.", "data.", "loss.", "training_presets.batch_size", "training_presets.seed", "output.run_name")
+HARMLESS_DATA_KEYS = ("data.decode_threads", "data.prefetch_batches", "data.cache_dir", "data.num_train_images")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; JSON-able through `vars`, and all that a checkpoint holds besides the objects' own states."""
+
+    epoch: int = 0  # the epoch in hand
+    batch: int = 0  # global batches of it that are done
+    step: int = 0  # optimizer updates, skipped ones included
+    images_seen: int = 0
+    train_seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    best: dict[str, Any] | None = None
+    early_stopping_bad_epochs: int = 0
+    # Sums over the steps since the last log line.
+    window: dict[str, float] = field(default_factory=dict)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """Which mixed precision to use, and who says so.
+
+    A launcher that names one wins. "no" is also what `accelerate launch` exports when nobody chose, so it does not
+    count as named: a plain launch gets the configuration's precision rather than a silent float32.
+
+    Raises:
+        ValueError: fp16 on a CPU, which autocast accepts and ignores, or a precision that is not supported.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    source = "the configuration"
+    if launcher != "no":
+        wanted, source = launcher, "the launcher"
+    if wanted == "auto":
+        source = f"auto on {device.type}"
+        if device.type == "cuda":
+            wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu":
+            wanted = "bf16" if cpu_computes_bf16() else "no"
+        else:
+            wanted = "no"
+    if wanted not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed precision {wanted!r} (from {source}): use no, bf16 or fp16.")
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError(
+            f"mixed precision fp16 (from {source}) does nothing on a CPU: use bf16 or no, in "
+            "training_presets.mixed_precision or in the accelerate configuration."
+        )
+    return wanted, source
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them bf16 is emulated, several times slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def build_model(config: Config) -> AutoencoderKLUltra:
+    """The model of section `model`, on the CPU, with the seed's initial weights.
+
+    Raises:
+        ValueError: Unknown key or impossible shape.
+    """
+    known = [name for name in inspect.signature(AutoencoderKLUltra.__init__).parameters if name != "self"]
+    for key in config.model:
+        if key not in known:
+            raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
+    torch.manual_seed(config.training_presets.seed)
+    try:
+        return AutoencoderKLUltra(**config.model)
+    except TypeError as error:
+        raise ValueError(f"section model: a value has the wrong type ({error}).") from None
+
+
+def _batch_arithmetic(config: Config, processes: int) -> int:
+    """Images in one forward pass of one process, checked."""
+    batch = config.training_presets.batch_size
+    if batch % processes:
+        raise ValueError(
+            f"training_presets.batch_size {batch} cannot be divided over {processes} processes: "
+            f"use {batch // processes * processes or processes} or another multiple of {processes}."
+        )
+    local = batch // processes
+    return min(config.training_presets.micro_batch_size or local, local)
+
+
+def _check_resume(config: Config, checkpoint: Path) -> None:
+    """Refuse a resume whose configuration means another run; name every key."""
+    saved = config_from_dict(read_state(checkpoint)["config"]).flat()
+    now = config.flat()
+    changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
+    refused = [
+        f"{key} ({saved.get(key)!r} -> {now.get(key)!r})"
+        for key in changed
+        if key.startswith(FIXED_ON_RESUME) and key not in HARMLESS_DATA_KEYS
+    ]
+    if refused:
+        raise ValueError(
+            f"--resume: {checkpoint} was trained with other values of {', '.join(refused)}: set them back, or start a new "
+            "run."
+        )
+    for key in changed:
+        logger.info("resume: %s was %r, is now %r", key, saved.get(key), now.get(key))
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal has its usual effect."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+                    self._old[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old.clear()
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._old.get(number, signal.SIG_DFL))
+
+
+class Trainer:
+    """A run, built and ready: `Trainer(config, resume).run()`.
+
+    Args:
+        config: The configuration.
+        resume: None, "auto" or a path (see `find_checkpoint`).
+
+    Raises:
+        ValueError: Anything that the configuration, the files or the machine do not allow, before training starts.
+    """
+
+    def __init__(self, config: Config, resume: str | None = None) -> None:
+        self.config = config
+        presets, output = config.training_presets, config.output
+        # The main process fits the linear path while the others wait for it in their first collective.
+        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=1))
+        for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS",):
+            if os.environ.get(name, "1") != "1":
+                raise ValueError(
+                    f"{name} is {os.environ[name]}: accumulation follows from training_presets.batch_size and "
+                    "micro_batch_size; remove gradient_accumulation_steps from the accelerate configuration."
+                )
+        device = PartialState(**patience.to_kwargs()).device
+        precision, source = resolve_precision(presets.mixed_precision, device)
+        checkpoint = None
+        if resume is not None:
+            checkpoint = find_checkpoint(resume, Path(output.runs_dir), output.run_name)
+        self.run_dir = self._run_dir(checkpoint)
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False
+                )
+            ],
+        )
+        setup_logging(accelerator, None)
+        self.micro_batch = _batch_arithmetic(config, accelerator.num_processes)
+        self.model = build_model(config)
+        side = self.model.config.sample_size
+        if checkpoint is not None:
+            _check_resume(config, checkpoint)
+        elif resume is not None:
+            logger.info("--resume auto: no checkpoint of %s in %s, starting anew", output.run_name, output.runs_dir)
+        if config.hub.push:
+            hub.check_access(config.hub)
+
+        with accelerator.main_process_first():  # the first may download, the others find it in the cache
+            self.trunk = self._trunk(config.loss.trunk) if config.loss.needs_trunk else None
+            same = self.trunk is not None and output.eval_lpips_trunk == config.loss.trunk
+            self.lpips_trunk = self.trunk if same else self._trunk(output.eval_lpips_trunk)
+        for trunk, key in ((self.trunk, "loss.trunk"), (self.lpips_trunk, "output.eval_lpips_trunk")):
+            seen = min(config.loss.perceptual_crop_px or side, side) if key == "loss.trunk" else side
+            if trunk is not None and seen < trunk.min_size:
+                raise ValueError(f"{key} {trunk.name} needs images or crops of {trunk.min_size} pixels, these have {seen}.")
+
+        with accelerator.main_process_first():
+            self.stream = TrainStream(
+                config.data,
+                resolution=side,
+                seed=presets.seed,
+                global_batch=presets.batch_size,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+            self.validation_images, self.validation_indices = load_validation(
+                config.data, resolution=side, rank=accelerator.process_index, world_size=accelerator.num_processes
+            )
+
+        # Everything that a user can get wrong has been checked; from here on files are written.
+        if accelerator.is_main_process:
+            self.run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+            write_json(self.run_dir / "config.json", config.to_dict())
+        setup_logging(accelerator, self.run_dir / "training.log")
+        logger.info("run       %s", self.run_dir)
+        logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
+        if precision == "bf16" and device.type == "cpu" and not cpu_computes_bf16():
+            logger.warning("this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)")
+        for line in describe_plan(config, accelerator.num_processes, self.num_train_images).splitlines():
+            logger.info(line)
+
+        freeze_linear_path(self.model, presets.linear_lr_scale)
+        if checkpoint is None and self.model.linear_path is not None and accelerator.is_main_process:
+            self._fit_linear_path()
+        if presets.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if presets.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.model.to(accelerator.device)
+        if presets.compile:
+            self.model.compile()  # in place: names in checkpoints stay those of the eager model
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = self._optimizer()
+        # Prepared before the averaged weights are copied: this is where other processes get the main one's weights.
+        prepared_model, prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+        self.ema = None
+        if presets.ema_decay > 0:
+            self.ema = EMAModel(
+                self.parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power
+            )
+            self.ema.to(accelerator.device)
+            accelerator.register_for_checkpointing(self.ema)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer,
+            factor=presets.plateau_factor,
+            patience=presets.plateau_patience,
+            threshold=presets.plateau_threshold,
+            min_lr=[presets.min_learning_rate * group["lr_scale"] for group in self.optimizer.param_groups],
+        )
+        self.kl = KLController(presets, controlled=presets.kl_control_enabled)
+        loss = config.loss
+        self.weights = LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight)
+        model_config = self.model.config
+        self.train_step = TrainStep(
+            accelerator,
+            prepared_model,
+            prepared_optimizer,
+            self.parameters,
+            ema=self.ema,
+            trunk=self.trunk,
+            weights=self.weights,
+            seed=presets.seed,
+            latent_shape=(model_config.latent_channels, model_config.latent_size, model_config.latent_size),
+            micro_batch=self.micro_batch,
+            crop_px=loss.perceptual_crop_px,
+            max_grad_norm=presets.max_grad_norm,
+        )
+        self.progress = Progress()
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.tracker = Tracker(
+            accelerator,
+            self.run_dir,
+            config.flat(),
+            {"num_epochs": presets.num_epochs, "steps_per_epoch": self.steps_per_epoch, "model_dir": None},
+        )
+        self._progress_bar: tqdm | None = None
+
+    # ------------------------------------------------------------------ building
+
+    def _trunk(self, name: str) -> PerceptualTrunk:
+        trunk = PerceptualTrunk(name, self.config.loss.trunk_weights).to(self.accelerator.device)
+        return trunk.to(memory_format=torch.channels_last) if self.config.training_presets.channels_last else trunk
+
+    @property
+    def num_train_images(self) -> int | None:
+        """Training images of an epoch, where known."""
+        return self.stream.num_rows or self.config.data.num_train_images
+
+    @property
+    def max_batches(self) -> int | None:
+        """Most global batches in an epoch, or None."""
+        limit = self.config.training_presets.max_images_per_epoch
+        return None if limit is None else limit // self.config.training_presets.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch, where known."""
+        images = self.num_train_images
+        steps = None if images is None else images // self.config.training_presets.batch_size
+        return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
+
+    def _run_dir(self, checkpoint: Path | None) -> Path:
+        if checkpoint is not None:
+            return checkpoint.parent.parent
+        output = self.config.output
+        name = [f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"]  # the main process's clock counts
+        return Path(output.runs_dir) / broadcast_object_list(name)[0]
+
+    def _fit_linear_path(self) -> None:
+        """Fit the linear path on the first images of the stream; on the main process alone."""
+        presets = self.config.training_presets
+        started = time.monotonic()
+        wanted = presets.linear_init_images
+        alone = TrainStream(
+            self.config.data,
+            resolution=self.model.config.sample_size,
+            seed=presets.seed,
+            global_batch=self.micro_batch,
+            rank=0,
+            world_size=1,
+        )
+        batches = alone.epoch_batches(0, max_batches=max(1, wanted // self.micro_batch))
+        images = torch.cat([batch.pixels for batch in batches])
+        self.model.to(self.accelerator.device)
+        result = fit_linear_path(self.model, images, presets.linear_noise_fraction)
+        logger.info(
+            "linear path fitted on %d images in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a number",
+            len(images),
+            time.monotonic() - started,
+            result["components"],
+            100 * result["kept_fraction"],
+            result["kl_per_number"],
+        )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        presets = self.config.training_presets
+        linear = set(self.model.linear_path.parameters()) if self.model.linear_path is not None else set()
+        groups = []
+        for scale, members in (
+            (1.0, [p for p in self.parameters if p not in linear]),
+            (presets.linear_lr_scale, [p for p in self.parameters if p in linear]),
+        ):
+            if members:
+                groups.append({"params": members, "lr": presets.learning_rate * scale, "lr_scale": scale})
+        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+        return cls(
+            groups,
+            betas=(presets.adam_beta1, presets.adam_beta2),
+            weight_decay=presets.weight_decay,
+            fused=self.accelerator.device.type in ("cpu", "cuda"),
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self) -> None:
+        state = {
+            "config": self.config.to_dict(),
+            "progress": vars(self.progress),
+            "plateau": {key: value for key, value in self.plateau.state_dict().items() if _is_plain(value)},
+            "kl": self.kl.state_dict(),
+            "processes": self.accelerator.num_processes,
+        }
+        save_checkpoint(
+            self.accelerator, self.run_dir, self.progress.step, state, self.config.output.keep_checkpoints
+        )
+
+    def _load(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        self.accelerator.load_state(str(checkpoint))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        self.progress = Progress(**state["progress"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.kl.load_state_dict(state["kl"])
+        if state["processes"] != self.accelerator.num_processes:
+            logger.warning(
+                "resumed on %d processes instead of %d: the images and noise of each step stay the same, sums round "
+                "differently",
+                self.accelerator.num_processes,
+                state["processes"],
+            )
+        logger.info("resumed from %s: epoch %d, step %d", checkpoint, self.progress.epoch, self.progress.step)
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> int:
+        """Train to the end, or until a signal.
+
+        Returns:
+            0 when finished (all epochs, early stopping or the time limit), `EXIT_STOPPED` after a signal.
+
+        Raises:
+            RuntimeError: Too many unreadable images, or gradients that stay infinite; the last checkpoint is intact.
+        """
+        try:
+            with StopSignal() as stop:
+                reason = self._train(stop)
+            if stop.received is not None:
+                self._save()
+                self.tracker.event(f"stopped by {stop.received}; continue with --resume auto", "info", **self._where)
+                self.tracker.update_status(state="stopped", reason=stop.received)
+                return EXIT_STOPPED
+            self._finish(reason)
+            return 0
+        except BaseException as error:
+            self.tracker.update_status(state="failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if self._progress_bar is not None:
+                self._progress_bar.close()
+            self.tracker.close()
+
+    @property
+    def _where(self) -> dict[str, int]:
+        progress = self.progress
+        return {"step": progress.step, "epoch": progress.epoch, "images_seen": progress.images_seen}
+
+    def _train(self, stop: StopSignal) -> str:
+        """Epochs until something ends them; returns what."""
+        presets, output, progress = self.config.training_presets, self.config.output, self.progress
+        if progress.step == 0:
+            self._validate("before training")
+        while progress.epoch < presets.num_epochs:
+            if presets.early_stopping_patience and progress.early_stopping_bad_epochs >= presets.early_stopping_patience:
+                return f"no improvement in {progress.early_stopping_bad_epochs} epochs (early stopping)"
+            ended = self._train_epoch(stop)
+            if ended is None:
+                progress.epoch += 1
+                progress.batch = 0
+                last = progress.epoch == presets.num_epochs
+                self._epoch_end(self._validate(f"epoch {progress.epoch}"))
+                if last or progress.epoch % output.sample_every_epochs == 0:
+                    self._save_grids(f"epoch_{progress.epoch:04d}")
+                if last or progress.epoch % output.checkpoint_every_epochs == 0:
+                    self._save()
+            elif stop.received is not None:
+                return ended
+            else:  # the time limit, in mid-epoch
+                self._epoch_end(self._validate("time limit"), complete=False)
+                self._save()
+                return ended
+        return f"{presets.num_epochs} epochs"
+
+    def _train_epoch(self, stop: StopSignal) -> str | None:
+        """The rest of the epoch in hand; returns None at its end, else what ended the run."""
+        presets, progress = self.config.training_presets, self.progress
+        remaining = None if self.max_batches is None else self.max_batches - progress.batch
+        if remaining == 0:
+            return None
+        batches = self.stream.epoch_batches(progress.epoch, start_batch=progress.batch, max_batches=remaining)
+        with contextlib.closing(batches):
+            clock, waited = time.monotonic(), self.stream.wait_seconds
+            for batch in batches:
+                self._set_learning_rate()
+                beta = self.kl.beta(progress.epoch, progress.images_seen)
+                result = self.train_step(batch.pixels, step=progress.step, beta=beta)
+                parts, stopping = self._agree(result.parts, stop.received is not None)
+                progress.step += 1
+                progress.batch += 1
+                progress.images_seen += presets.batch_size
+                self._guard(result.skipped, batch.row_ids)
+                if not result.skipped:
+                    self.kl.observe(
+                        kl=parts["kl"],
+                        reconstruction=parts["reconstruction"],
+                        num_images=presets.batch_size,
+                        epoch=progress.epoch,
+                        images_seen=progress.images_seen,
+                    )
+                now = time.monotonic()
+                self._add_to_window(parts, beta, result, now - clock, self.stream.wait_seconds - waited)
+                clock, waited = now, self.stream.wait_seconds
+                if progress.step % self.config.output.log_every_steps == 0:
+                    self._log_window()
+                    clock = time.monotonic()
+                if stopping:
+                    stop.received = stop.received or "signal on another process"
+                    return "signal"
+                limit = presets.max_train_minutes
+                if limit is not None and self._agree_any(progress.train_seconds > 60 * limit):
+                    return f"the limit of {limit:g} minutes of training"
+        return None
+
+    def _set_learning_rate(self) -> None:
+        """The linear warm-up; afterwards the rate belongs to the plateau scheduler."""
+        presets, step = self.config.training_presets, self.progress.step
+        if step <= presets.lr_warmup_steps:
+            factor = min(1.0, (step + 1) / (presets.lr_warmup_steps + 1))
+            for group in self.optimizer.param_groups:
+                group["lr"] = presets.learning_rate * group["lr_scale"] * factor
+
+    def _agree(self, parts: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+        """Mean loss terms over processes, and whether any process was asked to stop: one collective, one transfer."""
+        names = list(parts)
+        vector = torch.stack([*(parts[name] for name in names), torch.tensor(float(stop), device=self.accelerator.device)])
+        if self.accelerator.num_processes > 1:
+            vector = self.accelerator.reduce(vector, reduction="mean")
+        *values, stops = vector.tolist()
+        return dict(zip(names, values)), stops > 0
+
+    def _agree_any(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0)
+
+    def _guard(self, skipped: bool, row_ids: list[str]) -> None:
+        """Count steps without a finite gradient, and give up when they do not end."""
+        progress = self.progress
+        if not skipped:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped_steps += 1
+        if self.accelerator.scaler is not None:
+            return  # fp16 overflow: the scaler lowers its scale and the next step counts
+        progress.skipped_in_a_row += 1
+        shown = ", ".join(row_ids[:4])
+        self.tracker.event(
+            f"step {progress.step}: the gradient is not finite, nothing was updated (images {shown}, ...)",
+            "warning",
+            **self._where,
+        )
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"{progress.skipped_in_a_row} steps in a row without a finite gradient: the last checkpoint in "
+                f"{self.run_dir / 'checkpoints'} is intact; resume it with a lower training_presets.learning_rate."
+            )
+
+    # ------------------------------------------------------------------ figures
+
+    def _add_to_window(
+        self, parts: dict[str, float], beta: float, result: Any, seconds: float, waited: float
+    ) -> None:
+        window, presets = self.progress.window, self.config.training_presets
+        self.progress.train_seconds += seconds
+        terms = {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
+        terms["kl/share"] = parts["weighted/kl"] / parts["total"] if parts["total"] else math.nan
+        terms["kl/beta"] = beta
+        terms["optim/grad_norm"] = result.grad_norm
+        terms["optim/clipped_fraction"] = float(result.grad_norm > presets.max_grad_norm)
+        for name, value in {**terms, "steps": 1.0, "seconds": seconds, "waited": waited}.items():
+            window[name] = window.get(name, 0.0) + value
+
+    def _log_window(self) -> None:
+        """One line of figures: means over the steps since the last."""
+        progress, presets = self.progress, self.config.training_presets
+        window, progress.window = progress.window, {}
+        steps, seconds = window.pop("steps"), window.pop("seconds")
+        waited = window.pop("waited")
+        values: dict[str, Any] = {name: total / steps for name, total in window.items()}
+        low, high = self.kl.band(progress.epoch)
+        model = self.model.config
+        rate = steps * presets.batch_size / max(seconds, 1e-9)
+        values |= {
+            "kl/smoothed_share": self.kl.smoothed_share,
+            "kl/band_low": low,
+            "kl/band_high": high,
+            "kl/floor": self.kl.floor(progress.epoch),
+            "kl/nats_per_image": values["loss/kl"] * model.latent_numbers,
+            "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "optim/skipped_steps": progress.skipped_steps,
+            "speed/images_per_second": rate,
+            "speed/data_wait_fraction": waited / max(seconds, 1e-9),
+            "speed/memory_gib": _memory_gib(self.accelerator.device),
+        }
+        self.tracker.log("train", values, **self._where)
+        left = self._seconds_left(rate)
+        self.tracker.update_status(state="running", seconds_left=left, **self._where)
+        self._show(values, left)
+
+    def _seconds_left(self, images_per_second: float) -> float | None:
+        presets, steps = self.config.training_presets, self.steps_per_epoch
+        left = None
+        if steps is not None:
+            done = self.progress.epoch * steps + self.progress.batch
+            left = max(0, presets.num_epochs * steps - done) * presets.batch_size / images_per_second
+        if presets.max_train_minutes is not None:
+            limit = max(0.0, 60 * presets.max_train_minutes - self.progress.train_seconds)
+            left = limit if left is None else min(left, limit)
+        return left
+
+    def _show(self, values: dict[str, Any], seconds_left: float | None) -> None:
+        """A progress bar on a terminal, a log line elsewhere."""
+        if not self.accelerator.is_main_process:
+            return
+        progress = self.progress
+        left = "?" if seconds_left is None else str(datetime.timedelta(seconds=round(seconds_left)))
+        text = (
+            f"loss {values['loss/total']:.4f} mse {values['loss/mse']:.5f} kl {values['loss/kl']:.3f} "
+            f"share {values['kl/share']:.3f} lr {values['optim/learning_rate']:.1e} "
+            f"{values['speed/images_per_second']:.1f} images/s, {left} left"
+        )
+        if not sys.stderr.isatty():
+            logger.info("epoch %d step %d: %s", progress.epoch, progress.step, text)
+            return
+        if self._progress_bar is None:
+            total = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.training_presets.num_epochs
+            self._progress_bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True)
+        self._progress_bar.set_postfix_str(text)
+        self._progress_bar.update(progress.step - self._progress_bar.n)
+
+    # ------------------------------------------------------------------ validation, best model, grids, the end
+
+    @contextlib.contextmanager
+    def _averaged_weights(self):
+        """The model with the averaged weights, if there are any."""
+        if self.ema is None:
+            yield self.model
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield self.model
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _validate(self, when: str) -> Validation:
+        progress = self.progress
+        with self._averaged_weights() as model:
+            result = validate(
+                self.accelerator,
+                model,
+                self.validation_images,
+                self.validation_indices,
+                batch=self.micro_batch,
+                weights=self.weights,
+                trunk=self.trunk,
+                lpips_trunk=self.lpips_trunk,
+                crop_px=self.config.loss.perceptual_crop_px,
+            )
+        lpips = f"lpips_{self.lpips_trunk.name}"
+        logger.info(
+            "%s: validation PSNR %.2f dB, SSIM %.4f, %s %.4f, MSE %.5f on [-1, 1], reconstruction loss %.5f, "
+            "KL %.3f nats a number, %d of %d units active",
+            when,
+            result.values["psnr"],
+            result.values["ssim"],
+            lpips,
+            result.values[lpips],
+            result.values["mse"],
+            result.values["reconstruction_loss"],
+            result.values["kl"],
+            result.values["active_units"],
+            self.model.config.latent_numbers,
+        )
+        values = {f"validation/{name}": value for name, value in result.values.items()}
+        values["validation/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.tracker.log("validation", values, **self._where)
+        self.tracker.histogram("validation/kl_of_number", result.kl_of_number, progress.step)
+        if result.sigma_at_bound_fraction > 0.01:
+            self.tracker.event(
+                f"{100 * result.sigma_at_bound_fraction:.0f} % of the posterior's sigmas sit at a bound: beta is far too "
+                "small or far too large (see kl/beta)",
+                "warning",
+                **self._where,
+            )
+        return result
+
+    def _epoch_end(self, result: Validation, complete: bool = True) -> None:
+        """What a validation decides: the learning rate, early stopping, the best model."""
+        presets, progress = self.config.training_presets, self.progress
+        loss = result.values["reconstruction_loss"]
+        before = self.optimizer.param_groups[0]["lr"]
+        if complete and progress.step > presets.lr_warmup_steps:
+            self.plateau.step(loss)
+        after = self.optimizer.param_groups[0]["lr"]
+        if after < before:
+            self.tracker.event(
+                f"learning rate {before:.2e} -> {after:.2e}: no improvement in {presets.plateau_patience} epochs",
+                "info",
+                **self._where,
+            )
+        best = progress.best
+        if best is None or loss < best["validation/reconstruction_loss"] * (1 - presets.plateau_threshold):
+            progress.early_stopping_bad_epochs = 0
+            progress.best = {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                **{f"validation/{name}": value for name, value in result.values.items()},
+                "channel_mean": result.channel_mean.tolist(),
+                "channel_std": result.channel_std.tolist(),
+            }
+            self._export(self.run_dir / "best", progress.best)
+        elif complete:
+            progress.early_stopping_bad_epochs += 1
+        figures = {key: value for key, value in progress.best.items() if not isinstance(value, list)}
+        self.tracker.update_status(
+            best=figures,
+            plateau_bad_epochs=self.plateau.num_bad_epochs,
+            early_stopping_bad_epochs=progress.early_stopping_bad_epochs,
+            **self._where,
+        )
+
+    def _export(self, folder: Path, measured: dict[str, Any]) -> None:
+        """Save the averaged weights as `from_pretrained` loads them, with the measured scaling of the latents."""
+        with self._averaged_weights() as model:
+            model.register_to_config(
+                scaling_factor=1.0 / max(measured["validation/latents_std"], 1e-6),
+                shift_factor=measured["validation/latents_mean"],
+                latents_mean=measured["channel_mean"],
+                latents_std=measured["channel_std"],
+            )
+            if self.accelerator.is_main_process:
+                export_model(model, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _save_grids(self, label: str) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        name, step = self.config.output.run_name, self.progress.step
+        images = self.validation_images[:GRID_IMAGES]
+        with self._averaged_weights() as model:
+            model.eval()
+            samples = sample_grid(
+                self.accelerator,
+                model,
+                self.config.output.num_samples,
+                self.config.training_presets.seed,
+                self.micro_batch,
+            )
+            pairs = reconstruction_grid(self.accelerator, model, images)
+            model.train()
+        sampled = f"{name}_final_samples.png" if label == "final" else f"{name}_samples_{label}.png"
+        self.tracker.image("samples", samples, step, sampled)
+        self.tracker.image("reconstructions", pairs, step, f"{name}_reconstructions_{label}.png")
+
+    def _finish(self, reason: str) -> None:
+        """Export the best model and say where everything is."""
+        output = self.config.output
+        model_dir = Path(output.model_dir) / f"vae_{output.run_name}"
+        if self.accelerator.is_main_process:
+            best = AutoencoderKLUltra.from_pretrained(self.run_dir / "best")
+            export_model(best, model_dir)
+            missing = set(self.model.state_dict()) ^ set(best.state_dict())
+            assert not missing, missing
+            # The final grids show the model that is handed over.
+            own = self.model.state_dict()
+            kept = {key: value.clone() for key, value in own.items()}
+            self.model.load_state_dict(best.state_dict())
+            ema, self.ema = self.ema, None
+            self._save_grids("final")
+            self.ema = ema
+            self.model.load_state_dict(kept)
+        figures = self.progress.best
+        self.tracker.event(
+            f"finished: {reason}; best model of epoch {figures['epoch']}, step {figures['step']}: validation PSNR "
+            f"{figures['validation/psnr']:.2f} dB, {self._lpips_text(figures)}, MSE {figures['validation/mse']:.5f} on [-1, 1]",
+            "info",
+            **self._where,
+        )
+        self.tracker.update_status(state="finished", reason=reason, model_dir=str(model_dir), seconds_left=0.0)
+        logger.info("model        %s", model_dir)
+        logger.info("grids        %s", self.run_dir / "samples")
+        logger.info("TensorBoard  tensorboard --logdir %s", output.runs_dir)
+        if self.config.hub.push and self.accelerator.is_main_process:
+            logger.info("published    %s", hub.push(model_dir, self.config.hub))
+        self.accelerator.wait_for_everyone()
+
+    def _lpips_text(self, figures: dict[str, Any]) -> str:
+        name = f"lpips_{self.lpips_trunk.name}"
+        return f"{name} {figures[f'validation/{name}']:.4f}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, list)) or value is None
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # POSIX only, so not at the top
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def train(config: Config, resume: str | None = None) -> int:
+    """Run a training; returns the process's exit code."""
+    return Trainer(config, resume).run()
