@@ -375,6 +375,19 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_size = sample_size
         self.tile_overlap_factor = 0.25
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As `ModelMixin.from_pretrained`; reconstructions are bit-equal to those of the saved model.
+
+        Loading maps the file into memory, where a tensor begins at any multiple of 8 bytes, and CPU kernels sum in
+        another order there (1e-6 in the image). A copy lies at torch's own alignment and outlives the file.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return loaded
+
     @staticmethod
     def _check(
         sample_size: int,
@@ -434,7 +447,10 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
                 )
             for width in widths:
                 if width % norm_num_groups or width % 4:
-                    raise ValueError(f"{side}_channels: {width} is not a multiple of norm_num_groups {norm_num_groups} and 4.")
+                    raise ValueError(
+                        f"{side}_channels: {width} is not a multiple of both norm_num_groups {norm_num_groups} and 4: "
+                        "change the width or norm_num_groups."
+                    )
             for fine, coarse in zip(widths[:-1], widths[1:]):
                 if (4 * fine) % coarse:
                     raise ValueError(
@@ -445,7 +461,7 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         if sample_size % stride:
             raise ValueError(
                 f"sample_size {sample_size} is not a multiple of patch_size x 2^(stages - 1) = {patch_size} x "
-                f"{2 ** (len(encoder_channels) - 1)} = {stride}."
+                f"{2 ** (len(encoder_channels) - 1)} = {stride}: change one of them."
             )
         if latent_layout == "spatial" and sample_size // stride != latent_size:
             raise ValueError(
@@ -475,6 +491,11 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
                     f"a patch of the linear path has 3 x {linear_size // latent_size}^2 = {dimensions} values, fewer than "
                     f"latent_channels {latent_channels}: raise linear_size."
                 )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
+        """As in diffusers, without a warning about the key that lets `AutoModel` find this class."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     # ------------------------------------------------------------------ the linear path's image
 

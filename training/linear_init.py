@@ -27,9 +27,9 @@ _SMALLEST_SHARE = 1e-9  # of the largest variance; components below are rounding
 def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Eigenvectors of the second moment of centred samples, largest first.
 
-    Whichever of the n x n and d x d problems is smaller is solved. Its float32 sums of squares lose components below
-    about 1e-6 of the largest variance, so it only chooses the span; coordinates within that span keep their digits
-    (1e-13 of the largest variance), and the small problem of their second moment gives axes and variances.
+    Whichever of the n x n and d x d problems is smaller is solved. Its float32 sums of squares know variances to
+    about 1e-7 of the largest only, so it merely chooses the span; coordinates within that span keep their digits,
+    and the second moment of the coordinates gives axes and variances.
 
     Args:
         samples: (n, d), centred, float32.

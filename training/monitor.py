@@ -109,11 +109,7 @@ def _row(run: Run, label: str, key: str, text: str, *, log: bool = False, minor:
     """A row with the curve of a field; none where the latest lines lack the field."""
     if key not in run.train and key not in run.validation:
         return []
-    return [
-        Row(
-            label, text, partial(sparkline, run.series[key].ys, log=log) if key in run.series else None, minor
-        )
-    ]
+    return [Row(label, text, partial(sparkline, run.series[key].ys, log=log) if key in run.series else None, minor)]
 
 
 def _progress_rows(run: Run) -> list[Row]:
@@ -125,7 +121,10 @@ def _progress_rows(run: Run) -> list[Row]:
         return [Row("progress", "nothing logged yet")]
     if epochs:
         done = min(step / (per_epoch * epochs) if per_epoch and step is not None else epoch / epochs, 1.0)
-        text = f"epoch {min(epoch + 1, epochs):.0f} of {epochs:.0f}, {_percent(done)}"
+        if run.state.alive:  # `epoch` counts from 0 and is the one in hand, or the number of those done
+            text = f"epoch {min(epoch + 1, epochs):.0f} of {epochs:.0f}, {_percent(done)}"
+        else:
+            text = f"{epoch:.0f} of {epochs:.0f} epochs done, {_percent(done)}"
         made = [Row("progress", text, partial(bar, done))]
     else:
         made = [Row("progress", f"epoch {epoch + 1:.0f}")]
@@ -144,7 +143,7 @@ def _loss_rows(run: Run) -> list[Row]:
         text = _figure(run.train.get(f"loss/{name}"))
         if f"weighted/{name}" in run.train:
             text = f"{text:<9} weighted {_figure(run.train[f'weighted/{name}'])}"
-        label = "loss without kl" if name == "reconstruction" else f"loss {name}"
+        label = "loss without KL" if name == "reconstruction" else f"loss {name}"
         made += _row(run, label, f"loss/{name}", text, log=True, minor=name not in ("total", "kl"))
     return made
 
@@ -157,7 +156,7 @@ def _kl_rows(run: Run) -> list[Row]:
     made: list[Row] = []
     if share is not None and low is not None and high is not None:
         place = "below" if share < low else "above" if share > high else "inside"
-        text = f"{_percent(share)}, {place} its band {_percent(low)} to {_percent(high)}"
+        text = f"{_percent(share)}, {place} band {100 * low:.3g} to {_percent(high)}"
         made.append(Row("KL share", text, partial(gauge, share, low, high)))
     made += _row(run, "KL share trend", key, f"now {_percent(train.get('kl/share'))} unsmoothed", log=True)
     if "kl/nats_per_image" in train:
@@ -172,7 +171,7 @@ def _optimizer_rows(run: Run) -> list[Row]:
     rate, norm, clipped, skipped = (number(run.train.get(f"optim/{name}")) for name in names)
     text = f"{_figure(rate, '.3g')}, minimum {_figure(run.preset('min_learning_rate'), '.3g')}"
     made = _row(run, "learning rate", "optim/learning_rate", text, log=True)
-    text = f"{_figure(norm, '.3g')}, clipped in {_percent(clipped)} of steps"
+    text = f"{_figure(norm, '.3g')}, clipped in {_percent(clipped)}"
     text += f", {skipped:,.0f} skipped" if skipped else ""
     made += _row(run, "gradient norm", "optim/grad_norm", text, log=True, minor=True)
     for label, name in (("plateau", "plateau"), ("early stop", "early_stopping")):
@@ -190,7 +189,7 @@ def _validation_rows(run: Run) -> list[Row]:
     best = run.status.get("best") if isinstance(run.status.get("best"), dict) else {}
     made: list[Row] = []
     if number(best.get("epoch")) is not None:
-        made.append(Row("best model", f"epoch {best['epoch'] + 1:.0f}"))
+        made.append(Row("best model", f"after {best['epoch']:.0f} epochs"))
     labels = {"reconstruction_loss": "val. loss", "psnr": "PSNR", "mse": "MSE", "ssim": "SSIM"}
     trunks = sorted(key[11:] for key in validation if key.startswith("validation/lpips_"))
     for name in ("reconstruction_loss", "psnr", *trunks, "mse", "ssim"):
@@ -271,9 +270,7 @@ def page(run: Run, console: Console, height: int | None = None) -> Group:
             notes.insert(0, text(f"! {len(warnings) - 3} more: --html shows them", "yellow"))
         notes += [text(f"| {line}", "red") for line in run.log_tail(3)]
         detail = [text(run.state.detail, style)] if run.state.detail else []
-        return Group(
-            head, *detail, *notes, Text("-" * width if ascii_only else "─" * width, style="dim"), table
-        )
+        return Group(head, *detail, *notes, Text("-" * width if ascii_only else "─" * width, style="dim"), table)
 
     shown = rows(run)
     built = build(shown)
@@ -297,19 +294,11 @@ def watch(run: Run, console: Console, refresh_seconds: float) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m training.monitor", description="Watch a training run.")
-    parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="run directory or name (default: the newest run)"
-    )
-    parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)"
-    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run directory or name (default: the newest run)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--once", action="store_true", help="print the page and exit; so it is in a pipe")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with curves and grids, and exit"
-    )
-    parser.add_argument(
-        "--refresh", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves and grids, and exit")
+    parser.add_argument("--refresh", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
     arguments = parser.parse_args(argv)
     if not 0.1 <= arguments.refresh <= 3600:
         parser.error(f"--refresh {arguments.refresh}: give 0.1 to 3600 seconds")

@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, StrMethodFormatter
 
 from training.monitor_run import Run, clean, event_text
 
@@ -63,7 +63,7 @@ class Chart:
     Attributes:
         title: With the unit.
         keys: Field names; one that ends in `*` stands for all that begin so.
-        log: A logarithmic y axis.
+        log: A logarithmic y axis, where the values differ enough.
         band: Field names of the lower and upper line of a band that is shaded.
     """
 
@@ -98,12 +98,10 @@ def draw_chart(run: Run, chart: Chart, last_x: float) -> bytes | None:
         keys += [name for name in matching if name in run.series]
     if not keys:
         return None
-    figure = Figure(figsize=(5.6, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    positive = False
+    figure = Figure(figsize=(5.6, 2.9))
+    axes = figure.add_axes((0.12, 0.16, 0.85, 0.74))  # fixed: faster than a computed layout, and charts line up
     for color, key in enumerate(keys):
         curve = run.series[key]
-        positive |= any(y > 0 for y in curve.ys)
         marker = "o" if len(curve.xs) <= 40 else None
         faint = key == "kl/share" and len(keys) > 1  # the noisy curve behind its average
         style = {"alpha": 0.35, "linewidth": 0.7} if faint else {"linewidth": 1.4}
@@ -117,10 +115,13 @@ def draw_chart(run: Run, chart: Chart, last_x: float) -> bytes | None:
     axes.set_title(chart.title, fontsize=10, loc="left")
     axes.set_xlabel("images seen", fontsize=8)
     axes.set_xlim(0, last_x or 1)
-    if chart.log and positive:
+    positive = [y for key in keys for y in run.series[key].ys if y > 0] or [1.0]
+    if chart.log and max(positive) > 5 * min(positive):  # on less than that, a log axis has too few round numbers
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    else:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # the default may split off a factor
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.3)
@@ -190,9 +191,7 @@ def render(run: Run, figures: Sequence[tuple[str, str]]) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n<title>{name}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>\n'
         '<meta name="viewport" content="width=device-width"/>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, parts))
-        + "\n</body>\n</html>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n</body>\n</html>\n"
     )
 
 

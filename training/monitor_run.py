@@ -24,7 +24,7 @@ STALE_SECONDS = 600.0  # without an update for longer than this, a process that 
 _MAX_POINTS = 2048  # of a curve in memory
 _CHUNK_BYTES = 1 << 22
 _STAMP = re.compile(r"_(\d{8}_\d{6})$")
-_GRID = re.compile(r"_(?:(samples|reconstructions)_epoch_(\d+)|final_(samples|reconstructions))\.png$")
+_GRID = re.compile(r"_(?:(samples|reconstructions)_(?:epoch_(\d+)|final)|final_(samples|reconstructions))\.png$")
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # the last chunk of a whole PNG (RFC 2083, section 4.1.4)
 
 
@@ -60,9 +60,7 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
     named = [item for item in stamped if run is None or _STAMP.sub("", item[1]) == run]
     if not named:
         known = ", ".join(name for _, name, _ in sorted(stamped, reverse=True)[:5])
-        lacks = (
-            "no config.json, status.json or metrics.jsonl in it" if Path(run).exists() else "there is none"
-        )
+        lacks = "no config.json, status.json or metrics.jsonl in it" if Path(run).exists() else "there is none"
         raise ValueError(f"{run} is not a run directory ({lacks}): the newest in {runs_dir} are {known}")
     return max(named)[2]
 
@@ -85,9 +83,7 @@ def process_runs(pid: Any, last_update: float) -> bool:
     try:
         process = psutil.Process(pid)
         # Numbers of processes are used again: one created well after the last update is another.
-        return (
-            process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= last_update + STALE_SECONDS
-        )
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= last_update + STALE_SECONDS
     except psutil.AccessDenied:
         return True
     except (psutil.NoSuchProcess, ValueError, TypeError):
@@ -99,7 +95,7 @@ def run_state(status: dict[str, Any], has_metrics: bool, last_update: float) -> 
 
     Args:
         status: `status.json`; empty if there is none.
-        has_metrics: Whether the run has logged anything.
+        has_metrics: Whether the run has logged a training or validation line.
         last_update: When it last wrote, unix seconds.
     """
     if status.get("state") in ("finished", "stopped", "failed"):
@@ -117,14 +113,13 @@ def run_state(status: dict[str, Any], has_metrics: bool, last_update: float) -> 
         if age > STALE_SECONDS:
             detail += ": it may hang (see training.log)"
     elif age > STALE_SECONDS:
-        return State(
-            "dead", f"no update for {duration(age)}; process {pid} on {host} cannot be seen from here"
-        )
+        return State("dead", f"no update for {duration(age)}; process {pid} on {host} cannot be seen from here")
     else:
         detail = f"process {pid} on {host}, updated {duration(age)} ago"
-    return State(
-        "live" if has_metrics else "starting", detail if has_metrics else f"{detail}; no metrics yet"
-    )
+    if not has_metrics:
+        detail += "; no metrics yet"
+    # A resumed run has old metrics while it starts.
+    return State("live" if has_metrics and status.get("state") != "starting" else "starting", detail)
 
 
 class Series:
@@ -193,7 +188,6 @@ class Run:
         self.warnings_seen = 0
         self.lost: dict[str, tuple[int, Any]] = {}
         self.unreadable = 0
-        self._lines = 0
         self._offset = 0
         self._rest = b""
         self._last_time = 0.0
@@ -206,7 +200,7 @@ class Run:
             self.status = _read_object(self.path / "status.json") or self.status
             updated = number(self.status.get("updated")) or 0.0
             self.last_update = max(self._last_time, updated) or _last_change(self.path)
-            self.state = run_state(self.status, self._lines > 0, self.last_update)
+            self.state = run_state(self.status, bool(self.train or self.validation), self.last_update)
             # A run may end between the reading of its status and the look at its process, or just after its
             # metrics were read: what seems to have ended is read once more.
             if self.state.alive:
@@ -236,7 +230,6 @@ class Run:
         if not isinstance(line, dict):
             self.unreadable += 1
             return
-        self._lines += 1
         self._last_time = max(self._last_time, number(line.get("time")) or 0.0)
         kind = line.get("kind")
         if kind == "event":
@@ -257,7 +250,9 @@ class Run:
                 if key.startswith("loss/"):
                     self.lost[key] = (self.lost.get(key, (0,))[0] + 1, line.get("step"))
             elif x is not None:
-                self.series.setdefault(key, Series()).add(x, value)
+                if key not in self.series:
+                    self.series[key] = Series()
+                self.series[key].add(x, value)
 
     def preset(self, key: str) -> float | None:
         """A number from the config's section `training_presets`; None if there is none."""
@@ -270,7 +265,7 @@ class Run:
         for path in self.path.glob("samples/*.png"):
             match = _GRID.search(path.name)
             # A live run with a final grid has been resumed after its end: its newer grids have epochs.
-            if match and kind in (match[1], match[3]) and not (match[3] and self.state.alive):
+            if match and kind in (match[1], match[3]) and (match[2] or not self.state.alive):
                 found.append((int(match[2]) if match[2] else math.inf, path))
         return next((path for _, path in sorted(found, reverse=True) if _ends_with(path, _PNG_END)), None)
 
@@ -292,7 +287,7 @@ class Run:
         try:
             with (self.path / "training.log").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-                return file.read().decode(errors="replace").split("\n")[-lines - 1 :]
+                return file.read().decode(errors="replace").rstrip().split("\n")[-lines:]
         except OSError:
             return []
 
@@ -324,13 +319,12 @@ def _ends_with(path: Path, end: bytes) -> bool:
 
 def number(value: Any) -> float | None:
     """A finite number as it is; None for anything else."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if ok else None
+    return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def clean(value: Any, encoding: str = "utf-8") -> str:
     """Text that a terminal or page can show: no control characters, nothing that the encoding lacks."""
-    text = "".join(char if char.isprintable() else " " for char in str(value)).strip()
+    text = "".join(char if char.isprintable() else " " for char in str(value)).rstrip()
     return text.encode(encoding, "replace").decode(encoding)
 
 

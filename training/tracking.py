@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 from accelerate import Accelerator
 from torch import Tensor
 from torchvision.utils import save_image
@@ -44,6 +46,9 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "accelerate", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    if not sys.stderr.isatty():  # in a file or a pipe, progress bars are noise
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
 
 
 class Tracker:
@@ -64,8 +69,7 @@ class Tracker:
         self.active = accelerator.is_main_process
         self.status = {**status, "pid": os.getpid(), "host": socket.gethostname(), "state": "starting", "reason": None}
         # The tracker's own folder is <logging_dir>/<project>; "." puts the events into the run's folder itself.
-        plain = {key: value if isinstance(value, (int, float, bool)) else str(value) for key, value in config.items()}
-        accelerator.init_trackers(".", config=plain)
+        accelerator.init_trackers(".")
         if self.active:
             self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
             self._writer = accelerator.get_tracker(_PROJECT, unwrap=True)
@@ -80,6 +84,8 @@ class Tracker:
                     }
                 }
             )
+            # As text: TensorBoard's hyper-parameter plugin would open a folder of its own for each start.
+            self._writer.add_text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
             self.update_status()
 
     def log(self, kind: str, values: dict[str, Any], *, step: int, epoch: int, images_seen: int) -> None:

@@ -43,6 +43,7 @@ from training.tracking import Tracker, setup_logging
 logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
+SIGNALLED = "a signal"
 MAX_SKIPPED_IN_A_ROW = 20  # steps without a finite gradient before the run gives up
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
@@ -439,7 +440,7 @@ class Trainer:
         try:
             with StopSignal() as stop:
                 reason = self._train(stop)
-            if stop.received is not None:
+            if reason is None:
                 self._save()
                 self.tracker.event(f"stopped by {stop.received}; continue with --resume auto", "info", **self._where)
                 self.tracker.update_status(state="stopped", reason=stop.received)
@@ -447,6 +448,7 @@ class Trainer:
             self._finish(reason)
             return 0
         except BaseException as error:
+            logger.error("failed: %s: %s", type(error).__name__, error)
             self.tracker.update_status(state="failed", reason=f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -459,8 +461,8 @@ class Trainer:
         progress = self.progress
         return {"step": progress.step, "epoch": progress.epoch, "images_seen": progress.images_seen}
 
-    def _train(self, stop: StopSignal) -> str:
-        """Epochs until something ends them; returns what."""
+    def _train(self, stop: StopSignal) -> str | None:
+        """Epochs until something ends them; returns what, or None for a signal."""
         presets, output, progress = self.config.training_presets, self.config.output, self.progress
         if progress.step == 0:
             self._validate("before training")
@@ -477,8 +479,8 @@ class Trainer:
                     self._save_grids(f"epoch_{progress.epoch:04d}")
                 if last or progress.epoch % output.checkpoint_every_epochs == 0:
                     self._save()
-            elif stop.received is not None:
-                return ended
+            elif ended == SIGNALLED:
+                return None
             else:  # the time limit, in mid-epoch
                 self._epoch_end(self._validate("time limit"), complete=False)
                 self._save()
@@ -518,8 +520,8 @@ class Trainer:
                     self._log_window()
                     clock = time.monotonic()
                 if stopping:
-                    stop.received = stop.received or "signal on another process"
-                    return "signal"
+                    stop.received = stop.received or "a signal to another process"
+                    return SIGNALLED
                 limit = presets.max_train_minutes
                 if limit is not None and self._agree_any(progress.train_seconds > 60 * limit):
                     return f"the limit of {limit:g} minutes of training"

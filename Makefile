@@ -1,0 +1,29 @@
+# make quickstart   environment, installation, a small training on the embedded faces, on CPU
+# make test         environment, installation, all tests
+# make lint         ruff
+# A machine that already has an environment: make test VENV=/path/to/it
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python train_vae.py --config configs/quickstart.json
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) *.egg-info build
