@@ -97,7 +97,7 @@ class LossConfig:
 
     mse_weight: float = 0.4
     l1_weight: float = 0.2
-    perceptual_weight: float = 0.2  # relative L1 distance of the trunk's features
+    perceptual_weight: float = 0.2  # L1 distance of the trunk's unit-length features
     lpips_weight: float = 0.2
     # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
     trunk: str = "vgg16"

@@ -179,8 +179,7 @@ def vae_loss(
         with torch.no_grad():
             target_features = [tap.float() for tap in trunk.features(seen_target)]
         features = [tap.float() for tap in trunk.features(seen)]  # one conversion for both terms
-        terms["perceptual"] = trunk.feature_distance(features, target_features)
-        terms["lpips"] = trunk.lpips(features, target_features)
+        terms["perceptual"], terms["lpips"] = trunk.distances(features, target_features)
 
     with full_precision(pixels.device):
         parts = {name: term.mean() for name, term in terms.items()}

@@ -33,10 +33,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # 0.03 (of untrained ones less), where this changes nothing in float32.
 NORM_EPS = 1e-10
 
-# Added to the feature distance's normaliser, the mean activation of a tap. On flat images, the smallest there
-# are, that is 0.02 to 0.3 for the LPIPS trunks and from 8e-4 for the shift-tolerant ones.
-FEATURE_EPS = 1e-5
-
 # Longest silence accepted from the server during a download, in seconds.
 DOWNLOAD_TIMEOUT_S = 15.0
 
@@ -226,39 +222,31 @@ class PerceptualTrunk(nn.Module):
         Returns:
             (N,), float32, at least 0 with trained heads; no unit.
         """
+        return self.distances(features_a, features_b)[1]
+
+    def feature_distance(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> Tensor:
+        """The perceptual term: mean absolute difference of unit-length features, mean over channels and taps.
+
+        The feature reconstruction loss of Johnson et al. 2016 (eq. 2), in L1 form and on the channel vectors of
+        unit length that LPIPS reads too. So it has no unit, no tap outweighs another, and an image's value does
+        not depend on its batch. It is about as large as the L1 of the pixels (0.03 to 0.06 on blurred faces);
+        relative errors of raw features, about 1 there, would make up most of the loss and cost PSNR.
+
+        Args and result as for `lpips`.
+        """
+        return self.distances(features_a, features_b)[0]
+
+    def distances(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`feature_distance` and `lpips`, (N,) each, from one pass over the features."""
         heads = [getattr(self, f"head{index}") for index in range(len(self.taps))]
         with full_precision(features_a[0].device):
-            distance = torch.zeros((), device=features_a[0].device)
+            plain, learned = [], []
             for tap_a, tap_b, head in zip(features_a, features_b, heads, strict=True):
                 difference = _unit_length(tap_a.float()) - _unit_length(tap_b.float())
+                plain.append(difference.abs().mean(dim=(1, 2, 3)))
                 # Averaging over positions before weighting spares a map of the tap's size.
-                distance = distance + (difference.square().mean(dim=(2, 3)) * head.float()).sum(dim=1)
-        return distance
-
-    def feature_distance(
-        self, features_reconstruction: Sequence[Tensor], features_target: Sequence[Tensor]
-    ) -> Tensor:
-        """The perceptual term: mean over taps of mean |f_r - f_t| / (mean |f_t| + 1e-5).
-
-        The feature reconstruction loss of Johnson et al. 2016 (eq. 2) in L1 form. Taps differ in scale by
-        orders of magnitude; each is divided by its target's own mean activation, so the term is a relative
-        error without a unit, about 1 for an unrelated image, and an image's value does not depend on the
-        batch it is in. The normaliser carries no gradient. Computed in float32 outside autocast.
-
-        Args:
-            features_reconstruction: What `features` returned for the reconstructions.
-            features_target: The same for the targets; treated as constant in the normaliser.
-
-        Returns:
-            (N,), float32, at least 0.
-        """
-        with full_precision(features_target[0].device):
-            distances = []
-            for tap, target in zip(features_reconstruction, features_target, strict=True):
-                target = target.float()
-                normaliser = target.detach().abs().mean(dim=(1, 2, 3)) + FEATURE_EPS
-                distances.append((tap.float() - target).abs().mean(dim=(1, 2, 3)) / normaliser)
-            return torch.stack(distances).mean(dim=0)
+                learned.append((difference.square().mean(dim=(2, 3)) * head.float()).sum(dim=1))
+            return torch.stack(plain).mean(dim=0), torch.stack(learned).sum(dim=0)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
