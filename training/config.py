@@ -165,8 +165,9 @@ class TrainingPresets(KLSchedule):
     def __post_init__(self) -> None:
         KLSchedule.__post_init__(self)
         name = "training_presets."
-        for key in ("num_epochs", "batch_size", "plateau_patience", "linear_init_images"):
+        for key in ("num_epochs", "batch_size", "plateau_patience"):
             _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
+        _require(self.linear_init_images >= 2, name + "linear_init_images", self.linear_init_images, "use at least 2")
         for key in ("micro_batch_size", "max_images_per_epoch"):
             value = getattr(self, key)
             _require(value is None or value >= 1, name + key, value, "use at least 1, or null")
@@ -280,11 +281,10 @@ class Config:
 
 def unknown_key(key: str, known: Sequence[str]) -> ValueError:
     """The error for a key that does not exist, with the nearest one that does."""
-    # People misspell the last part more often than the section, so the nearest name is sought in both spellings.
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    # Last parts are compared: a section's name in common would make any two of its keys look alike.
     last = {name.rsplit(".", 1)[-1]: name for name in known}
-    nearest = nearest or [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)]
-    hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(known))}."
+    nearest = difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)
+    hint = f"did you mean {last[nearest[0]]}?" if nearest else f"known are {', '.join(sorted(known))}."
     return ValueError(f"unknown configuration key {key}: {hint}")
 
 
@@ -362,5 +362,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value = text
         if section not in typing.get_type_hints(Config):
             raise unknown_key(key, list(Config().flat()))
-        values.setdefault(section, {})[name] = value
+        if isinstance(values.setdefault(section, {}), dict):  # what it is otherwise, is refused below
+            values[section][name] = value
     return config_from_dict(values)

@@ -73,10 +73,20 @@ def mirrored_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor, Te
     mean = (mean + mirror(mean)) / 2
     rows = rows - mean
     mirrored = mirror(rows)
-    symmetric = principal_components((rows + mirrored) / 2, count)
-    antisymmetric = principal_components((rows - mirrored) / 2, count)
-    variances = torch.cat([symmetric[0], antisymmetric[0]])
-    vectors = torch.cat([symmetric[1], antisymmetric[1]], dim=1)
+    # A symmetric or antisymmetric patch is known by its left half: half the columns, each counting twice.
+    side = patches.shape[-1]
+    width = side // 2 if side % 2 == 0 else side
+    scale = (side / width) ** 0.5
+    found_variances, found_vectors = [], []
+    for sign in (1, -1):
+        part = ((rows + sign * mirrored) / 2).view(patches.shape)[..., :width]
+        part_variances, halves = principal_components(part.flatten(1) * scale, count)
+        whole = halves.T.reshape(-1, *patches.shape[1:3], width) / scale
+        if width < side:
+            whole = torch.cat([whole, sign * whole.flip(-1)], dim=-1)
+        found_variances.append(part_variances)
+        found_vectors.append(whole.flatten(1).T)
+    variances, vectors = torch.cat(found_variances), torch.cat(found_vectors, dim=1)
     variances, order = variances.sort(descending=True)
     # Once more for both together: all of the smaller half may be rounding errors.
     found = min(count, int((variances > _SMALLEST_SHARE * variances[:1]).sum()))
@@ -134,19 +144,29 @@ def fit_linear_path(model: AutoencoderKLUltra, images: Tensor, noise_fraction: f
     path.to_latents.bias[:found] = -(mean @ (vectors / deviations))
 
     # Least squares from whitened, centred coefficients: their second moment over images and mirror images is the
-    # identity, so the normal equations need no solve, and numbers that were not found get a zero column.
-    products, sums, number = 0.0, 0.0, 0
-    squares = torch.zeros(count, device=device)
+    # identity, so the normal equations need no solve, and numbers that were not found get a zero column. A component
+    # is symmetric or antisymmetric, and so is what it paints: its mirror image is known, and half of it is enough.
+    even = (vectors * vectors.view(3, patch, patch, found).flip(2).view_as(vectors)).sum(dim=0) > 0
+    painted = path.decode_patch
+    width = (painted + 1) // 2
+    products = {sign: torch.zeros(int((even == (sign > 0)).sum()), 3 * painted * width, device=device) for sign in (1, -1)}
+    sums, squares, number = 0.0, torch.zeros(count, device=device), 0
     for part in chunks():
-        for pixels in (part, part.flip(-1)):
-            coefficients = as_rows(path.encode(model.shrink(pixels)))
-            small = F.avg_pool2d(pixels, model.enlarge_factor)
-            targets = as_rows(F.pixel_unshuffle(small, path.decode_patch))
-            products = products + coefficients.T @ targets
-            sums = sums + targets.sum(dim=0)
-            squares += coefficients.square().sum(dim=0)
-            number += len(targets)
-    path.to_pixels.weight.copy_((products / number).T[:, :, None, None])
+        coefficients = as_rows(path.encode(model.shrink(part)))
+        targets = as_rows(F.pixel_unshuffle(F.avg_pool2d(part, model.enlarge_factor), painted))
+        targets = targets.view(-1, 3, painted, painted)
+        for sign in (1, -1):
+            half = (targets + sign * targets.flip(-1))[..., :width].flatten(1) / 2
+            products[sign].addmm_(coefficients[:, :found][:, even == (sign > 0)].T, half)
+        sums = sums + (targets + targets.flip(-1)).sum(dim=0).flatten() / 2
+        squares += coefficients.square().sum(dim=0)
+        number += len(targets)
+    path.to_pixels.weight.zero_()
+    for sign, product in products.items():
+        half = (product / number).view(-1, 3, painted, width)
+        whole = torch.cat([half, sign * half[..., : painted // 2].flip(-1)], dim=-1)
+        numbers = (even == (sign > 0)).nonzero().flatten()
+        path.to_pixels.weight[:, numbers, 0, 0] = whole.flatten(1).T
     path.to_pixels.bias.copy_(sums / number)
 
     # Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): each number's noise adds the

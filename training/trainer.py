@@ -47,9 +47,29 @@ SIGNALLED = "a signal"
 MAX_SKIPPED_IN_A_ROW = 20  # steps without a finite gradient before the run gives up
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
-# Keys that a resume may not change: the weights, the order of images or the meaning of a step depend on them.
-FIXED_ON_RESUME = ("model.", "data.", "loss.", "training_presets.batch_size", "training_presets.seed", "output.run_name")
-HARMLESS_DATA_KEYS = ("data.decode_threads", "data.prefetch_batches", "data.cache_dir", "data.num_train_images")
+# Keys that a resume may not change: the weights, what is averaged or adapted for each of them, the order of images or
+# the meaning of a step depend on them.
+FIXED_ON_RESUME = (
+    "model.",
+    "data.",
+    "loss.",
+    "output.run_name",
+    "training_presets.batch_size",
+    "training_presets.ema_",
+    "training_presets.linear_lr_scale",
+    "training_presets.optimizer",
+    "training_presets.seed",
+)
+# Exceptions: places and speeds.
+FREE_ON_RESUME = (
+    "data.cache_dir",
+    "data.decode_threads",
+    "data.num_train_images",
+    "data.prefetch_batches",
+    "loss.trunk_weights",
+)
+# Of the plateau scheduler; its settings come from the configuration, which a resume may change.
+PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
 @dataclass
@@ -143,7 +163,7 @@ def _check_resume(config: Config, checkpoint: Path) -> None:
     refused = [
         f"{key} ({saved.get(key)!r} -> {now.get(key)!r})"
         for key in changed
-        if key.startswith(FIXED_ON_RESUME) and key not in HARMLESS_DATA_KEYS
+        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
     ]
     if refused:
         raise ValueError(
@@ -249,6 +269,12 @@ class Trainer:
             )
             self.validation_images, self.validation_indices = load_validation(
                 config.data, resolution=side, rank=accelerator.process_index, world_size=accelerator.num_processes
+            )
+
+        if (self.stream.num_rows or presets.batch_size) < presets.batch_size:
+            raise ValueError(
+                f"training_presets.batch_size {presets.batch_size} is more than the {self.stream.num_rows} training "
+                f"images of {config.data.dataset}: use a smaller batch or more data."
             )
 
         # Everything that a user can get wrong has been checked; from here on files are written.
@@ -401,7 +427,7 @@ class Trainer:
         state = {
             "config": self.config.to_dict(),
             "progress": vars(self.progress),
-            "plateau": {key: value for key, value in self.plateau.state_dict().items() if _is_plain(value)},
+            "plateau": {key: self.plateau.state_dict()[key] for key in PLATEAU_STATE},
             "kl": self.kl.state_dict(),
             "processes": self.accelerator.num_processes,
         }
@@ -412,6 +438,11 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         self.accelerator.load_state(str(checkpoint))
+        # The optimizer's settings came back with its state, but they are the configuration's to say.
+        presets, saved = self.config.training_presets, config_from_dict(state["config"]).training_presets
+        for group in self.optimizer.param_groups:
+            group["lr"] *= presets.learning_rate / saved.learning_rate
+            group["betas"], group["weight_decay"] = (presets.adam_beta1, presets.adam_beta2), presets.weight_decay
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
         self.progress = Progress(**state["progress"])
@@ -556,15 +587,14 @@ class Trainer:
             progress.skipped_in_a_row = 0
             return
         progress.skipped_steps += 1
-        if self.accelerator.scaler is not None:
-            return  # fp16 overflow: the scaler lowers its scale and the next step counts
         progress.skipped_in_a_row += 1
-        shown = ", ".join(row_ids[:4])
-        self.tracker.event(
-            f"step {progress.step}: the gradient is not finite, nothing was updated (images {shown}, ...)",
-            "warning",
-            **self._where,
-        )
+        if self.accelerator.scaler is None:  # in fp16, overflows are how the scaler finds its scale
+            shown = ", ".join(row_ids[:4])
+            self.tracker.event(
+                f"step {progress.step}: the gradient is not finite, nothing was updated (images {shown}, ...)",
+                "warning",
+                **self._where,
+            )
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"{progress.skipped_in_a_row} steps in a row without a finite gradient: the last checkpoint in "
@@ -715,8 +745,8 @@ class Trainer:
                 "info",
                 **self._where,
             )
-        best = progress.best
-        if best is None or loss < best["validation/reconstruction_loss"] * (1 - presets.plateau_threshold):
+        best = math.nan if progress.best is None else progress.best["validation/reconstruction_loss"]
+        if progress.best is None or math.isnan(best) or loss < best * (1 - presets.plateau_threshold):
             progress.early_stopping_bad_epochs = 0
             progress.best = {
                 "epoch": progress.epoch,
@@ -804,10 +834,6 @@ class Trainer:
     def _lpips_text(self, figures: dict[str, Any]) -> str:
         name = f"lpips_{self.lpips_trunk.name}"
         return f"{name} {figures[f'validation/{name}']:.4f}"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, list)) or value is None
 
 
 def _memory_gib(device: torch.device) -> float:

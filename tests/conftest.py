@@ -1,0 +1,21 @@
+"""What tests share: the rendered faces, and a process that every test leaves as it found it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    """Where the few synthetic faces of the tiny configuration are rendered, once a session."""
+    return tmp_path_factory.mktemp("faces")
+
+
+@pytest.fixture
+def session():
+    """For tests that build an accelerator or a run: see `tiny.process_state`."""
+    with tiny.process_state():
+        yield

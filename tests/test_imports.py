@@ -1,0 +1,99 @@
+"""Imports go downward only: train_vae -> trainer -> its parts -> what computes -> modeling."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([ROOT / "train_vae.py", *(ROOT / "modeling").glob("*.py"), *(ROOT / "training").glob("*.py")])
+NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
+
+# A module may import those of a lower layer, and of its own.
+LAYERS = [
+    {"train_vae"},
+    {"training.trainer"},
+    {"training.step", "training.evaluate", "training.checkpoint", "training.tracking", "training.hub"},
+    {"training.budget", "training.linear_init", "training.data"},
+    {"training.losses", "training.metrics"},
+    {"training.perceptual", "training.images"},
+    {"training.config", "training.kl"},
+    {"modeling", "modeling.autoencoder_kl_ultra"},
+]
+STDLIB_ONLY = ("training.config", "training.kl")
+COMPUTES = ("training.losses", "training.perceptual", "training.metrics", "training.kl", "training.config")
+
+
+def imports(path: Path, only_top: bool = False) -> set[str]:
+    """Modules that a file imports, anywhere in it or only when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(tree.body) if only_top else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    # `from training import hub` and `from training.hub import push` are the same module.
+    modules = set(NAMES.values())
+    return {name if name in modules else name.rpartition(".")[0] or name for name in found}
+
+
+def test_the_layers_name_modules_that_exist():
+    assert set.union(*LAYERS) <= set(NAMES.values()) | {"modeling"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES.get)
+def test_modeling_and_what_computes_import_nothing_above_them(path):
+    name, used = NAMES[path], imports(path)
+    own = {module for module in used if module.startswith(("training", "modeling", "train_vae"))}
+    if name.startswith("modeling"):
+        assert all(module.startswith("modeling") for module in own)
+    if name in COMPUTES:
+        assert own <= {*COMPUTES, "training.images", "modeling.autoencoder_kl_ultra"}
+    assert "train_vae" not in used
+    if name != "train_vae":
+        assert "training.trainer" not in used or name == "training.trainer"
+
+
+def test_every_layer_imports_downward():
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for path, name in NAMES.items():
+        for used in imports(path):
+            if name in level and used in level:
+                assert level[used] >= level[name], f"{name} imports {used}, which is above it"
+
+
+@pytest.mark.parametrize("module", STDLIB_ONLY)
+def test_configuration_and_control_need_the_standard_library_only(module):
+    path = ROOT / (module.replace(".", "/") + ".py")
+    for used in imports(path, only_top=True):
+        assert used.partition(".")[0] in sys.stdlib_module_names or used in STDLIB_ONLY, used
+
+
+def test_the_entry_point_needs_no_torch_to_start():
+    top = imports(ROOT / "train_vae.py", only_top=True)
+    assert {used for used in top if used.partition(".")[0] not in sys.stdlib_module_names} == {"training.config"}
+
+
+def test_only_the_trainer_publishes():
+    assert [name for path, name in NAMES.items() if "training.hub" in imports(path)] == ["training.trainer"]
+
+
+def test_the_monitor_stands_apart():
+    """It reads files from outside, so it imports nothing that trains."""
+    for path, name in NAMES.items():
+        if name.startswith("training.monitor"):
+            own = {used for used in imports(path) if used.startswith(("training.", "modeling"))}
+            assert all(used.startswith("training.monitor") for used in own)
+            assert "torch" not in {used.partition(".")[0] for used in imports(path)}
+
+
+def test_no_folder_hides_a_library():
+    """A script's own folder comes first on sys.path."""
+    taken = {"datasets", "accelerate", "lpips", "diffusers", "torch", "transformers"}
+    assert not taken & {path.stem for path in ROOT.iterdir()}

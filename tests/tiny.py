@@ -1,0 +1,102 @@
+"""A training small enough for tests: one configuration, and the clean-up that a run in the test process needs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from training.config import Config, config_from_dict
+
+# 40 pixels, and a perceptual window of 32 of them: the smallest that the trunk takes, and still a window.
+# 20 faces in batches of 4: 5 steps an epoch, each of a piece of 3 images and one of 1.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {
+        "sample_size": 40,
+        "latent_numbers": 16,
+        "latent_layout": "vector",
+        "latent_channels": 16,
+        "latent_size": 1,
+        "patch_size": 4,
+        "encoder_channels": [16, 32],
+        "encoder_layers": [1, 1],
+        "decoder_channels": [16, 32],
+        "decoder_layers": [1, 1],
+        "vector_width": 8,
+        "norm_num_groups": 8,
+        "linear_size": 20,
+        "linear_decode_size": 20,
+    },
+    "data": {
+        "dataset": "synthetic_faces",
+        "synthetic_train_images": 20,
+        "synthetic_validation_images": 6,
+        "decode_threads": 1,
+        "prefetch_batches": 1,
+    },
+    "loss": {"trunk": "st_alexnet", "perceptual_crop_px": 32},
+    "training_presets": {
+        "num_epochs": 2,
+        "batch_size": 4,
+        "micro_batch_size": 3,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 2,
+        "mixed_precision": "no",
+        "linear_init_images": 18,
+        "kl_warmup_images": 8,
+        "kl_half_life_images": 16,
+        "kl_cycle_period": 2,
+        "kl_cooldown_epochs": 1,
+    },
+    "output": {
+        "run_name": "tiny",
+        "log_every_steps": 2,
+        "sample_every_epochs": 1,
+        "num_samples": 4,
+        "eval_lpips_trunk": "st_alexnet",
+    },
+}
+
+
+def tiny_settings(folder: Path, faces: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configuration as nested values: runs and models in `folder`, rendered faces in `faces`."""
+    values = copy.deepcopy(SETTINGS)
+    values["data"]["cache_dir"] = str(faces)
+    values["output"] |= {"runs_dir": str(folder / "runs"), "model_dir": str(folder / "models")}
+    for section, changes in sections.items():
+        values.setdefault(section, {}).update(changes)
+    return values
+
+
+def tiny_config(folder: Path, faces: Path, **sections: dict[str, Any]) -> Config:
+    """`tiny_settings`, checked."""
+    return config_from_dict(tiny_settings(folder, faces, **sections))
+
+
+@contextlib.contextmanager
+def process_state() -> Iterator[None]:
+    """Undo what a run does to its process: log handlers, captured warnings, accelerate's singletons."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    root = logging.getLogger()
+    handlers, level, show = list(root.handlers), root.level, warnings.showwarning
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        yield
+    finally:
+        for handler in list(root.handlers):
+            root.removeHandler(handler)
+            if handler not in handlers:
+                handler.close()
+        for handler in handlers:
+            root.addHandler(handler)
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        warnings.showwarning = show
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
