@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _dry_run(config: Config) -> None:
     from training.budget import describe_plan
-    from training.trainer import build_model
+    from training.build import build_model
 
     build_model(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -216,8 +216,7 @@ class Decoder(nn.Module):
         self.upsamples = nn.ModuleList(Upsample(b, a) for a, b in zip(channels[:-1], channels[1:]))
         self.linear_folds = linear_folds
         self.linear_ins = nn.ModuleList(
-            nn.Conv2d(3 * fold**2, width, 1) if fold else nn.Identity()
-            for width, fold in zip(channels, linear_folds)
+            nn.Conv2d(3 * fold**2, width, 1) if fold else nn.Identity() for width, fold in zip(channels, linear_folds)
         )
         self.norm_out = GroupNorm(norm_num_groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
@@ -442,8 +441,8 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
             layers = encoder_layers if side == "encoder" else decoder_layers
             if len(widths) != len(layers) or len(widths) != len(encoder_channels):
                 raise ValueError(
-                    f"{side}_channels {tuple(widths)} and {side}_layers {tuple(layers)} must have one entry for each of "
-                    f"the {len(encoder_channels)} stages."
+                    f"{side}_channels {tuple(widths)} and {side}_layers {tuple(layers)} must have one entry for each "
+                    f"of the {len(encoder_channels)} stages."
                 )
             for width in widths:
                 if width % norm_num_groups or width % 4:
@@ -454,8 +453,8 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
             for fine, coarse in zip(widths[:-1], widths[1:]):
                 if (4 * fine) % coarse:
                     raise ValueError(
-                        f"{side}_channels: the shortcut between {fine} and {coarse} needs 4 x {fine} = {4 * fine} to be "
-                        f"a multiple of {coarse}."
+                        f"{side}_channels: the shortcut between {fine} and {coarse} needs 4 x {fine} = {4 * fine} to "
+                        f"be a multiple of {coarse}."
                     )
         stride = patch_size * 2 ** (len(encoder_channels) - 1)
         if sample_size % stride:
@@ -466,8 +465,8 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         if latent_layout == "spatial" and sample_size // stride != latent_size:
             raise ValueError(
                 f"the coarsest stage is sample_size / (patch_size x 2^(stages - 1)) = {sample_size} / {stride} = "
-                f"{sample_size // stride} positions wide, but latent_size is {latent_size}: change the number of stages, "
-                "patch_size or latent_size."
+                f"{sample_size // stride} positions wide, but latent_size is {latent_size}: change the number of "
+                "stages, patch_size or latent_size."
             )
         if linear_size is not None:
             for name, size in (("linear_size", linear_size), ("linear_decode_size", linear_decode_size)):
@@ -481,15 +480,15 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
                 stride = patch_size * 2**index
                 if stride > factor and stride % factor:
                     raise ValueError(
-                        f"the linear image is sample_size / linear_decode_size = {sample_size} / {linear_decode_size} = "
-                        f"{factor} times smaller than the image, and decoder stage {index} patch_size x 2^{index} = "
+                        f"the linear image is sample_size / linear_decode_size = {sample_size} / {linear_decode_size} "
+                        f"= {factor} times smaller than the image, and decoder stage {index} patch_size x 2^{index} = "
                         f"{stride} times, which is not a multiple of {factor}: change linear_decode_size or patch_size."
                     )
             dimensions = 3 * (linear_size // latent_size) ** 2
             if latent_channels > dimensions:
                 raise ValueError(
-                    f"a patch of the linear path has 3 x {linear_size // latent_size}^2 = {dimensions} values, fewer than "
-                    f"latent_channels {latent_channels}: raise linear_size."
+                    f"a patch of the linear path has 3 x {linear_size // latent_size}^2 = {dimensions} values, fewer "
+                    f"than latent_channels {latent_channels}: raise linear_size."
                 )
 
     @classmethod
@@ -638,9 +637,7 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ tiling
 
-    def enable_tiling(
-        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
-    ) -> None:
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None) -> None:
         """Encode and decode large images in overlapping, blended tiles (spatial layout only).
 
         Args:

@@ -92,7 +92,7 @@ WRONG = [
     ({"training_preset": {}}, "unknown configuration key training_preset: did you mean training_presets?"),
     ({"training_presets": {"learning_rat": 1}}, "training_presets.learning_rat: did you mean training_presets.learning"),
     ({"loss": {"lpip_weight": 1}}, "unknown configuration key loss.lpip_weight: did you mean loss.lpips_weight?"),
-    ({"data": {"kl_cycle_period": 8}}, "unknown configuration key data.kl_cycle_period: known are data.cache_dir"),
+    ({"data": {"kl_cycle_period": 8}}, "unknown configuration key data.kl_cycle_period: known are data.cache"),
     ({"training_presets": {"lr": 8}}, "unknown configuration key training_presets.lr: known are training_presets.ad"),
     ({"output": {"zzz": 1}}, "unknown configuration key output.zzz: known are output.checkpoint_every_epochs"),
     ({"data": [1]}, "section data is [1]: give an object"),

@@ -31,7 +31,7 @@ def model_for(layout: str, **changes: object) -> AutoencoderKLUltra:
     torch.manual_seed(0)
     settings = SETTINGS[layout] | {"linear_decode_size": 16} | changes
     return AutoencoderKLUltra(
-        sample_size=SIZE,
+        **{"sample_size": SIZE} | settings,
         latent_numbers=settings["latent_channels"] * settings["latent_size"] ** 2,
         encoder_channels=(16, 32),
         encoder_layers=(1, 1),
@@ -39,7 +39,6 @@ def model_for(layout: str, **changes: object) -> AutoencoderKLUltra:
         decoder_layers=(1, 1),
         vector_width=8,
         norm_num_groups=8,
-        **settings,
     ).eval()
 
 
@@ -56,7 +55,7 @@ def patches(images: torch.Tensor, size: int, latent_size: int) -> np.ndarray:
     """Images and mirror images at `size` pixels, cut into patches: float64 rows of channel, row, column."""
     pixels = images.double().numpy() / 127.5 - 1
     pixels = np.concatenate([pixels, pixels[..., ::-1]])
-    factor, side = SIZE // size, size // latent_size
+    factor, side = pixels.shape[-1] // size, size // latent_size
     small = pixels.reshape(-1, 3, size, factor, size, factor).mean(axis=(3, 5))
     cut = small.reshape(-1, 3, latent_size, side, latent_size, side)
     return cut.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * side * side)
@@ -173,9 +172,20 @@ def test_decoding_at_the_size_of_encoding_is_the_pca_reconstruction(layout):
     expected = mean + (rows - mean) @ projector(components[:, : model.config.latent_channels])
     with torch.no_grad():
         decoded = model.linear_path.decode(model.encode(both_ways(images)).latent_dist.mean)
-    np.testing.assert_allclose(
-        as_rows(F.pixel_unshuffle(decoded, linear_size // latent_size)), expected, atol=1e-4
-    )
+    np.testing.assert_allclose(as_rows(F.pixel_unshuffle(decoded, linear_size // latent_size)), expected, atol=1e-4)
+
+
+def test_patches_of_an_odd_side():
+    images = some_images()[..., 4:28, 4:28]
+    model = model_for("vector", sample_size=24, latent_channels=20, linear_size=3, linear_decode_size=3)
+    fit_linear_path(model, images, NOISE)
+    rows = patches(images, 3, 1)
+    mean, variances, components = pca(rows)
+    latents = model.encode(both_ways(images)).latent_dist.mean
+    white = as_rows(latents)
+    np.testing.assert_allclose(white.T @ white / len(white), np.eye(20), atol=1e-4)
+    expected = mean + (rows - mean) @ projector(components[:, :20])
+    np.testing.assert_allclose(model.linear_path.decode(latents).detach().flatten(1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("decode_size", [16, 32])
@@ -230,16 +240,16 @@ def test_the_noise_adds_the_stated_share_to_the_squared_error(layout):
         assert torch.equal(position, model.logvar_bias)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_components_below_the_water_level_go_to_the_prior(layout):
-    model, images = model_for(layout, latent_channels=48), some_images()
+@pytest.mark.parametrize(("layout", "count"), [("vector", 30), ("spatial", 3)])
+def test_components_below_the_water_level_go_to_the_prior(layout, count):
+    model, images = model_for(layout, latent_channels=count), some_images()
     fit_linear_path(model, images, 1.0)
-    config = model.config
-    _, variances, _ = pca(patches(images, config.linear_size, config.latent_size))
-    level = variances[48:].sum() / 48 if len(variances) > 48 else 1e-6 * variances.sum() / 48
+    _, variances, _ = pca(patches(images, model.config.linear_size, model.config.latent_size))
+    level = variances[count:].sum() / count
+    drowned = variances[:count] < level
+    assert 0 < drowned.sum() < count
     sigma2 = model.logvar_bias.detach().exp().double().numpy()
-    drowned = variances[:48] < level
-    np.testing.assert_allclose(sigma2, np.where(drowned, 1.0, level / variances[:48]), rtol=2e-2)
+    np.testing.assert_allclose(sigma2, np.where(drowned, 1.0, level / variances[:count]), rtol=1e-3)
     assert (sigma2[drowned] == 1).all()
 
 
@@ -292,8 +302,8 @@ def test_grey_images_have_a_third_of_the_components(layout):
 
 
 def test_the_fit_replaces_an_older_one():
-    model, again, images = model_for("vector"), model_for("vector"), some_images()
-    fit_linear_path(model, some_images(300, seed=5), NOISE)
+    model, again, images = model_for("vector"), model_for("vector"), some_images(5)
+    fit_linear_path(model, some_images(seed=5), NOISE)  # of more components
     fit_linear_path(model, images, NOISE)
     fit_linear_path(again, images, NOISE)
     for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):

@@ -439,6 +439,15 @@ def test_blending_tiles_of_a_local_function_gives_the_function(shape, tile, over
     torch.testing.assert_close(down, x, rtol=0, atol=1e-6)
 
 
+def test_tiles_that_disagree_are_blended_without_a_seam():
+    model, count = fresh("spatial"), iter(range(9))
+    x = torch.zeros(1, 1, 20, 8)
+    blended = model._tiled(x, lambda part: part + next(count), 8, unit=1, scale=1)[0, 0, :, 0]
+    # Tiles begin at 0, 6 and 12; over their two common positions the weights are 1 : 1/2, then 1/2 : 1.
+    expected = [0.0] * 6 + [1 / 3, 2 / 3] + [1.0] * 4 + [4 / 3, 5 / 3] + [2.0] * 6
+    torch.testing.assert_close(blended, torch.tensor(expected))
+
+
 def test_tiling_refusals():
     with pytest.raises(NotImplementedError, match="positions.*whole image.*enable_slicing"):
         fresh("vector").enable_tiling()

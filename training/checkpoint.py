@@ -19,10 +19,35 @@ from typing import Any
 from accelerate import Accelerator
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.config import Config, config_from_dict
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+
+# Keys that a resume may not change: the weights, what is averaged or adapted for each of them, the order of images or
+# the meaning of a step depend on them.
+FIXED_ON_RESUME = (
+    "model.",
+    "data.",
+    "loss.",
+    "output.run_name",
+    "training_presets.batch_size",
+    "training_presets.ema_",
+    "training_presets.linear_lr_scale",
+    "training_presets.optimizer",
+    "training_presets.seed",
+)
+# Exceptions: places and speeds.
+FREE_ON_RESUME = (
+    "data.cache_dir",
+    "data.decode_threads",
+    "data.num_train_images",
+    "data.prefetch_batches",
+    "data.revision",  # the commit behind it is compared by the stream
+    "data.timeout_s",
+    "loss.trunk_weights",
+)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -123,6 +148,9 @@ def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     type(model).register_for_auto_class("AutoModel")
     model.save_pretrained(temporary, safe_serialization=True)
+    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
+    write_json(temporary / "config.json", config)
     source = Path(inspect.getfile(type(model)))
     shutil.copyfile(source, temporary / source.name)
     if folder.exists():
@@ -134,3 +162,24 @@ def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(temporary, folder)
+
+
+def check_resume(config: Config, checkpoint: Path) -> None:
+    """Refuse a resume whose configuration means another run; name every key."""
+    saved = config_from_dict(read_state(checkpoint)["config"]).flat()
+    now = config.flat()
+    changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
+    refused = [
+        f"{key} ({saved.get(key)!r} -> {now.get(key)!r})"
+        for key in changed
+        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
+        # Rows from the cache have one order, whoever filled it.
+        and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
+    ]
+    if refused:
+        raise ValueError(
+            f"--resume: {checkpoint} was trained with other values of {', '.join(refused)}: set them back, or start a "
+            "new run."
+        )
+    for key in changed:
+        logger.info("resume: %s was %r, is now %r", key, saved.get(key), now.get(key))

@@ -23,6 +23,8 @@ from typing import Any
 
 from training.kl import KLSchedule
 
+COLLECTIVE_TIMEOUT_S = 3600  # how long processes wait for each other before the run fails
+
 
 def _require(ok: bool, key: str, value: Any, remedy: str) -> None:
     if not ok:
@@ -54,7 +56,14 @@ class DataConfig:
     prefetch_batches: int = 4  # decoded batches kept ready
     synthetic_train_images: int = 4096
     synthetic_validation_images: int = 256
-    cache_dir: str | None = None  # of `datasets`; null: its own default (HF_HOME)
+    # "on": rows are kept on disk, encoded, as they arrive, and from the second epoch on read from there in an order
+    # that shuffles all of them; "only": the same from rows that an earlier run has kept, without a network; "off":
+    # every process reads the source in every epoch, through the shuffle buffer. Folders of images are never copied.
+    cache: str = "on"
+    cache_dir: str | None = None  # folder of these rows and of `datasets`' own files; null: HF_HOME/datasets
+    # Seconds without a new row, retries included, before the run gives up. Below COLLECTIVE_TIMEOUT_S by 10 minutes,
+    # because the processes that have their rows wait in a collective for the one that has not.
+    timeout_s: float = 1200.0
 
     def __post_init__(self) -> None:
         _require(bool(self.dataset), "data.dataset", self.dataset, "give a Hub id, parquet, imagefolder or synthetic_faces")
@@ -75,6 +84,9 @@ class DataConfig:
             self.max_validation_images >= 1, "data.max_validation_images", self.max_validation_images, "use at least 1"
         )
         _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use 0 to 1")
+        _require(self.cache in ("on", "off", "only"), "data.cache", self.cache, "use on, off or only")
+        limit = COLLECTIVE_TIMEOUT_S - 600
+        _require(0 < self.timeout_s <= limit, "data.timeout_s", self.timeout_s, f"use more than 0 to {limit} seconds")
         _require(self.decode_threads >= 0, "data.decode_threads", self.decode_threads, "use 0 (automatic) or more")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "use at least 1")
         _require(

@@ -1,14 +1,12 @@
-"""Streams to batches: the order of an epoch, decoding in threads, the flip, bad rows, and resume.
+"""Rows to batches: global batches, decoding in threads, the flip, bad rows, and resume.
 
-`sources` opens the stream of encoded images, `images` decodes them; pixels stay uint8 until they are on the
-device. Not here: other augmentation, the way to the device.
+`row_order` says which rows come when, `images` decodes them; pixels stay uint8 until they are on the device.
+Not here: other augmentation, the way to the device.
 
 The order of an epoch is a pure function of (seed, epoch). The numbers of processes and of decode threads and
-interruptions do not change it: the shuffled stream is cut into global batches, and every rank reads the whole
-stream but decodes only its own slice of each. So no row is lost or comes twice whatever the number of shards,
-every rank has the same number of batches, and a resume skips rows without decoding them. To read encoded
-bytes takes a tenth of the time of decoding them. Over a network every rank downloads the stream; a local
-cache belongs into `TrainStream._rows`, the one place that says where the rows of an epoch come from.
+interruptions do not change it: the rows in order are cut into global batches, and every rank reads and decodes its
+own slice of each. So no row is lost or comes twice whatever the number of shards, every rank has the same number
+of batches, and a resume skips references to rows, unread.
 """
 
 import contextlib
@@ -23,19 +21,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 
 from training.images import BadImage, decode_image
-from training.sources import READ_ROWS, encoded_bytes, open_counted_split, open_split
+from training.row_order import open_rows
+from training.shards import encoded_bytes
 
 logger = logging.getLogger(__name__)
 
 _SPARE_ROWS = 32  # first rows of an epoch, stand-ins for a global batch that is unreadable altogether
 _MIN_ROWS_TO_JUDGE = 200  # with fewer, one bad row alone would be more than 0.5 %
-_REMINDER_S = 60.0  # between two log lines that say that no rows arrive
+_REMINDER_S = 30.0  # between two log lines that say that no rows arrive
 _MAX_DECODE_THREADS = 16
+_FREE_ON_RESUME = {"revision", "files", "folder", "files_at"}  # names and places; the rows decide
 
 
 @dataclass
@@ -51,11 +50,6 @@ class Batch:
     pixels: torch.Tensor
     row_ids: list[str]
     index: int
-
-
-def _iterate(dataset: datasets.IterableDataset, column: str) -> Iterator[dict | bytes | None]:
-    for rows in dataset.iter(batch_size=READ_ROWS):
-        yield from rows[column]
 
 
 def _decode_pool(config) -> ThreadPoolExecutor:
@@ -83,16 +77,16 @@ def load_validation(config, *, resolution: int, rank: int, world_size: int) -> t
         ValueError: The split holds no rows, or this rank can read none of its own.
     """
 
+    rows = open_rows(config, "validation")
+
     def decode(numbered_row: tuple) -> np.ndarray | None:
         try:
-            return decode_image(encoded_bytes(numbered_row[1])[0], config.crop_px, resolution)
+            return decode_image(encoded_bytes(rows.read(numbered_row[1]))[0], config.crop_px, resolution)
         except BadImage as error:
             logger.warning("validation row %d skipped: %s", numbered_row[0], error)
             return None
 
-    with contextlib.closing(_iterate(open_split(config, "validation"), config.image_column)) as rows:
-        first_rows = enumerate(itertools.islice(rows, config.max_validation_images))
-        mine = list(itertools.islice(first_rows, rank, None, world_size))
+    mine = list(itertools.islice(enumerate(rows.first()), rank, None, world_size))
     with _decode_pool(config) as pool:
         decoded = zip(mine, pool.map(decode, mine), strict=True)
         readable = {index: pixels for (index, _), pixels in decoded if pixels is not None}
@@ -118,6 +112,7 @@ class TrainStream:
 
     Attributes:
         num_rows: Rows of an epoch. None where unknown, estimated with a held-out part, exact after an epoch.
+        identity: What the rows are, resolved (the commit of a branch, ...): what a resume depends on.
         dropped_rows: Rows at the end of the last whole epoch that did not fill a global batch.
         bad_rows: Rows of this rank that could not be read and were replaced, so far.
         wait_seconds: Time that the consumer has waited for batches, so far.
@@ -135,20 +130,17 @@ class TrainStream:
         pin_memory: bool = False,
     ):
         if global_batch % world_size:
-            raise ValueError(
-                f"A global batch of {global_batch} cannot be divided over {world_size} processes."
-            )
+            raise ValueError(f"A global batch of {global_batch} cannot be divided over {world_size} processes.")
         self.config, self._resolution, self._pin_memory = config, resolution, pin_memory
         self._seed, self._global_batch = seed, global_batch
         self._local = range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
-        self._dataset, self.num_rows = open_counted_split(config, "train")
+        self._rows = open_rows(config, "train")
+        self.num_rows = self._rows.num_rows
         self.dropped_rows = self.bad_rows = self._decoded_rows = 0
         self.wait_seconds = 0.0
         self._bad_rows: dict[str, str] = {}  # id: reason, in order of appearance
 
-    def epoch_batches(
-        self, epoch: int, start_batch: int = 0, max_batches: int | None = None
-    ) -> Iterator[Batch]:
+    def epoch_batches(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> Iterator[Batch]:
         """Yields this rank's batches of an epoch. Its threads end with the iterator, however that ends.
 
         A row that cannot be read is replaced by the next readable one of its global batch: the same one for
@@ -193,22 +185,39 @@ class TrainStream:
                 self._check_bad_fraction(min_rows=1)
         finally:
             closing.set()
+            self._rows.interrupt()
             with contextlib.suppress(queue.Empty):  # a reader that waits for room goes on, and sees `closing`
                 while True:
                     handover.get_nowait()
             reader.join(timeout=10.0)  # only a stalled network read takes longer, and ends with the process
             pool.shutdown(wait=not reader.is_alive(), cancel_futures=True)
 
-    def _rows(self, epoch: int) -> Iterator[dict | bytes | None]:
-        """All rows of an epoch, encoded, in the order of training."""
-        shuffled = self._dataset.shuffle(seed=self._seed, buffer_size=self.config.shuffle_buffer)
-        shuffled.set_epoch(epoch)
-        return _iterate(shuffled, self.config.image_column)
+    @property
+    def identity(self) -> dict:
+        return self._rows.identity
+
+    def check_resume(self, saved: dict) -> None:
+        """Compares the rows with those of the run that is resumed.
+
+        Args:
+            saved: Its `identity`.
+
+        Raises:
+            ValueError: They differ; names what and how.
+        """
+        now = self.identity
+        keys = sorted((saved.keys() | now.keys()) - _FREE_ON_RESUME)
+        changed = [f"{key} ({saved.get(key)} -> {now.get(key)})" for key in keys if saved.get(key) != now.get(key)]
+        if changed:
+            raise ValueError(
+                f"--resume: the training rows of {self.config.dataset!r} are others than they were: "
+                f"{', '.join(changed)}. Restore the data (for a commit, set data.revision to it), or start a new run."
+            )
 
     def _submit_batches(self, epoch: int, start_batch: int, stop_batch: int | None, pool) -> Iterator[tuple]:
         """Yields (canvas (local, resolution, resolution, 3), the jobs that fill it, index of the batch)."""
         shape = (len(self._local), self._resolution, self._resolution, 3)
-        with contextlib.closing(self._rows(epoch)) as stream:
+        with contextlib.closing(self._rows.order(self._seed, epoch)) as stream:
             spares = list(itertools.islice(stream, _SPARE_ROWS))
             rows = itertools.chain(spares, stream)
             for index in itertools.count():
@@ -242,10 +251,11 @@ class TrainStream:
             Its id; and (id, reason) of the row that belongs there, if that one is bad.
         """
         bad = None
-        for value in candidates:
-            row_id = (isinstance(value, dict) and value["path"]) or "null"
+        for reference in candidates:
+            row = self._rows.read(reference)
+            row_id = row[1] or "null"
             try:
-                data, row_id = encoded_bytes(value)
+                data, row_id = encoded_bytes(row)
                 pixels = torch.from_numpy(decode_image(data, self.config.crop_px, self._resolution))
             except BadImage as error:
                 bad = bad or (row_id, f"{error}; row {position} of epoch {epoch}")
@@ -267,7 +277,14 @@ class TrainStream:
                     return handover.get(timeout=_REMINDER_S)
                 except queue.Empty:
                     waited = time.perf_counter() - began
-                    logger.warning("waiting for rows of %r for %.0f s", self.config.dataset, waited)
+                    reason = self._rows.waiting_for or "none has come"
+                    logger.warning("waiting for rows of %r for %.0f s: %s", self.config.dataset, waited, reason)
+                    idle = self._rows.idle_seconds()
+                    if min(waited, idle) > self.config.timeout_s + _REMINDER_S:
+                        raise RuntimeError(
+                            f"data: no row of {self.config.dataset!r} came for {idle:.0f} s (data.timeout_s="
+                            f"{self.config.timeout_s:g}): {reason}. Checkpoints are intact; use --resume auto."
+                        ) from None
         finally:
             self.wait_seconds += time.perf_counter() - began
 

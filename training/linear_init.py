@@ -149,7 +149,9 @@ def fit_linear_path(model: AutoencoderKLUltra, images: Tensor, noise_fraction: f
     even = (vectors * vectors.view(3, patch, patch, found).flip(2).view_as(vectors)).sum(dim=0) > 0
     painted = path.decode_patch
     width = (painted + 1) // 2
-    products = {sign: torch.zeros(int((even == (sign > 0)).sum()), 3 * painted * width, device=device) for sign in (1, -1)}
+    products = {
+        sign: torch.zeros(int((even == (sign > 0)).sum()), 3 * painted * width, device=device) for sign in (1, -1)
+    }
     sums, squares, number = 0.0, torch.zeros(count, device=device), 0
     for part in chunks():
         coefficients = as_rows(path.encode(model.shrink(part)))

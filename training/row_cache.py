@@ -1,11 +1,11 @@
 """Encoded images kept on this machine's disk: fetched once, while training reads them, and complete afterwards.
 
-A cache is a folder of Arrow files ("chunks" of at most 512 rows or 32 MB) below `data.cache_dir`. One thread of
-one process per node, the fetcher, writes them in the order in which the first epoch wants them, each under a
-temporary name that is renamed when its bytes are on the disk. Whoever trains maps finished chunks into memory and
-waits for those that are missing. Chunks are that small, and not one file per shard, so that training begins with
-the first rows, so that other processes need no protocol to follow but "does the file exist", and so that what was
-cut off goes on at the last chunk.
+A cache is a folder of Arrow files ("chunks" of at most 512 rows or 16 MB) below `data.cache_dir`. One process per
+node, the fetcher, writes them, a few shards at a time in the order in which the first epoch wants them, each chunk
+under a temporary name that is renamed when its bytes are on the disk. Whoever trains maps finished chunks into
+memory and waits for those that are missing. Chunks are that small, and not one file per shard, so that training
+begins with the first rows, so that other processes need no protocol to follow but "does the file exist", and so
+that what was cut off goes on at the last chunk.
 
     <cache_dir>/encoded_rows/<dataset>-<role>-<hash of identity>/
         shard-00003-chunk-00000.arrow   columns bytes, path; how far into the shard it reaches in the metadata
@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 import threading
@@ -33,18 +34,16 @@ import datasets
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from training.chunks import Chunk, describe_chunk, in_chunks, open_chunk, read_manifest, write_chunk, write_file
 from training.shards import Patience, Row
 from training.sources import Source
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_ROWS, _CHUNK_BYTES = 512, 32_000_000
+_WORKERS = 4  # shards; one connection gives a third of what a network card does
 _POLL_S = 0.05
 _SPARE_BYTES = 1_000_000_000  # left free on the disk for checkpoints and the like
 _GRACE_S = 30.0  # others wait so much longer than the fetcher, whose error is the clearer one
-_SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string())])
-
-Chunk = dict  # "rows", "bytes", "blake2b", "source_rows" (rows of the shard read by its end)
 
 
 def cache_root(config) -> Path:
@@ -70,7 +69,8 @@ class RowCache:
         self._tables: dict[tuple[int, int], pa.RecordBatch] = {}
         self._fetcher: threading.Thread | None = None
         self._stop, self._error = threading.Event(), None
-        self._patience = Patience(timeout_s, self._stop)
+        self._interrupted = threading.Event()
+        self._patiences: list[Patience] = []  # of the shards that are being fetched
         self.is_complete = False
         self._look_for_manifest()
         if not self.is_complete and source is None:
@@ -91,7 +91,7 @@ class RowCache:
 
     @property
     def waiting_for(self) -> str:
-        return self._patience.waiting_for
+        return "; ".join(patience.waiting_for for patience in [*self._patiences] if patience.waiting_for)
 
     def chunk_rows(self) -> list[int]:
         """Rows of each chunk, in the order of the source."""
@@ -128,13 +128,16 @@ class RowCache:
     def _table(self, shard: int, chunk: int) -> pa.RecordBatch:
         table = self._tables.get((shard, chunk))
         if table is None:
-            table = self._tables[shard, chunk] = _open_chunk(self._chunk_path(shard, chunk))
+            table = self._tables[shard, chunk] = open_chunk(self._chunk_path(shard, chunk))
         return table
+
+    def interrupt(self) -> None:
+        """Ends a wait for rows in another thread; the fetcher goes on."""
+        self._interrupted.set()
 
     def _wait(self, is_there: Callable[[], bool], what: str) -> None:
         if is_there():
             return
-        self.start()
         last_signs, last_change, pause = None, time.monotonic(), 0.002
         while not is_there():
             if self._error is not None:
@@ -143,16 +146,17 @@ class RowCache:
                 signs = (self.folder / "progress").stat().st_mtime_ns
                 if signs != last_signs:
                     last_signs, last_change = signs, time.monotonic()
-            if self._fetches_here and self._fetcher is not None:
-                last_change = max(last_change, self._patience.last_progress)
+            last_change = max([last_change, *(patience.last_progress for patience in [*self._patiences])])
             waited = time.monotonic() - last_change
             if waited > self._timeout_s + _GRACE_S * min(1.0, self._timeout_s / 60):
-                reason = self.waiting_for or "the process that fetches them has not moved on"
+                elsewhere = "the process that fetches them has not moved on"
+                reason = self.waiting_for or (elsewhere if self._fetcher is None else "the source has not answered")
                 raise RuntimeError(
                     f"data: waited {waited:.0f} s for {what} (data.timeout_s={self._timeout_s:g}): {reason}. "
                     "Checkpoints are intact; use --resume auto when the source answers."
                 )
-            time.sleep(pause)
+            if self._interrupted.wait(pause):
+                raise RuntimeError(f"data: interrupted while waiting for {what}.")
             pause = min(_POLL_S, 2 * pause)
 
     def _chunk_path(self, shard: int, chunk: int) -> Path:
@@ -164,8 +168,18 @@ class RowCache:
     def _is_whole(self, shard: int) -> bool:
         if shard not in self._shards:
             with contextlib.suppress(OSError, ValueError):
-                self._shards[shard] = json.loads(self._shard_path(shard).read_text())["chunks"]
+                chunks = json.loads(self._shard_path(shard).read_text())["chunks"]
+                if self._first_damaged(shard, chunks) is None:
+                    self._shards[shard] = chunks
         return shard in self._shards
+
+    def _first_damaged(self, shard: int, chunks: list[Chunk]) -> int | None:
+        """By size; the contents are compared when all are there."""
+        for i, chunk in enumerate(chunks):
+            path = self._chunk_path(shard, i)
+            if not path.exists() or path.stat().st_size != chunk["bytes"]:
+                return i
+        return None
 
     def _look_for_manifest(self) -> bool:
         """Whether everything is there; sizes are compared, the contents were when the manifest was written."""
@@ -175,14 +189,14 @@ class RowCache:
         if manifest is None:
             return False
         for shard, chunks in enumerate(manifest["shards"]):
-            for i, chunk in enumerate(chunks):
-                path = self._chunk_path(shard, i)
-                if not path.exists() or path.stat().st_size != chunk["bytes"]:
-                    if self._source is None:
-                        raise ValueError(f"data.cache: {path} is damaged; delete {self.folder} and fetch it again.")
+            if (damaged := self._first_damaged(shard, chunks)) is not None:
+                path = self._chunk_path(shard, damaged)
+                if self._source is None:
+                    raise ValueError(f"data.cache: {path} is damaged; delete {self.folder} and fetch it again.")
+                if self._fetches_here:
                     logger.warning("data.cache: %s is damaged and will be fetched again", path)
                     (self.folder / "manifest.json").unlink(missing_ok=True)
-                    return False
+                return False
         self._shards = dict(enumerate(manifest["shards"]))
         self.is_complete = True
         return True
@@ -195,6 +209,7 @@ class RowCache:
 
     def start(self, order: list[int] | None = None) -> None:
         """Starts to fetch what is missing, in the given order of shards, if this process is the one to do it."""
+        self._interrupted.clear()
         if self.is_complete or self._fetcher is not None or not self._fetches_here:
             return
         order = list(range(self.num_shards)) if order is None else order
@@ -230,9 +245,17 @@ class RowCache:
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         for attempt in range(2):
+            todo, errors = queue.SimpleQueue(), []
             for shard in order:
-                if not self._stop.is_set() and not self._is_whole(shard):
-                    self._fetch_shard(shard)
+                todo.put(shard)
+            # Not an executor: Python waits for its threads at exit, with which a download would have to end.
+            workers = [threading.Thread(target=self._work, args=(todo, errors), daemon=True) for _ in range(_WORKERS)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            if errors:
+                raise errors[0]
             if self._stop.is_set():
                 return
             damaged = self._verify()
@@ -242,64 +265,74 @@ class RowCache:
                 raise RuntimeError(f"data.cache: {damaged[0]} differs from what was written: the disk is faulty.")
         shards = [self._shards[shard] for shard in range(self.num_shards)]
         identity = self._source.identity
-        _write(self.folder / "manifest.json", json.dumps({"identity": identity, "shards": shards}).encode())
+        write_file(self.folder / "manifest.json", json.dumps({"identity": identity, "shards": shards}).encode())
         size = sum(chunk["bytes"] for chunks in shards for chunk in chunks)
         rows = sum(chunk["rows"] for chunks in shards for chunk in chunks)
         logger.info("data.cache: %d rows, %.2f GB, complete and verified in %s", rows, size / 1e9, self.folder)
 
+    def _work(self, todo: queue.SimpleQueue, errors: list[BaseException]) -> None:
+        with contextlib.suppress(queue.Empty):
+            while not self._stop.is_set():
+                shard = todo.get_nowait()
+                try:
+                    if not self._is_whole(shard):
+                        self._fetch_shard(shard)
+                except BaseException as error:  # noqa: BLE001 (it is raised where rows are waited for)
+                    errors.append(error)
+                    self._stop.set()
+
     def _fetch_shard(self, shard: int) -> None:
         """Writes the chunks of a shard that are not there, and its list when all are."""
-        chunks = list(self._chunks_on_disk(shard))
-        source_rows = chunks[-1]["source_rows"] if chunks else 0
-        kept = sum(chunk["rows"] for chunk in chunks)
-        limit, is_wanted = self._source.limit, self._source.is_wanted
-        pending: list[Row] = []
-        touched = 0.0
+        patience = Patience(self._timeout_s, self._stop)
+        self._patiences.append(patience)
+        try:
+            chunks = list(self._chunks_on_disk(shard))
+            start = chunks[-1]["source_rows"] if chunks else 0
+            with contextlib.closing(patience.rows(self._source.shards[shard], start)) as parts:
+                rows = self._wanted(itertools.chain.from_iterable(parts), start, sum(c["rows"] for c in chunks))
+                for pending, source_rows in in_chunks(rows):
+                    chunks.append(write_chunk(self._chunk_path(shard, len(chunks)), pending, source_rows))
+            if not self._stop.is_set():  # else the rows ended early
+                write_file(self._shard_path(shard), json.dumps({"chunks": chunks}).encode())
+                self._is_whole(shard)
+        finally:
+            self._patiences.remove(patience)
 
-        def write() -> None:
-            if pending:
-                chunks.append(_write_chunk(self._chunk_path(shard, len(chunks)), pending, source_rows))
-                pending.clear()
-
-        pending_bytes = 0
-        with contextlib.closing(self._patience.rows(self._source.shards[shard], source_rows)) as parts:
-            for row in itertools.chain.from_iterable(parts):
-                if limit is not None and kept >= limit:
-                    break
-                source_rows += 1
-                if time.monotonic() - touched > 0.5:
-                    (self.folder / "progress").touch()
-                    touched = time.monotonic()
-                if is_wanted is not None and not is_wanted(row):
-                    continue
-                pending.append(row)
+    def _wanted(self, rows: Iterator[Row], source_rows: int, kept: int) -> Iterator[tuple[Row, int]]:
+        """Rows on this side of the split, each with the number of the shard's rows up to it, to the limit."""
+        limit, is_wanted, touched = self._source.limit, self._source.is_wanted, 0.0
+        for row in rows:
+            if (limit is not None and kept >= limit) or self._stop.is_set():
+                return
+            if time.monotonic() - touched > 0.5:
+                (self.folder / "progress").touch()
+                touched = time.monotonic()
+            source_rows += 1
+            if is_wanted is None or is_wanted(row):
                 kept += 1
-                pending_bytes += len(row[0] or b"")
-                if len(pending) >= _CHUNK_ROWS or pending_bytes >= _CHUNK_BYTES:
-                    write()
-                    pending_bytes = 0
-                    if self._stop.is_set():
-                        return
-        if self._stop.is_set():  # the rows may have ended early
-            return
-        write()
-        _write(self._shard_path(shard), json.dumps({"chunks": chunks}).encode())
-        self._is_whole(shard)
+                yield row, source_rows
 
     def _chunks_on_disk(self, shard: int) -> Iterator[Chunk]:
+        """Those that an earlier fetcher left, up to the first that is missing or damaged."""
         for i in itertools.count():
             path = self._chunk_path(shard, i)
             try:
-                table = _open_chunk(path)
-            except FileNotFoundError:
+                table = open_chunk(path)
+            except (FileNotFoundError, pa.ArrowInvalid):
+                self._drop_from(shard, i)
                 return
-            except pa.ArrowInvalid:
+            yield describe_chunk(path.read_bytes(), table)
+
+    def _drop_from(self, shard: int, chunk: int) -> None:
+        """Deletes a chunk and those after it: each begins where the one before ends."""
+        self._shard_path(shard).unlink(missing_ok=True)
+        self._shards.pop(shard, None)
+        for path in self.folder.glob(f"shard-{shard:05d}-chunk-*.arrow"):
+            if path >= self._chunk_path(shard, chunk):
                 path.unlink()
-                return
-            yield _describe(path.read_bytes(), table)
 
     def _verify(self) -> list[Path]:
-        """Reads everything back; takes away what is damaged and returns its paths."""
+        """Reads everything back; deletes what is damaged and returns its paths."""
         damaged = []
         for shard in range(self.num_shards):
             for i, chunk in enumerate(self._shards[shard]):
@@ -310,10 +343,7 @@ class RowCache:
                 if not path.exists() or hashlib.blake2b(path.read_bytes()).hexdigest() != chunk["blake2b"]:
                     logger.warning("data.cache: %s is damaged and will be fetched again", path)
                     damaged.append(path)
-                    self._shard_path(shard).unlink()
-                    for later in range(i, len(self._shards[shard])):  # each chunk begins where the one before ends
-                        self._chunk_path(shard, later).unlink(missing_ok=True)
-                    del self._shards[shard]
+                    self._drop_from(shard, i)
                     break
         return damaged
 
@@ -340,7 +370,7 @@ class RowCache:
             )
 
 
-# ---- files ----
+# ---- which cache ----
 
 
 def cache_folder(config, source: Source) -> Path:
@@ -362,44 +392,3 @@ def find_complete(config, asked: dict) -> Path | None:
         if same and asked["revision"] in (identity["revision"], identity.get("commit")):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
-
-
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a complete cache, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "manifest.json").read_text())
-    return None
-
-
-def _open_chunk(path: Path) -> pa.RecordBatch:
-    with pa.memory_map(str(path)) as file:  # the mapping outlives the file handle
-        return pa.ipc.open_file(file).get_batch(0)
-
-
-def _write_chunk(path: Path, rows: list[Row], source_rows: int) -> Chunk:
-    schema = _SCHEMA.with_metadata({"source_rows": str(source_rows)})
-    table = pa.record_batch([pa.array(column, kind) for column, kind in zip(zip(*rows), _SCHEMA.types)], schema=schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(table)
-    data = sink.getvalue().to_pybytes()
-    _write(path, data)
-    return _describe(data, table)
-
-
-def _describe(data: bytes, table: pa.RecordBatch) -> Chunk:
-    return {
-        "rows": table.num_rows,
-        "bytes": len(data),
-        "blake2b": hashlib.blake2b(data).hexdigest(),
-        "source_rows": int(table.schema.metadata[b"source_rows"]),
-    }
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

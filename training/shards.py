@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Row = tuple[bytes | None, str | None]  # encoded image, path; both None for a null
 
 _READ_ROWS = 256  # rows converted from Arrow at once
+_READ_BYTES = 8_000_000  # asked for in one request
 _BAD_SHARD_ATTEMPTS = 3  # for what a repetition seldom mends: a missing or damaged file
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 1.0, 60.0
 
@@ -92,6 +93,9 @@ class Patience:
     def progress(self) -> None:
         self._attempts, self.last_progress, self.waiting_for = 0, time.monotonic(), ""
 
+    def idle_seconds(self) -> float:
+        return time.monotonic() - self.last_progress
+
     def wait(self, what: str, error: Exception) -> None:
         """Pauses before the next attempt.
 
@@ -100,8 +104,9 @@ class Patience:
         """
         self._attempts += 1
         reason = in_one_line(error)
-        waited = time.monotonic() - self.last_progress
-        if _is_lasting(error) and self._attempts >= _BAD_SHARD_ATTEMPTS:
+        waited = self.idle_seconds()
+        is_lasting = _is_lasting(error) or "://" not in what  # a disk, unlike a network, seldom comes back
+        if is_lasting and self._attempts >= _BAD_SHARD_ATTEMPTS:
             raise RuntimeError(f"data: {what} cannot be read ({self._attempts} attempts): {reason}") from error
         delay = _retry_after(error) or min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts - 1, 10))
         delay *= random.uniform(1.0, 1.25)  # many machines that were cut off at once come back one by one
@@ -185,17 +190,29 @@ def parquet_rows(files: list[ParquetFile], column: str, start: int) -> Iterator[
             continue
         with file.open() as handle:
             parquet = pq.ParquetFile(handle, metadata=file.footer, pre_buffer=True)
-            for group in range(file.footer.num_row_groups):
-                num_rows = file.footer.row_group(group).num_rows
+            for groups, num_rows in _group_runs(file.footer, column):
                 if start >= num_rows:  # neither fetched nor parsed
                     start -= num_rows
                     continue
-                batches = parquet.iter_batches(_READ_ROWS, row_groups=[group], columns=[column], use_threads=False)
-                for batch in batches:
+                for batch in parquet.iter_batches(_READ_ROWS, row_groups=groups, columns=[column], use_threads=False):
                     values = batch.column(0).slice(start).to_pylist()
                     start = max(0, start - batch.num_rows)
                     if values:
                         yield [as_row(value) for value in values]
+
+
+def _group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list[int], int]]:
+    """Row groups to read at once, and their rows: enough bytes to be worth a request, few enough to lose one."""
+    groups, size, num_rows = [], 0, 0
+    for i in range(footer.num_row_groups):
+        group = footer.row_group(i)
+        chunks = [group.column(c) for c in range(group.num_columns)]
+        size += sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+        groups.append(i)
+        num_rows += group.num_rows
+        if size >= _READ_BYTES or i == footer.num_row_groups - 1:
+            yield groups, num_rows
+            groups, size, num_rows = [], 0, 0
 
 
 def as_row(value: dict | bytes | None) -> Row:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import inspect
 import logging
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
@@ -29,14 +28,16 @@ from tqdm import tqdm
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import hub
 from training.budget import describe_plan
-from training.checkpoint import export_model, find_checkpoint, read_state, save_checkpoint, write_json
-from training.config import Config, config_from_dict, unknown_key
+from training.build import build_model, build_optimizer, cpu_computes_bf16, micro_batch_size, resolve_precision
+from training.checkpoint import check_resume, export_model, find_checkpoint, read_state, save_checkpoint, write_json
+from training.config import COLLECTIVE_TIMEOUT_S, Config, config_from_dict
 from training.data import TrainStream, load_validation
 from training.evaluate import Validation, reconstruction_grid, sample_grid, validate
 from training.kl import KLController
 from training.linear_init import fit_linear_path, freeze_linear_path
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
+from training.signals import StopSignal
 from training.step import TrainStep
 from training.tracking import Tracker, setup_logging
 
@@ -47,27 +48,6 @@ SIGNALLED = "a signal"
 MAX_SKIPPED_IN_A_ROW = 20  # steps without a finite gradient before the run gives up
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
-# Keys that a resume may not change: the weights, what is averaged or adapted for each of them, the order of images or
-# the meaning of a step depend on them.
-FIXED_ON_RESUME = (
-    "model.",
-    "data.",
-    "loss.",
-    "output.run_name",
-    "training_presets.batch_size",
-    "training_presets.ema_",
-    "training_presets.linear_lr_scale",
-    "training_presets.optimizer",
-    "training_presets.seed",
-)
-# Exceptions: places and speeds.
-FREE_ON_RESUME = (
-    "data.cache_dir",
-    "data.decode_threads",
-    "data.num_train_images",
-    "data.prefetch_batches",
-    "loss.trunk_weights",
-)
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
@@ -89,116 +69,6 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
 
 
-def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """Which mixed precision to use, and who says so.
-
-    A launcher that names one wins. "no" is also what `accelerate launch` exports when nobody chose, so it does not
-    count as named: a plain launch gets the configuration's precision rather than a silent float32.
-
-    Raises:
-        ValueError: fp16 on a CPU, which autocast accepts and ignores, or a precision that is not supported.
-    """
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    source = "the configuration"
-    if launcher != "no":
-        wanted, source = launcher, "the launcher"
-    if wanted == "auto":
-        source = f"auto on {device.type}"
-        if device.type == "cuda":
-            wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif device.type == "cpu":
-            wanted = "bf16" if cpu_computes_bf16() else "no"
-        else:
-            wanted = "no"
-    if wanted not in ("no", "bf16", "fp16"):
-        raise ValueError(f"mixed precision {wanted!r} (from {source}): use no, bf16 or fp16.")
-    if wanted == "fp16" and device.type == "cpu":
-        raise ValueError(
-            f"mixed precision fp16 (from {source}) does nothing on a CPU: use bf16 or no, in "
-            "training_presets.mixed_precision or in the accelerate configuration."
-        )
-    return wanted, source
-
-
-def cpu_computes_bf16() -> bool:
-    """Whether this CPU has bfloat16 instructions; without them bf16 is emulated, several times slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
-def build_model(config: Config) -> AutoencoderKLUltra:
-    """The model of section `model`, on the CPU, with the seed's initial weights.
-
-    Raises:
-        ValueError: Unknown key or impossible shape.
-    """
-    known = [name for name in inspect.signature(AutoencoderKLUltra.__init__).parameters if name != "self"]
-    for key in config.model:
-        if key not in known:
-            raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
-    torch.manual_seed(config.training_presets.seed)
-    try:
-        return AutoencoderKLUltra(**config.model)
-    except TypeError as error:
-        raise ValueError(f"section model: a value has the wrong type ({error}).") from None
-
-
-def _batch_arithmetic(config: Config, processes: int) -> int:
-    """Images in one forward pass of one process, checked."""
-    batch = config.training_presets.batch_size
-    if batch % processes:
-        raise ValueError(
-            f"training_presets.batch_size {batch} cannot be divided over {processes} processes: "
-            f"use {batch // processes * processes or processes} or another multiple of {processes}."
-        )
-    local = batch // processes
-    return min(config.training_presets.micro_batch_size or local, local)
-
-
-def _check_resume(config: Config, checkpoint: Path) -> None:
-    """Refuse a resume whose configuration means another run; name every key."""
-    saved = config_from_dict(read_state(checkpoint)["config"]).flat()
-    now = config.flat()
-    changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
-    refused = [
-        f"{key} ({saved.get(key)!r} -> {now.get(key)!r})"
-        for key in changed
-        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
-    ]
-    if refused:
-        raise ValueError(
-            f"--resume: {checkpoint} was trained with other values of {', '.join(refused)}: set them back, or start a new "
-            "run."
-        )
-    for key in changed:
-        logger.info("resume: %s was %r, is now %r", key, saved.get(key), now.get(key))
-
-
-class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal has its usual effect."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-                    self._old[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old.clear()
-
-    def _receive(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, self._old.get(number, signal.SIG_DFL))
-
-
 class Trainer:
     """A run, built and ready: `Trainer(config, resume).run()`.
 
@@ -214,13 +84,14 @@ class Trainer:
         self.config = config
         presets, output = config.training_presets, config.output
         # The main process fits the linear path while the others wait for it in their first collective.
-        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=1))
-        for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS",):
-            if os.environ.get(name, "1") != "1":
-                raise ValueError(
-                    f"{name} is {os.environ[name]}: accumulation follows from training_presets.batch_size and "
-                    "micro_batch_size; remove gradient_accumulation_steps from the accelerate configuration."
-                )
+        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        if accumulation != "1":
+            raise ValueError(
+                f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulation}: accumulation follows from "
+                "training_presets.batch_size and micro_batch_size; remove gradient_accumulation_steps from the accelerate "
+                "configuration."
+            )
         device = PartialState(**patience.to_kwargs()).device
         precision, source = resolve_precision(presets.mixed_precision, device)
         checkpoint = None
@@ -238,11 +109,11 @@ class Trainer:
             ],
         )
         setup_logging(accelerator, None)
-        self.micro_batch = _batch_arithmetic(config, accelerator.num_processes)
+        self.micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
         side = self.model.config.sample_size
         if checkpoint is not None:
-            _check_resume(config, checkpoint)
+            check_resume(config, checkpoint)
         elif resume is not None:
             logger.info("--resume auto: no checkpoint of %s in %s, starting anew", output.run_name, output.runs_dir)
         if config.hub.push:
@@ -255,7 +126,10 @@ class Trainer:
         for trunk, key in ((self.trunk, "loss.trunk"), (self.lpips_trunk, "output.eval_lpips_trunk")):
             seen = min(config.loss.perceptual_crop_px or side, side) if key == "loss.trunk" else side
             if trunk is not None and seen < trunk.min_size:
-                raise ValueError(f"{key} {trunk.name} needs images or crops of {trunk.min_size} pixels, these have {seen}.")
+                raise ValueError(
+                    f"{key} {trunk.name} needs images or crops of {trunk.min_size} pixels, these have {seen}: use larger "
+                    "ones, or another trunk."
+                )
 
         with accelerator.main_process_first():
             self.stream = TrainStream(
@@ -271,6 +145,8 @@ class Trainer:
                 config.data, resolution=side, rank=accelerator.process_index, world_size=accelerator.num_processes
             )
 
+        if checkpoint is not None:
+            self.stream.check_resume(read_state(checkpoint)["data"])
         if (self.stream.num_rows or presets.batch_size) < presets.batch_size:
             raise ValueError(
                 f"training_presets.batch_size {presets.batch_size} is more than the {self.stream.num_rows} training "
@@ -285,7 +161,7 @@ class Trainer:
         logger.info("run       %s", self.run_dir)
         logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
         if precision == "bf16" and device.type == "cpu" and not cpu_computes_bf16():
-            logger.warning("this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)")
+            logger.warning("this CPU has no bfloat16 instructions: bf16 is emulated, slower than float32 (auto avoids it)")
         for line in describe_plan(config, accelerator.num_processes, self.num_train_images).splitlines():
             logger.info(line)
 
@@ -300,7 +176,7 @@ class Trainer:
         if presets.compile:
             self.model.compile()  # in place: names in checkpoints stay those of the eager model
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = self._optimizer()
+        self.optimizer = build_optimizer(config, self.model, self.parameters, accelerator.device)
         # Prepared before the averaged weights are copied: this is where other processes get the main one's weights.
         prepared_model, prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
         self.ema = None
@@ -395,30 +271,13 @@ class Trainer:
         self.model.to(self.accelerator.device)
         result = fit_linear_path(self.model, images, presets.linear_noise_fraction)
         logger.info(
-            "linear path fitted on %d images in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a number",
+            "linear path fitted on %d images in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a "
+            "number",
             len(images),
             time.monotonic() - started,
             result["components"],
             100 * result["kept_fraction"],
             result["kl_per_number"],
-        )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        presets = self.config.training_presets
-        linear = set(self.model.linear_path.parameters()) if self.model.linear_path is not None else set()
-        groups = []
-        for scale, members in (
-            (1.0, [p for p in self.parameters if p not in linear]),
-            (presets.linear_lr_scale, [p for p in self.parameters if p in linear]),
-        ):
-            if members:
-                groups.append({"params": members, "lr": presets.learning_rate * scale, "lr_scale": scale})
-        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
-        return cls(
-            groups,
-            betas=(presets.adam_beta1, presets.adam_beta2),
-            weight_decay=presets.weight_decay,
-            fused=self.accelerator.device.type in ("cpu", "cuda"),
         )
 
     # ------------------------------------------------------------------ checkpoints
@@ -430,6 +289,7 @@ class Trainer:
             "plateau": {key: self.plateau.state_dict()[key] for key in PLATEAU_STATE},
             "kl": self.kl.state_dict(),
             "processes": self.accelerator.num_processes,
+            "data": self.stream.identity,
         }
         save_checkpoint(
             self.accelerator, self.run_dir, self.progress.step, state, self.config.output.keep_checkpoints
@@ -498,8 +358,9 @@ class Trainer:
         if progress.step == 0:
             self._validate("before training")
         while progress.epoch < presets.num_epochs:
-            if presets.early_stopping_patience and progress.early_stopping_bad_epochs >= presets.early_stopping_patience:
-                return f"no improvement in {progress.early_stopping_bad_epochs} epochs (early stopping)"
+            bad_epochs = progress.early_stopping_bad_epochs
+            if presets.early_stopping_patience and bad_epochs >= presets.early_stopping_patience:
+                return f"no improvement in {bad_epochs} epochs (early stopping)"
             ended = self._train_epoch(stop)
             if ended is None:
                 progress.epoch += 1
@@ -569,7 +430,8 @@ class Trainer:
     def _agree(self, parts: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
         """Mean loss terms over processes, and whether any process was asked to stop: one collective, one transfer."""
         names = list(parts)
-        vector = torch.stack([*(parts[name] for name in names), torch.tensor(float(stop), device=self.accelerator.device)])
+        flag = torch.tensor(float(stop), device=self.accelerator.device)
+        vector = torch.stack([*(parts[name] for name in names), flag])
         if self.accelerator.num_processes > 1:
             vector = self.accelerator.reduce(vector, reduction="mean")
         *values, stops = vector.tolist()
@@ -669,7 +531,8 @@ class Trainer:
             logger.info("epoch %d step %d: %s", progress.epoch, progress.step, text)
             return
         if self._progress_bar is None:
-            total = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.training_presets.num_epochs
+            epochs = self.config.training_presets.num_epochs
+            total = None if self.steps_per_epoch is None else self.steps_per_epoch * epochs
             self._progress_bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True)
         self._progress_bar.set_postfix_str(text)
         self._progress_bar.update(progress.step - self._progress_bar.n)
@@ -724,8 +587,8 @@ class Trainer:
         self.tracker.histogram("validation/kl_of_number", result.kl_of_number, progress.step)
         if result.sigma_at_bound_fraction > 0.01:
             self.tracker.event(
-                f"{100 * result.sigma_at_bound_fraction:.0f} % of the posterior's sigmas sit at a bound: beta is far too "
-                "small or far too large (see kl/beta)",
+                f"{100 * result.sigma_at_bound_fraction:.0f} % of the posterior's sigmas sit at a bound: beta is far "
+                "too small or far too large (see kl/beta)",
                 "warning",
                 **self._where,
             )
@@ -819,7 +682,8 @@ class Trainer:
         figures = self.progress.best
         self.tracker.event(
             f"finished: {reason}; best model of epoch {figures['epoch']}, step {figures['step']}: validation PSNR "
-            f"{figures['validation/psnr']:.2f} dB, {self._lpips_text(figures)}, MSE {figures['validation/mse']:.5f} on [-1, 1]",
+            f"{figures['validation/psnr']:.2f} dB, {self._lpips_text(figures)}, MSE {figures['validation/mse']:.5f} on "
+            "[-1, 1]",
             "info",
             **self._where,
         )
@@ -837,13 +701,10 @@ class Trainer:
 
 
 def _memory_gib(device: torch.device) -> float:
-    """Peak memory: allocated on a GPU, resident on a CPU."""
+    """Memory: the most that was allocated on a GPU, what is resident now on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # POSIX only, so not at the top
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def train(config: Config, resume: str | None = None) -> int:

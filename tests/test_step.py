@@ -1,0 +1,215 @@
+"""One update: it does not depend on how its batch is cut, equals the plain formula, and refuses what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from scipy import stats
+from torch import nn
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.losses import LossWeights
+from training.perceptual import PerceptualTrunk
+from training.step import TrainStep, draw_step_noise, image_generator
+
+SIDE, CROP = 40, 32
+LATENT = (16, 1, 1)
+WEIGHTS = LossWeights(0.4, 0.2, 0.2, 0.2)
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def trunk() -> PerceptualTrunk:
+    torch.manual_seed(1)
+    return PerceptualTrunk("st_alexnet", load_weights=False)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    """(8, 3, 40, 40), uint8, smooth."""
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.rand(8, 3, 6, 6, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear").mul(255).byte()
+
+
+def awake_model() -> AutoencoderKLUltra:
+    """The tiny model with every parameter away from zero, so that each has a gradient."""
+    torch.manual_seed(3)
+    model = AutoencoderKLUltra(**tiny.SETTINGS["model"])
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def make_step(trunk, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=False, **changes) -> TrainStep:
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    model = awake_model()
+    parameters = list(model.parameters())
+    prepared = accelerator.prepare(model, optimizer(parameters, lr=learning_rate))
+    settings = {"weights": WEIGHTS, "seed": SEED, "latent_shape": LATENT, "micro_batch": 8, "crop_px": CROP}
+    settings |= {"max_grad_norm": 1e9, "trunk": trunk}
+    averaged = EMAModel(parameters, decay=0.9, use_ema_warmup=True, power=0.75) if ema else None
+    return TrainStep(accelerator, *prepared, parameters, ema=averaged, **(settings | changes))
+
+
+def gradient(step: TrainStep, pixels: torch.Tensor, number: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The gradient of step `number` as one vector, and the loss terms."""
+    parts = step.gradients(pixels, step=number, beta=0.01)
+    assert all(parameter.grad is not None for parameter in step.parameters)
+    return torch.cat([parameter.grad.flatten().double() for parameter in step.parameters]), parts
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("crop_px", [CROP, None])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(session, trunk, pixels, crop_px):
+    whole, parts = gradient(make_step(trunk, crop_px=crop_px), pixels)
+    for micro_batch in (3, 1):  # 3: pieces of 3, 3 and 2
+        cut, cut_parts = gradient(make_step(trunk, crop_px=crop_px, micro_batch=micro_batch), pixels)
+        assert relative(cut, whole) <= 1e-6
+        assert cut_parts.keys() == parts.keys()
+        for name, value in parts.items():
+            assert cut_parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_the_gradient_equals_that_of_the_plain_formula(session, trunk, pixels):
+    ours, parts = gradient(make_step(trunk, micro_batch=3), pixels)
+
+    model, beta = awake_model(), 0.01
+    images = pixels.float() / 127.5 - 1
+    draws = [image_generator(SEED, 5, index) for index in range(len(images))]
+    corners = [torch.randint(0, SIDE - CROP + 1, (2,), generator=draw).tolist() for draw in draws]
+    noise = torch.stack([torch.randn(LATENT, generator=draw) for draw in draws])
+    posterior = model.encode(images).latent_dist
+    made = model.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise).sample
+    seen, wanted = [], []
+    for index, (top, left) in enumerate(corners):
+        windows = (index, slice(None), slice(top, top + CROP), slice(left, left + CROP))
+        seen.append(made[windows])
+        wanted.append(images[windows])
+    features, targets = trunk.features(torch.stack(seen)), trunk.features(torch.stack(wanted))
+    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
+    terms = {
+        "mse": nn.functional.mse_loss(made, images),
+        "l1": nn.functional.l1_loss(made, images),
+        "perceptual": trunk.feature_distance(features, targets).mean(),
+        "lpips": trunk.lpips(features, targets).mean(),
+    }
+    loss = 0.4 * terms["mse"] + 0.2 * (terms["l1"] + terms["perceptual"] + terms["lpips"])
+    (loss + beta * kl).backward()
+    theirs = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+
+    assert relative(ours, theirs) <= 1e-5
+    for name, value in {**terms, "kl": kl, "reconstruction": loss, "total": loss + beta * kl}.items():
+        assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("beta", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(session, trunk, pixels, beta):
+    step = make_step(trunk, ema=True)
+    step(pixels[:2], step=0, beta=0.01)  # so that optimizer and averages have a state
+
+    def state() -> list[torch.Tensor]:
+        moments = [value for entry in step.optimizer.state_dict()["state"].values() for value in entry.values()]
+        tensors = [*step.parameters, *step.ema.shadow_params, *map(torch.as_tensor, moments)]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    before, count = state(), step.ema.optimization_step
+    result = step(pixels[:2], step=1, beta=beta)
+    assert result.skipped
+    assert not math.isfinite(result.grad_norm)
+    assert all(torch.equal(old, new) for old, new in zip(before, state(), strict=True))
+    assert step.ema.optimization_step == count
+    assert all(parameter.grad is None for parameter in step.parameters)
+
+    result = step(pixels[:2], step=2, beta=0.01)  # and the next good one counts
+    assert not result.skipped and math.isfinite(result.grad_norm)
+    assert not any(torch.equal(old, new) for old, new in zip(before, state(), strict=True))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 2.0])
+def test_clipping(session, trunk, pixels, fraction):
+    whole, _ = gradient(make_step(trunk), pixels[:2], number=0)
+    norm = whole.norm().item()
+    step = make_step(trunk, optimizer=torch.optim.SGD, learning_rate=1.0, max_grad_norm=fraction * norm)
+    before = torch.cat([parameter.detach().flatten().double() for parameter in step.parameters])
+    result = step(pixels[:2], step=0, beta=0.01)
+    after = torch.cat([parameter.detach().flatten().double() for parameter in step.parameters])
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)  # as it was before
+    assert relative(before - after, whole * min(1.0, fraction)) < 1e-4
+
+
+def test_the_averaged_weights_follow_the_documented_law(session, trunk, pixels):
+    step = make_step(trunk, ema=True, learning_rate=1e-2)
+    average = None
+    for number in range(4):
+        step(pixels[:1], step=number, beta=0.01)
+        now = torch.cat([parameter.detach().flatten().double() for parameter in step.parameters])
+        # decay = 1 - (1 + step)^-0.75, at most 0.9; the first update takes the weights as they are.
+        decay = min(0.9, 1 - (1 + number) ** -0.75)
+        average = now if average is None else decay * average + (1 - decay) * now
+    shadow = torch.cat([parameter.flatten().double() for parameter in step.ema.shadow_params])
+    assert relative(shadow, average) < 1e-6
+    assert relative(shadow, now) > 1e-4
+
+
+def test_without_perceptual_terms_no_trunk_is_needed(session, pixels):
+    step = make_step(None, weights=LossWeights(1.0, 0.0, 0.0, 0.0), crop_px=None)
+    _, parts = gradient(step, pixels[:2])
+    assert "lpips" not in parts
+    assert parts["reconstruction"] == parts["mse"]
+
+
+# ---- the random draws ----
+
+
+def test_draws_depend_on_the_place_in_the_global_batch_only():
+    whole = draw_step_noise(SEED, 7, range(8), (4, 2, 2), 9)
+    for cuts in ([range(3), range(3, 8)], [[index] for index in range(8)]):
+        parts = [draw_step_noise(SEED, 7, indices, (4, 2, 2), 9) for indices in cuts]
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+        assert [top for part in parts for top in part.tops] == whole.tops
+        assert [left for part in parts for left in part.lefts] == whole.lefts
+
+
+def test_draws_leave_torchs_own_generator_alone():
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    draw_step_noise(SEED, 7, range(3), (4, 2, 2), 9)
+    assert torch.equal(torch.rand(1), first)
+
+
+def test_other_seeds_steps_and_images_draw_other_numbers():
+    keys = [(seed, step, index) for seed in (0, 1, 2) for step in (0, 1, 2, 500_000) for index in (0, 1, 2, 63)]
+    draws = {torch.rand(1, generator=image_generator(*key), dtype=torch.float64).item() for key in keys}
+    assert len(draws) == len(keys)
+
+
+def test_the_noise_is_standard_normal_and_the_windows_uniform():
+    draws = [draw_step_noise(SEED, step, range(32), (64, 1, 1), 8) for step in range(30)]
+    noise = torch.cat([draw.noise for draw in draws]).flatten(1).double()  # (960, 64)
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
+    # Neighbours have nothing in common: correlations of 64 numbers are about 0 +- 1/8.
+    unit = (noise - noise.mean(dim=1, keepdim=True)) / noise.std(dim=1, keepdim=True, correction=0)
+    correlation = (unit[1:] * unit[:-1]).mean(dim=1)
+    assert abs(correlation.mean().item()) < 4 / 8 / math.sqrt(959)
+    assert correlation.abs().max() < 5 / 8
+    for name in ("tops", "lefts"):
+        places = [place for draw in draws for place in getattr(draw, name)]
+        counts = torch.bincount(torch.tensor(places), minlength=9)
+        assert len(counts) == 9  # 0 to 8, both ends included
+        assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_a_window_of_the_whole_image_has_one_place():
+    draw = draw_step_noise(SEED, 0, range(4), LATENT, 0)
+    assert draw.tops == draw.lefts == [0] * 4

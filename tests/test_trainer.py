@@ -1,0 +1,507 @@
+"""A run from end to end on the tiny configuration: its files, its figures, its model, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import trainer as trainer_module
+from training.checkpoint import list_checkpoints
+from training.config import Config, config_from_dict, load_config
+from training.evaluate import Validation
+from training.images import normalize
+from training.trainer import EXIT_STOPPED, Trainer
+
+ROOT = Path(__file__).parent.parent
+EPOCHS, STEPS = 3, 5  # and steps of an epoch
+TRAIN_NAMES = {
+    *(f"{kind}/{term}" for kind in ("loss", "weighted") for term in ("mse", "l1", "perceptual", "lpips", "kl")),
+    *("loss/reconstruction", "loss/total"),
+    *(f"kl/{name}" for name in ("beta", "floor", "share", "smoothed_share", "band_low", "band_high", "nats_per_image")),
+    *(f"optim/{name}" for name in ("learning_rate", "grad_norm", "clipped_fraction", "skipped_steps")),
+    *(f"speed/{name}" for name in ("images_per_second", "data_wait_fraction", "memory_gib")),
+}
+VALIDATION_NAMES = {
+    *("validation/mse", "validation/psnr", "validation/ssim", "validation/lpips_st_alexnet"),
+    *("validation/reconstruction_loss", "validation/kl", "validation/active_units", "validation/posterior_sigma"),
+    *("validation/latents_mean", "validation/latents_std", "validation/learning_rate"),
+}
+
+
+@dataclass
+class Run:
+    """A run that has ended."""
+
+    config: Config
+    trainer: Trainer
+    code: int
+
+    @property
+    def folder(self) -> Path:
+        return self.trainer.run_dir
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.folder / "status.json").read_text())
+
+    def lines(self, kind: str, after_step: int = -1) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, without what a clock says."""
+        found = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {name: value for name, value in line.items() if name != "time" and not name.startswith("speed/")}
+            for line in found
+            if line["kind"] == kind and line["step"] > after_step
+        ]
+
+    def end_state(self) -> dict[str, Any]:
+        """All that the next step would depend on."""
+        trainer = self.trainer
+        moments = trainer.optimizer.state_dict()
+        clocks = ("train_seconds", "window")
+        return {
+            **{f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()},
+            **{f"average.{index}": tensor for index, tensor in enumerate(trainer.ema.shadow_params)},
+            **{f"adam.{i}.{name}": value for i, entry in moments["state"].items() for name, value in entry.items()},
+            "groups": moments["param_groups"],
+            "updates averaged": trainer.ema.optimization_step,
+            "plateau": trainer.plateau.state_dict(),
+            "kl": trainer.kl.state_dict(),
+            "progress": {name: value for name, value in vars(trainer.progress).items() if name not in clocks},
+            "window": {k: v for k, v in trainer.progress.window.items() if k not in ("seconds", "waited")},
+        }
+
+
+def run(config: Config, resume: str | Path | None = None, stop_after: dict[int, int] | None = None) -> Run:
+    """Run a training here; `stop_after`: a step's number -> the signal that this process gets after it."""
+    with tiny.process_state():
+        trainer = Trainer(config, None if resume is None else str(resume))
+        update = trainer.train_step
+
+        def update_and_signal(*args, step: int, **kwargs):
+            result = update(*args, step=step, **kwargs)
+            if number := (stop_after or {}).get(step + 1):
+                os.kill(os.getpid(), number)
+            return result
+
+        trainer.train_step = update_and_signal
+        return Run(config, trainer, trainer.run())
+
+
+def assert_same_state(one: Run, other: Run) -> None:
+    state, wanted = one.end_state(), other.end_state()
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(state[name], value), name
+        else:
+            assert state[name] == value, name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, faces) -> Run:
+    """An uninterrupted run."""
+    presets = {"num_epochs": EPOCHS}
+    return run(tiny.tiny_config(tmp_path_factory.mktemp("finished"), faces, training_presets=presets))
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    """Sums are then taken in one order, in this process and in another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- what a run leaves ----
+
+
+def test_a_run_ends_well_and_leaves_its_files(finished):
+    assert finished.code == 0
+    assert re.fullmatch(r"tiny_\d{8}_\d{6}", finished.folder.name)
+    assert load_config(finished.folder / "config.json") == finished.config
+    status = finished.status
+    assert (status["state"], status["reason"], status["pid"]) == ("finished", f"{EPOCHS} epochs", os.getpid())
+    assert (status["step"], status["epoch"], status["images_seen"]) == (EPOCHS * STEPS, EPOCHS, EPOCHS * STEPS * 4)
+    assert Path(status["model_dir"]) == Path(finished.config.output.model_dir) / "vae_tiny"
+    samples = {f"tiny_{kind}_epoch_{epoch:04d}.png" for kind in ("samples", "reconstructions") for epoch in (1, 2, 3)}
+    samples |= {"tiny_final_samples.png", "tiny_reconstructions_final.png"}
+    assert {path.name for path in (finished.folder / "samples").iterdir()} == samples
+    checkpoints = [path.name for path in list_checkpoints(finished.folder)]
+    assert checkpoints == ["step_00000010", "step_00000015"]  # keep_checkpoints is 2
+    assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == set(checkpoints)
+    log = (finished.folder / "training.log").read_text()
+    assert "precision no (from the configuration)" in log
+    assert "epoch     20 images / 4 = 5 steps; x 3 epochs = 15 steps" in log
+    assert "PSNR" in log.splitlines()[-4] and "WARNING" not in log
+    leftovers = [path for path in finished.folder.rglob("*") if path.suffix in (".tmp", ".old")]
+    assert not leftovers
+
+
+def test_grids_show_what_they_say(finished):
+    for name, columns, rows in (("tiny_samples_epoch_0001", 2, 2), ("tiny_reconstructions_epoch_0001", 6, 2)):
+        with Image.open(finished.folder / "samples" / f"{name}.png") as grid:
+            assert grid.size == (2 + columns * 42, 2 + rows * 42)
+            assert max(high - low for low, high in grid.convert("RGB").getextrema()) > 100  # not empty
+    # The upper row holds the validation images themselves.
+    with Image.open(finished.folder / "samples" / "tiny_reconstructions_epoch_0001.png") as grid:
+        first = torch.tensor(list(grid.crop((2, 2, 42, 42)).tobytes())).view(40, 40, 3).permute(2, 0, 1)
+    assert (first - finished.trainer.validation_images[0].int()).abs().max() <= 1
+
+
+def test_every_line_of_metrics_has_the_promised_names(finished):
+    train, validation = finished.lines("train"), finished.lines("validation")
+    assert [line["step"] for line in train] == list(range(2, EPOCHS * STEPS, 2))
+    assert [line["step"] for line in validation] == [0, 5, 10, 15]
+    every = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    for line in every:
+        names = {"train": TRAIN_NAMES, "validation": VALIDATION_NAMES}.get(line["kind"], {"message", "level"})
+        assert set(line) == {"kind", "time", "step", "epoch", "images_seen", *names}
+        assert line["kind"] == "event" or all(math.isfinite(line[name]) for name in names)
+        assert line["images_seen"] == 4 * line["step"]
+
+
+def test_figures_agree_with_each_other(finished):
+    weights = {"mse": 0.4, "l1": 0.2, "perceptual": 0.2, "lpips": 0.2}
+    for line in finished.lines("train"):
+        parts = {name: line[f"weighted/{name}"] for name in (*weights, "kl")}
+        for name, weight in weights.items():
+            assert parts[name] == pytest.approx(weight * line[f"loss/{name}"], rel=1e-5)
+        assert line["loss/total"] == pytest.approx(sum(parts.values()), rel=1e-5)
+        assert line["loss/reconstruction"] == pytest.approx(line["loss/total"] - parts["kl"], rel=1e-5)
+        assert line["kl/nats_per_image"] == pytest.approx(16 * line["loss/kl"], rel=1e-6)
+        assert 0 < line["kl/share"] < 1 and 0 < line["kl/band_low"] < line["kl/band_high"] < 1
+    for line in finished.lines("validation"):
+        assert line["validation/psnr"] >= 10 * math.log10(4 / line["validation/mse"])  # Jensen: a mean of logarithms
+
+
+def test_beta_obeys_floor_warm_up_and_cycle(finished):
+    schedule = finished.config.training_presets
+    lines = finished.lines("train")
+    for line in lines:
+        first_epoch = (line["step"] - 2) // STEPS  # of the two steps whose mean the line holds
+        assert line["kl/floor"] == schedule.floor(line["epoch"])
+        assert line["kl/beta"] >= schedule.floor(first_epoch)
+        factor = 0.25 if line["epoch"] % 2 == 0 else 1.0  # a cycle of 2 epochs, the first of them a cool-down
+        assert (line["kl/band_low"], line["kl/band_high"]) == (0.01 * factor, 0.03 * factor)
+    assert lines[0]["kl/beta"] == schedule.kl_beta_floor  # the floor holds: the warm-up alone would be below it
+
+
+def test_the_learning_rate_warms_up(finished):
+    rates = {line["step"]: line["optim/learning_rate"] for line in finished.lines("train")}
+    assert rates[2] == pytest.approx(1e-3 * 2 / 3)  # lr_warmup_steps is 2
+    assert rates[4] == pytest.approx(1e-3)
+
+
+def test_tensorboard_reads_it_all_back(finished):
+    everything = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    events = EventAccumulator(str(finished.folder), size_guidance=everything).Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= TRAIN_NAMES | VALIDATION_NAMES
+    for line in finished.lines("train"):
+        read = {event.step: event.value for event in events.Scalars("loss/total")}
+        assert read[line["step"]] == pytest.approx(line["loss/total"], rel=1e-6)
+    assert [event.step for event in events.Scalars("validation/psnr")] == [0, 5, 10, 15]
+    assert set(tags["images"]) == {"samples", "reconstructions"}
+    shapes = {(image.height, image.width) for image in events.Images("reconstructions")}
+    assert shapes == {(86, 254)}
+    histogram = events.Histograms("validation/kl_of_number")[-1].histogram_value
+    assert histogram.num == 16
+    assert histogram.sum / 16 == pytest.approx(finished.lines("validation")[-1]["validation/kl"], rel=1e-4)
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert charts == {
+        "loss parts, weighted": [f"weighted/{name}" for name in ("mse", "l1", "perceptual", "lpips", "kl")],
+        "KL share and its band": ["kl/smoothed_share", "kl/band_low", "kl/band_high"],
+    }
+    assert {tag for tags_of_chart in charts.values() for tag in tags_of_chart} <= set(tags["scalars"])
+
+
+# ---- the model that is handed over ----
+
+
+def averaged_model(finished: Run) -> AutoencoderKLUltra:
+    """The averaged weights of the best epoch, from its checkpoint."""
+    step = finished.trainer.progress.best["step"]
+    checkpoint = finished.folder / "checkpoints" / f"step_{step:08d}"
+    averages = torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)
+    model = AutoencoderKLUltra(**finished.config.model).eval()
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    trained = [own for own, trained in zip(model.parameters(), finished.trainer.model.parameters()) if trained.requires_grad]
+    assert len(trained) == len(averages["shadow_params"])
+    for parameter, average in zip(trained, averages["shadow_params"]):
+        parameter.data.copy_(average)
+    return model
+
+
+FRESH_PROCESS = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from diffusers import AutoModel
+
+folder, pixels, out, root = sys.argv[1:]
+pixels = load_file(pixels)["pixels"]
+found = {}
+with torch.no_grad():
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    assert not [name for name in sys.modules if name.partition(".")[0] in ("modeling", "training")]
+    found["auto"] = model(pixels).sample
+    sys.path.insert(0, root)
+    from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+    model, info = AutoencoderKLUltra.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    found["own"] = model.eval()(pixels).sample
+save_file(found, out)
+"""
+
+
+def test_a_fresh_process_reconstructs_as_the_averaged_weights_do(finished, tmp_path, single_thread):
+    pixels = normalize(finished.trainer.validation_images).contiguous()
+    with torch.no_grad():
+        wanted = averaged_model(finished)(pixels).sample
+        here = AutoencoderKLUltra.from_pretrained(finished.status["model_dir"]).eval()(pixels).sample
+    assert torch.equal(here, wanted)
+    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    arguments = [finished.status["model_dir"], tmp_path / "pixels.safetensors", tmp_path / "out.safetensors", ROOT]
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(found["own"], wanted)
+    assert torch.equal(found["auto"], wanted)
+
+
+def test_the_exported_folder_is_complete_and_the_best_model(finished):
+    folder = Path(finished.status["model_dir"])
+    files = {"config.json", "diffusion_pytorch_model.safetensors", "autoencoder_kl_ultra.py"}
+    assert {path.name for path in folder.iterdir()} == files
+    for name in files:
+        assert (folder / name).read_bytes() == (finished.folder / "best" / name).read_bytes()
+    assert (folder / "autoencoder_kl_ultra.py").read_bytes() == (
+        ROOT / "modeling" / "autoencoder_kl_ultra.py"
+    ).read_bytes()
+    losses = {line["step"]: line["validation/reconstruction_loss"] for line in finished.lines("validation")}
+    del losses[0]  # before training
+    best = finished.status["best"]
+    assert best["step"] == min(losses, key=losses.get)
+    assert best["validation/reconstruction_loss"] == min(losses.values())
+
+
+def test_scaling_is_measured(finished):
+    """Scaled latents of the validation images have mean 0 and variance 1, over all numbers and for each channel."""
+    model = AutoencoderKLUltra.from_pretrained(finished.status["model_dir"]).eval()
+    config = model.config
+    with torch.no_grad():
+        posterior = model.encode(normalize(finished.trainer.validation_images)).latent_dist
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([posterior.sample(generator=generator) for _ in range(50)])
+    scaled = (draws - config.shift_factor) * config.scaling_factor
+    assert scaled.mean().item() == pytest.approx(0, abs=0.02)
+    assert scaled.var().item() == pytest.approx(1, abs=0.04)
+    assert config.scaling_factor != 1 and config.shift_factor != 0
+    mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+    assert mean.shape == std.shape == (16,)
+    torch.testing.assert_close(draws.mean(dim=(0, 2, 3)), mean, atol=0.1, rtol=0)
+    torch.testing.assert_close(draws.std(dim=(0, 2, 3)), std, atol=0.1, rtol=0)
+
+
+# ---- stopping and going on ----
+
+
+def test_interrupted_in_mid_epoch_twice_it_is_the_same_run(finished, faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    first = run(config, stop_after={3: signal.SIGTERM})  # between two log lines
+    assert first.code == EXIT_STOPPED == 75
+    assert (first.status["state"], first.status["reason"], first.status["step"]) == ("stopped", "SIGTERM", 3)
+    assert [path.name for path in list_checkpoints(first.folder)] == ["step_00000003"]
+    assert not Path(config.output.model_dir).exists()
+    second = run(config, "auto", stop_after={8: signal.SIGUSR1})
+    assert (second.code, second.status["reason"], second.folder) == (EXIT_STOPPED, "SIGUSR1", first.folder)
+    third = run(config, second.folder)
+    assert (third.code, third.status["state"], third.folder) == (0, "finished", first.folder)
+    assert_same_state(third, finished)
+    for kind in ("train", "validation"):
+        assert third.lines(kind) == finished.lines(kind)
+    for name in ("tiny_final_samples.png", "tiny_reconstructions_final.png", "tiny_samples_epoch_0001.png"):
+        assert (third.folder / "samples" / name).read_bytes() == (finished.folder / "samples" / name).read_bytes()
+    exported = [Path(each.status["model_dir"], "diffusion_pytorch_model.safetensors") for each in (third, finished)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+def test_resumed_at_an_epochs_end_it_is_the_same_run(finished, faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
+    shutil.copytree(finished.folder / "best", folder / "best")
+    resumed = run(config, folder / "checkpoints" / "step_00000010")
+    assert (resumed.code, resumed.folder) == (0, folder)
+    assert_same_state(resumed, finished)
+    assert resumed.lines("train") == finished.lines("train", after_step=10)
+    assert resumed.lines("validation") == finished.lines("validation", after_step=10)
+    assert "resumed from" in (folder / "training.log").read_text()
+
+
+def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
+    """Nothing is left to do, and what is there stays as it is."""
+    before = Path(finished.status["model_dir"], "diffusion_pytorch_model.safetensors").read_bytes()
+    again = run(finished.config, "auto")
+    assert (again.code, again.folder, again.status["step"]) == (0, finished.folder, EPOCHS * STEPS)
+    assert Path(again.status["model_dir"], "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("model", {"vector_width": 16}, "model.vector_width (8 -> 16)"),
+        ("data", {"horizontal_flip": False, "shuffle_buffer": 8}, "data.horizontal_flip (True -> False), data.shuffle_buf"),
+        ("loss", {"lpips_weight": 0.3}, "loss.lpips_weight (0.2 -> 0.3)"),
+        ("training_presets", {"batch_size": 5, "seed": 1}, "training_presets.batch_size (4 -> 5), training_presets.seed"),
+        ("training_presets", {"optimizer": "adamw"}, "training_presets.optimizer ('adam' -> 'adamw')"),
+        ("training_presets", {"ema_decay": 0}, "training_presets.ema_decay (0.9999 -> 0.0)"),
+        ("output", {"run_name": "other"}, "output.run_name ('tiny' -> 'other')"),
+    ],
+)
+def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, section, changes, named):
+    values = finished.config.to_dict()
+    values[section] |= changes
+    with pytest.raises(ValueError, match="was trained with other values of") as caught:
+        Trainer(config_from_dict(values), str(finished.folder))
+    assert named in str(caught.value)
+
+
+def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_path):
+    folder = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
+    values = finished.config.to_dict()
+    values["training_presets"] |= {"learning_rate": 2.5e-4, "weight_decay": 0.5, "adam_beta1": 0.5}
+    values["training_presets"] |= {"plateau_patience": 3, "plateau_factor": 0.1, "min_learning_rate": 1e-6}
+    trainer = Trainer(config_from_dict(values), str(folder))
+    trainer.tracker.close()
+    (group,) = trainer.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (2.5e-4, 0.5, (0.5, 0.999))
+    plateau = trainer.plateau
+    assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
+    assert plateau.best < math.inf  # its memory is the checkpoint's
+    assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
+
+
+def test_resume_auto_without_a_run_starts_anew(faces, session, tmp_path):
+    trainer = Trainer(tiny.tiny_config(tmp_path, faces), "auto")
+    trainer.tracker.close()
+    assert trainer.progress.step == 0
+    assert trainer.run_dir.is_dir()
+
+
+# ---- what ends a run, and what the validation decides ----
+
+
+def scripted(losses: list[float]) -> Any:
+    """Stands in for `validate`: these reconstruction losses one after the other, and KL figures that run wild."""
+
+    def validate(accelerator, model, images, indices, **_: Any) -> Validation:
+        number = scripted_calls.pop(0)
+        names = ("mse", "psnr", "ssim", "lpips_st_alexnet", "active_units", "posterior_sigma", "latents_mean")
+        values = dict.fromkeys(names, 0.5) | {"latents_std": 2.0, "kl": 10.0 * number, "reconstruction_loss": losses[number]}
+        return Validation(values, torch.ones(16), torch.zeros(16), torch.ones(16), 0.0)
+
+    scripted_calls = list(range(len(losses)))
+    return validate
+
+
+# Before training, and after each epoch. 0.39999 is less than a ten-thousandth better than 0.4: no improvement.
+LOSSES = [0.9, 0.5, 0.4, 0.39999, 0.45, 0.41, 0.42, 0.1]
+PLATEAU = {
+    "num_epochs": 20,
+    "max_images_per_epoch": 4,  # one step an epoch
+    "lr_warmup_steps": 0,
+    "plateau_patience": 2,
+    "early_stopping_patience": 4,
+}
+
+
+@pytest.mark.parametrize("stop_after", [None, {4: signal.SIGTERM}], ids=["through", "interrupted"])
+def test_plateau_early_stopping_and_best_model(faces, tmp_path, monkeypatch, stop_after):
+    config = tiny.tiny_config(
+        tmp_path, faces, training_presets=PLATEAU, loss={"lpips_weight": 0, "perceptual_weight": 0}
+    )
+    monkeypatch.setattr(trainer_module, "validate", scripted(LOSSES))
+    exports = []
+    monkeypatch.setattr(Trainer, "_export", lambda self, *args: exports.append(self.progress.epoch) or export(self, *args))
+    ended = run(config, stop_after=stop_after)
+    if stop_after:
+        assert ended.code == EXIT_STOPPED
+        ended = run(config, "auto")
+    assert ended.code == 0
+    # Epochs 3 to 6 do not improve on epoch 2: after three of them the rate falls, after four the run ends.
+    assert ended.status["reason"] == "no improvement in 4 epochs (early stopping)"
+    rates = [line["validation/learning_rate"] for line in ended.lines("validation")]
+    assert rates == [1e-3] * 6 + [5e-4]  # logged before each epoch's decision: the fall after epoch 5 shows in epoch 6
+    falls = [line for line in ended.lines("event") if "learning rate" in line["message"]]
+    assert [line["epoch"] for line in falls] == [5]
+    assert falls[0]["message"] == "learning rate 1.00e-03 -> 5.00e-04: no improvement in 2 epochs"
+    assert exports == [1, 2]
+    best = ended.status["best"]
+    assert (best["epoch"], best["validation/reconstruction_loss"]) == (2, 0.4)
+    assert json.loads((ended.folder / "best" / "config.json").read_text())["scaling_factor"] == 0.5  # 1 / latents_std
+
+
+export = Trainer._export
+
+
+def test_the_time_limit_ends_a_run_cleanly(faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"max_train_minutes": 1e-6})
+    ended = run(config)
+    assert ended.code == 0
+    assert (ended.status["state"], ended.status["step"]) == ("finished", 1)
+    assert ended.status["reason"] == "the limit of 1e-06 minutes of training"
+    assert [path.name for path in list_checkpoints(ended.folder)] == ["step_00000001"]
+    AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
+
+
+def test_gradients_that_stay_infinite_end_a_run_with_its_checkpoint_intact(finished, faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 3)
+    config = tiny.tiny_config(tmp_path, faces)
+    folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
+    with tiny.process_state():
+        trainer = Trainer(tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS}), "auto")
+        weights = [parameter.detach().clone() for parameter in trainer.parameters]
+        trainer.kl.beta = lambda epoch, images_seen: math.nan
+        with pytest.raises(RuntimeError, match="3 steps in a row without a finite gradient: the last checkpoint in"):
+            trainer.run()
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "3 steps in a row" in status["reason"]
+    assert all(torch.equal(old, new) for old, new in zip(weights, trainer.parameters, strict=True))
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    warned = [line for line in events if line["kind"] == "event" and line["level"] == "warning"]
+    assert [line["step"] for line in warned] == [11, 12, 13]
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000010"]

@@ -1,0 +1,106 @@
+"""Turns a configuration into the pieces of a run, and refuses what cannot be, before anything is written.
+
+What it is for: precision, model, batch arithmetic, optimizer. What it is not for: when they act (trainer.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+import torch
+from torch import nn
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.config import Config, unknown_key
+
+
+def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """Which mixed precision to use, and who says so.
+
+    A launcher that names one wins. "no" is also what `accelerate launch` exports when nobody chose, so it does not
+    count as named: a plain launch gets the configuration's precision rather than a silent float32.
+
+    Raises:
+        ValueError: fp16 on a CPU, which autocast accepts and ignores, or a precision that is not supported.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    source = "the configuration"
+    if launcher != "no":
+        wanted, source = launcher, "the launcher"
+    if wanted == "auto":
+        source = f"auto on {device.type}"
+        if device.type == "cuda":
+            wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu":
+            wanted = "bf16" if cpu_computes_bf16() else "no"
+        else:
+            wanted = "no"
+    if wanted not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed precision {wanted!r} (from {source}): use no, bf16 or fp16.")
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError(
+            f"mixed precision fp16 (from {source}) does nothing on a CPU: use bf16 or no, in "
+            "training_presets.mixed_precision or in the accelerate configuration."
+        )
+    return wanted, source
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them bf16 is emulated, several times slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def build_model(config: Config) -> AutoencoderKLUltra:
+    """The model of section `model`, on the CPU, with the seed's initial weights.
+
+    Raises:
+        ValueError: Unknown key or impossible shape.
+    """
+    known = [name for name in inspect.signature(AutoencoderKLUltra.__init__).parameters if name != "self"]
+    for key in config.model:
+        if key not in known:
+            raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
+    torch.manual_seed(config.training_presets.seed)
+    try:
+        return AutoencoderKLUltra(**config.model)
+    except TypeError as error:
+        raise ValueError(f"section model: a value has the wrong type ({error}).") from None
+
+
+def micro_batch_size(config: Config, processes: int) -> int:
+    """Images in one forward pass of one process, checked."""
+    batch = config.training_presets.batch_size
+    if batch % processes:
+        raise ValueError(
+            f"training_presets.batch_size {batch} cannot be divided over {processes} processes: "
+            f"use {batch // processes * processes or processes} or another multiple of {processes}."
+        )
+    local = batch // processes
+    return min(config.training_presets.micro_batch_size or local, local)
+
+
+def build_optimizer(
+    config: Config, model: AutoencoderKLUltra, parameters: list[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """Adam or AdamW over `parameters`; the linear path's, if they are trained, in a group with their own rate.
+
+    Each group has `lr_scale`, its learning rate over `training_presets.learning_rate`.
+    """
+    presets = config.training_presets
+    linear = set(model.linear_path.parameters()) if model.linear_path is not None else set()
+    groups = []
+    for scale, members in (
+        (1.0, [p for p in parameters if p not in linear]),
+        (presets.linear_lr_scale, [p for p in parameters if p in linear]),
+    ):
+        if members:
+            groups.append({"params": members, "lr": presets.learning_rate * scale, "lr_scale": scale})
+    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+    return cls(
+        groups,
+        betas=(presets.adam_beta1, presets.adam_beta2),
+        weight_decay=presets.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
