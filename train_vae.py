@@ -39,10 +39,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _dry_run(config: Config) -> None:
     from training.budget import describe_plan
-    from training.build import build_model
+    from training.build import build_model, micro_batch_size
 
     build_model(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size(config, processes)
     num_train_images = config.data.num_train_images
     if num_train_images is None and config.data.dataset == "synthetic_faces":
         num_train_images = config.data.synthetic_train_images
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from training.trainer import Trainer
 
         trainer = Trainer(config, arguments.resume)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        # Data that cannot be had (an unreachable Hub) is named so; any other RuntimeError is a fault to be traced.
+        if isinstance(error, RuntimeError) and not str(error).startswith("data"):
+            raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others found the same
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import tiny
+
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the same figures on a machine with a GPU
 
 
 @pytest.fixture(scope="session")

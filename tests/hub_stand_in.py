@@ -28,6 +28,7 @@ class HubStandIn:
         trouble: What to do with the next parts of parquet files, one entry each: "429", "503", "cut", "stall"
             or "ok". A last entry that ends with "*" stays.
         open_requests: Parts of parquet files asked for, trouble included.
+        status_of_info: An error status for questions about the repository; None: they are answered.
     """
 
     def __init__(self, folder: Path, stall_s: float = 1.0):
@@ -36,6 +37,7 @@ class HubStandIn:
         self.ranges: list[tuple[str, int, int]] = []
         self.trouble: list[str] = []
         self.open_requests = 0
+        self.status_of_info: int | None = None
         self.lock = threading.Lock()
         stand_in = self
 
@@ -80,7 +82,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        self._answer(urllib.parse.parse_qs(body).get("paths") or (json.loads(body) if body[:1] == "{" else {}).get("paths"))
+        self._answer(
+            urllib.parse.parse_qs(body).get("paths") or (json.loads(body) if body[:1] == "{" else {}).get("paths")
+        )
 
     def _answer(self, wanted: list[str] | None = None) -> None:
         url = urllib.parse.urlsplit(urllib.parse.unquote(self.path))
@@ -91,12 +95,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send_file(match[1], files)
         if not url.path.startswith("/api/datasets/org/faces"):
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if self.hub.status_of_info is not None:
+            return self._send(self.hub.status_of_info, b"")
         rest = url.path.removeprefix("/api/datasets/org/faces").strip("/").split("/")
         if rest[0] in ("", "revision"):
             if rest[1:] and rest[1] not in ("main", "v1", COMMIT):
                 return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
             siblings = [{"rfilename": name, "size": path.stat().st_size} for name, path in files.items()]
-            info = {"id": "org/faces", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+            info = {
+                "id": "org/faces",
+                "sha": COMMIT,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
             return self._send_json({**info, "likes": 0, "lastModified": "2024-01-01T00:00:00.000Z"})
         if rest[0] == "tree":
             under = "/".join(rest[2:])
@@ -115,7 +128,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         folders = sorted({parent.as_posix() for name in files for parent in Path(name).parents} - {"."})
         entries = [{"type": "directory", "path": name, "oid": _oid(name), "size": 0} for name in folders]
         return entries + [
-            {"type": "file", "path": name, "oid": _oid(name), "size": path.stat().st_size} for name, path in files.items()
+            {"type": "file", "path": name, "oid": _oid(name), "size": path.stat().st_size}
+            for name, path in files.items()
         ]
 
     def _send_file(self, name: str, files: dict[str, Path]) -> None:

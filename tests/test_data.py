@@ -5,6 +5,7 @@ import http.server
 import io
 import itertools
 import os
+import random
 import re
 import struct
 import subprocess
@@ -109,14 +110,15 @@ def assert_same(batches: list[data.Batch], others: list[data.Batch]) -> None:
 # ---- an epoch ----
 
 
-@pytest.mark.parametrize("shards", [5, 7])
-def test_every_row_comes_once_and_does_not_depend_on_the_world_size(tmp_path, shards):
-    config = coded_config(tmp_path, shards=shards)
-    one = read_epoch(config)
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize(("shards", "epoch"), [(5, 0), (7, 1), (19, 0), (19, 2)])
+def test_every_row_comes_once_and_does_not_depend_on_the_world_size(tmp_path, shards, epoch, cache):
+    config = coded_config(tmp_path, shards=shards, cache=cache)
+    one = read_epoch(config, epoch)
     assert len(one) == 143 // 6
     assert len(flat_numbers(one)) == len(set(flat_numbers(one))) == 143 - 143 % 6
     for world_size in (2, 3):
-        ranks = [read_epoch(config, world_size=world_size, rank=rank) for rank in range(world_size)]
+        ranks = [read_epoch(config, epoch, world_size=world_size, rank=rank) for rank in range(world_size)]
         assert [len(batches) for batches in ranks] == [len(one)] * world_size
         seen = [number for batches in ranks for number in flat_numbers(batches)]
         assert len(seen) == len(set(seen)) == 143 - 143 % 6
@@ -141,27 +143,29 @@ def test_batches_say_what_they_hold(tmp_path):
 
 def test_epochs_are_different_permutations_and_the_seed_decides(tmp_path):
     config = coded_config(tmp_path)
-    orders = [
-        flat_numbers(read_epoch(config, epoch, seed=seed)) for epoch, seed in ((0, 1), (1, 1), (2, 1), (0, 2))
-    ]
+    orders = [flat_numbers(read_epoch(config, epoch, seed=seed)) for epoch, seed in ((0, 1), (1, 1), (2, 1), (0, 2))]
     assert len({tuple(order) for order in orders}) == 4
     assert orders[0] != sorted(orders[0])
     assert flat_numbers(read_epoch(config, 1, seed=1)) == orders[1]
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_resume_is_the_tail_of_an_uninterrupted_epoch(tmp_path, epoch, monkeypatch):
-    config = coded_config(tmp_path)
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_resume_is_the_tail_of_an_uninterrupted_epoch(tmp_path, epoch, cache, monkeypatch):
+    config = coded_config(tmp_path, cache=cache)
     whole = read_epoch(config, epoch, seed=3)
     decoded = []
     monkeypatch.setattr(data, "decode_image", lambda *args: decoded.append(1) or decode_image(*args))
-    for start in (1, 7, 16, len(whole) - 1, len(whole)):  # batch 7 is two refills of the buffer away
+    first, second = sorted(random.Random(epoch).sample(range(1, len(whole)), 2))
+    for start in {first, 7, len(whole) - 1, len(whole)}:  # batch 7 is two refills of the buffer away
         decoded.clear()
-        assert_same(read_epoch(config, epoch, seed=3, start_batch=start), whole[start:])
-        assert len(decoded) == 6 * (len(whole) - start)  # nothing that is skipped is decoded
-    twice = read_epoch(config, epoch, seed=3, max_batches=5)
-    twice += read_epoch(config, epoch, seed=3, start_batch=5, max_batches=9)
-    twice += read_epoch(config, epoch, seed=3, start_batch=14)
+        fresh = parquet_config(config.data_files, cache=cache, cache_dir=str(tmp_path / f"cache{start}"))
+        for resumed in (config, fresh):  # out of a complete cache, and into one that is empty
+            assert_same(read_epoch(resumed, epoch, seed=3, start_batch=start), whole[start:])
+        assert len(decoded) == 2 * 6 * (len(whole) - start)  # nothing that is skipped is decoded
+    twice = read_epoch(config, epoch, seed=3, max_batches=first)
+    twice += read_epoch(config, epoch, seed=3, start_batch=first, max_batches=second - first)
+    twice += read_epoch(config, epoch, seed=3, start_batch=second)
     assert_same(twice, whole)
 
 
@@ -340,6 +344,10 @@ UNREADABLE = {
     "196 megapixels": png_header(14000, 14000),
     "floating point": image_bytes(Image.new("F", (SIDE, SIDE), 0.5), "TIFF"),
     "not a photograph": image_bytes(Image.new("RGB", (SIDE, SIDE)), "EPS"),
+    "random bytes": np.random.default_rng(0).bytes(500),
+    "truncated webp": image_bytes(noise(64, 64), "WEBP")[:300],
+    "truncated tiff": image_bytes(noise(64, 64), "TIFF")[:500],
+    "flipped bits": bytes(255 - byte for byte in JPEG),
 }
 
 
@@ -367,6 +375,10 @@ def test_unusual_images_are_decoded_right(name):
         ),  # by its header: the data would be too short as well
         ("196 megapixels", "196000000 pixels"),
         ("floating point", "no known range"),
+        ("random bytes", "not an image"),
+        ("truncated webp", "."),
+        ("truncated tiff", "."),
+        ("flipped bits", "not an image"),
         ("not a photograph", "not an image"),
     ],
 )
@@ -387,7 +399,8 @@ def rotten_images(count: int, every: int) -> list[bytes | None]:
 
 
 def test_bad_rows_are_replaced_counted_and_named(tmp_path, caplog):
-    images = rotten_images(240, every=20)  # each kind once
+    images = rotten_images(320, every=20)  # each kind once
+    assert len(UNREADABLE) == 16
     config = parquet_config({"train": write_shards(tmp_path, images, 5)}, max_bad_fraction=0.1)
     stream = open_stream(config, global_batch=8)
     told = []
@@ -395,18 +408,18 @@ def test_bad_rows_are_replaced_counted_and_named(tmp_path, caplog):
         caplog.clear()
         batches = list(stream.epoch_batches(epoch))
         told += [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
-        assert len(batches) == 30
-        assert stream.bad_rows == 12 * (epoch + 1)
+        assert len(batches) == 40
+        assert stream.bad_rows == 16 * (epoch + 1)
         numbers = flat_numbers(batches)
-        good = set(range(240)) - set(range(5, 240, 20))
+        good = set(range(320)) - set(range(5, 320, 20))
         assert set(numbers) == good  # all of them, and only they
-        repeated = 8 * 30 - sum(len(set(flat_numbers([batch]))) for batch in batches)
-        assert repeated == 12  # a stand-in comes from the batch of the row that it replaces
+        repeated = 8 * 40 - sum(len(set(flat_numbers([batch]))) for batch in batches)
+        assert repeated == 16  # a stand-in comes from the batch of the row that it replaces
         ranks = [read_epoch(config, epoch, 4, rank, global_batch=8) for rank in range(4)]
         for whole, *parts in zip(batches, *ranks, strict=True):
             assert torch.equal(whole.pixels, torch.cat([part.pixels for part in parts]))
         assert_same(read_epoch(config, epoch, global_batch=8, start_batch=9), batches[9:])
-    assert len(told) == len(set(told)) == 12  # once each, in two epochs
+    assert len(told) == len(set(told)) == 16  # once each, in two epochs
     for line in told:
         assert re.search(r": (null|00\d\d5\.png:\w{12}) \(.+; row \d+ of epoch 0\)$", line)
 
@@ -420,9 +433,7 @@ def test_a_bad_row_alone_in_its_batch_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(("count", "read"), [(400, "199|20[0-9]"), (60, "60")])
 def test_too_many_bad_rows_stop_the_run(tmp_path, count, read):
-    config = parquet_config(
-        {"train": write_shards(tmp_path, rotten_images(count, 10), 3)}, max_bad_fraction=0.02
-    )
+    config = parquet_config({"train": write_shards(tmp_path, rotten_images(count, 10), 3)}, max_bad_fraction=0.02)
     pattern = rf"\d+ of ({read}) rows .* more than data.max_bad_fraction=0.02: .*\.png:[0-9a-f]+ \(.*; "
     with pytest.raises(RuntimeError, match=pattern) as error:
         read_epoch(config, global_batch=4)
@@ -444,9 +455,7 @@ def test_nothing_readable_is_an_error(tmp_path):
 def test_validation_is_fixed_and_divided_over_the_ranks(tmp_path, caplog):
     images = [image_bytes(coded_image(i)) for i in range(20)]
     images[4] = b"no image"
-    config = parquet_config(
-        {"validation": write_shards(tmp_path, images, 3, "validation")}, max_validation_images=11
-    )
+    config = parquet_config({"validation": write_shards(tmp_path, images, 3, "validation")}, max_validation_images=11)
     parts = [validation_images(config, rank=rank, world_size=3) for rank in range(3)]
     assert [indices for _, indices in parts] == [[0, 3, 6, 9], [1, 7, 10], [2, 5, 8]]
     assert "row 4 skipped" in caplog.text
@@ -496,8 +505,7 @@ def test_held_out_rows_are_disjoint_and_duplicates_stay_together(tmp_path, sourc
     expected = [
         number
         for number in set(numbers)
-        if int(hashlib.blake2b(image_bytes(coded_image(number)), digest_size=8).hexdigest(), 16) / 2**64
-        < 0.25
+        if int(hashlib.blake2b(image_bytes(coded_image(number)), digest_size=8).hexdigest(), 16) / 2**64 < 0.25
     ]
     assert set(held_out) == set(expected)
 
@@ -560,9 +568,7 @@ def test_wrong_settings_are_named(tmp_path, changes, message):
 def test_missing_validation_folder_names_the_remedy(tmp_path):
     write_folder(tmp_path / "train", range(3))
     config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"no sub-folder 'validation', only train; set data.validation_split .* null"
-    ):
+    with pytest.raises(ValueError, match=r"no sub-folder 'validation', only train; set data.validation_split .* null"):
         open_source(config, "validation")
 
 

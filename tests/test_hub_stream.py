@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import datasets
 import huggingface_hub
 import pytest
 from hub_stand_in import COMMIT, HubStandIn
-from test_data import SIDE, assert_same, coded_image, flat_numbers, image_bytes, noise, open_stream, write_shards
+from test_data import SIDE, assert_same, coded_image, flat_numbers, image_bytes, open_stream, write_shards
 
 from training import row_cache, shards
 from training.config import DataConfig
@@ -34,11 +35,14 @@ def repository(tmp_path_factory) -> Path:
 
 def talk_to(hub: HubStandIn, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.hf_file_system.HfFileSystem, "cachable", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     monkeypatch.setattr(shards, "_FIRST_DELAY_S", 0.01)
+    quick = functools.partial(huggingface_hub.hf_file_system.http_backoff, base_wait_time=0.01)
+    monkeypatch.setattr(huggingface_hub.hf_file_system, "http_backoff", quick)
 
 
 @pytest.fixture
@@ -58,10 +62,8 @@ def test_the_first_epoch_fetches_each_byte_range_once_and_later_ones_nothing(hub
     list(stream.epoch_batches(1, max_batches=1))  # the last rows of epoch 0 are behind us
     fetched, asked = sorted(hub.ranges), len(hub.requests)
     assert len(fetched) == len(set(fetched)) == hub.open_requests == 10  # for each shard its footer and its rows
-    rows = [(first, last) for _, first, last in fetched if first > 0]
-    assert len(rows) == 5 and {name for name, first, _ in fetched if first > 0} == {f.name for f in []} | {
-        f"data/{path.name}" for path in (repository / "data").glob("train-*")
-    }
+    rows_of = [name for name, first, _ in fetched if first > 0]  # a footer of so small a file begins at 0
+    assert rows_of == [f"data/{path.name}" for path in sorted((repository / "data").glob("train-*"))]
     for epoch in (1, 2):
         orders.append(flat_numbers(list(stream.epoch_batches(epoch))))
     assert len(hub.requests) == asked
@@ -101,7 +103,7 @@ def test_without_a_cache_every_epoch_is_a_stream_in_the_order_of_the_first(hub):
 
 
 @pytest.mark.parametrize(
-    "trouble", [["429"], ["503"], ["cut"], ["stall"], ["cut", "ok", "503", "ok", "429", "cut"]], ids="-".join
+    "trouble", [["429"], ["503"], ["cut"], ["stall"], ["cut", "ok", "503", "ok", "cut"]], ids="-".join
 )
 def test_trouble_is_outlasted(hub, trouble, monkeypatch, request):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.4)
@@ -117,20 +119,90 @@ def test_trouble_is_outlasted(hub, trouble, monkeypatch, request):
 
 def impatient_client(monkeypatch) -> None:
     """The Hub's client gives up at once, so that ours is what retries."""
-    real = huggingface_hub.hf_file_system.http_backoff
-    monkeypatch.setattr(huggingface_hub.hf_file_system, "http_backoff", lambda *a, **k: real(*a, max_retries=0, **k))
+    at_once = functools.partial(huggingface_hub.hf_file_system.http_backoff, max_retries=0)
+    monkeypatch.setattr(huggingface_hub.hf_file_system, "http_backoff", at_once)
 
 
 @pytest.mark.parametrize("trouble", ["503*", "429*", "cut*", "stall*"])
-def test_at_last_there_is_one_clear_error(hub, trouble, monkeypatch, caplog):
+def test_at_last_there_is_one_clear_error_and_what_came_is_kept(hub, trouble, monkeypatch, caplog):
     impatient_client(monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(row_cache, "_WORKERS", 1)
     stream = open_stream(hub_config(timeout_s=1.0))
-    list(stream.epoch_batches(0, max_batches=1))
-    hub.trouble[:] = [trouble]
-    stream = open_stream(hub_config(timeout_s=1.0, cache_dir="/nonexistent" if os.geteuid() else None, seed=1) if 0 else
-                         hub_config(timeout_s=1.0, image_column="image", train_split="validation"))
-    with pytest.raises(RuntimeError, match=r"^data: nothing came from hf://.*data.timeout_s=1\): \w+.*--resume auto") as error:
+    hub.trouble[:] = ["ok"] * 5 + [trouble]
+    with pytest.raises(
+        RuntimeError, match=r"^data: nothing came from hf://.*data.timeout_s=1\): \w+.*--resume auto"
+    ) as error:
         list(stream.epoch_batches(0))
     assert "\n" not in str(error.value)
     assert any(record.getMessage().startswith("waiting for hf://") for record in caplog.records)
+    hub.trouble.clear()
+    had = len(hub.ranges)
+    batches = list(open_stream(hub_config()).epoch_batches(0))
+    assert len(set(flat_numbers(batches))) == NUM_ROWS - NUM_ROWS % 6
+    fetched = hub.ranges[had:]
+    assert not {name for name, first, _ in fetched if first > 0} & {n for n, first, _ in hub.ranges[:had] if first > 0}
+
+
+def test_a_stalled_stream_without_a_cache_ends_too(hub, monkeypatch):
+    impatient_client(monkeypatch)
+    stream = open_stream(hub_config(cache="off", timeout_s=0.5))
+    hub.trouble[:] = ["503*"]
+    with pytest.raises(RuntimeError, match=r"nothing came from hf://.*HTTP|503"):
+        list(stream.epoch_batches(0))
+
+
+def test_a_file_that_is_gone_is_named_after_few_attempts(hub, repository):
+    stream = open_stream(hub_config())
+    gone = repository / "data" / "train-00003-of-00005.parquet"
+    away = gone.rename(repository / "gone")
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"train-00003-of-00005.parquet cannot be read \(3 attempts\): \w*NotFound"
+        ):
+            list(stream.epoch_batches(0))
+    finally:
+        away.rename(gone)
+
+
+def test_a_busy_hub_at_the_start_is_waited_for(hub, monkeypatch, caplog):
+    real, answers = huggingface_hub.HfApi.dataset_info, iter([429, 503])
+
+    def busy(*args, **kwargs):
+        status = next(answers, None)
+        if status is None:
+            return real(*args, **kwargs)
+        hub.status_of_info = status
+        try:
+            return real(*args, **kwargs)
+        finally:
+            hub.status_of_info = None
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", busy)
+    stream = open_stream(hub_config())
+    assert stream.identity["commit"] == COMMIT
+    assert [next(answers, None), sum("waiting for" in r.getMessage() for r in caplog.records)] == [None, 2]
+
+
+def test_the_environment_variable_is_enough(repository, tmp_path):
+    """A process of its own: the plain `load_dataset` and ours read the same rows from HF_ENDPOINT."""
+    code = """
+import json, sys, datasets
+from training.config import DataConfig
+from training.data import TrainStream
+plain = datasets.load_dataset("org/faces", revision=sys.argv[1], split="train", streaming=True).decode(False)
+names = [row["image"]["path"] for row in plain]
+config = DataConfig(dataset="org/faces", revision=sys.argv[1], shuffle_buffer=16)
+stream = TrainStream(config, resolution=24, seed=0, global_batch=11, rank=0, world_size=1)
+ours = [row_id.partition(":")[0] for batch in stream.epoch_batches(0) for row_id in batch.row_ids]
+print(json.dumps([names, ours]))
+"""
+    with HubStandIn(repository) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+        root = Path(__file__).parents[1]
+        command = [sys.executable, "-c", code, COMMIT]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    names, ours = json.loads(done.stdout)
+    assert len(names) == NUM_ROWS and sorted(names) == sorted(ours)  # 143 = 13 batches of 11
+    assert (tmp_path / "datasets" / "encoded_rows").is_dir()

@@ -29,6 +29,7 @@ from training.checkpoint import list_checkpoints
 from training.config import Config, config_from_dict, load_config
 from training.evaluate import Validation
 from training.images import normalize
+from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -276,6 +277,7 @@ save_file(found, out)
 """
 
 
+@pytest.mark.slow  # imports torch and diffusers once more
 def test_a_fresh_process_reconstructs_as_the_averaged_weights_do(finished, tmp_path, single_thread):
     pixels = normalize(finished.trainer.validation_images).contiguous()
     with torch.no_grad():
@@ -419,6 +421,44 @@ def test_resume_auto_without_a_run_starts_anew(faces, session, tmp_path):
     trainer.tracker.close()
     assert trainer.progress.step == 0
     assert trainer.run_dir.is_dir()
+
+
+# ---- other settings ----
+
+
+def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
+    """What the tiny configuration leaves out, interrupted and gone on."""
+    presets = {"mixed_precision": "bf16", "optimizer": "adamw", "linear_lr_scale": 0.01, "ema_decay": 0}
+    presets |= {"gradient_checkpointing": True, "channels_last": False, "micro_batch_size": None}
+    presets |= {"num_epochs": 1, "max_images_per_epoch": 12, "lr_warmup_steps": 0}
+    sections = {"training_presets": presets, "loss": {"perceptual_weight": 0, "lpips_weight": 0}}
+    sections["model"] = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_numbers": 100}
+    config = tiny.tiny_config(tmp_path, faces, **sections)
+    assert run(config, stop_after={2: signal.SIGINT}).code == EXIT_STOPPED
+    ended = run(config, "auto")
+    assert (ended.code, ended.status["step"]) == (0, 3)
+    groups = ended.trainer.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 1e-5]
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in ended.trainer.model.parameters())
+    assert "precision bf16 (from the configuration)" in (ended.folder / "training.log").read_text()
+    model = AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
+    weights = ended.trainer.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_second_signal_has_its_usual_effect():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert (stop.received, received) == ("SIGUSR1", [])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert received == [signal.SIGUSR1]
+        os.kill(os.getpid(), signal.SIGUSR1)  # and afterwards the handler is the old one
+        assert len(received) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 # ---- what ends a run, and what the validation decides ----

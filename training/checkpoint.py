@@ -164,8 +164,12 @@ def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
         os.replace(temporary, folder)
 
 
-def check_resume(config: Config, checkpoint: Path) -> None:
-    """Refuse a resume whose configuration means another run; name every key."""
+def check_resume(config: Config, checkpoint: Path) -> list[str]:
+    """Refuse a resume whose configuration means another run; name every key.
+
+    Returns:
+        A sentence for each key that has another value now, and may.
+    """
     saved = config_from_dict(read_state(checkpoint)["config"]).flat()
     now = config.flat()
     changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
@@ -181,5 +185,4 @@ def check_resume(config: Config, checkpoint: Path) -> None:
             f"--resume: {checkpoint} was trained with other values of {', '.join(refused)}: set them back, or start a "
             "new run."
         )
-    for key in changed:
-        logger.info("resume: %s was %r, is now %r", key, saved.get(key), now.get(key))
+    return [f"resume: {key} was {saved.get(key)!r}, is now {now.get(key)!r}" for key in changed]

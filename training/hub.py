@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from training.config import HubConfig
 
@@ -23,8 +23,8 @@ def check_access(config: HubConfig) -> None:
             f"hub.push to {config.repo_id} needs a token and there is none: run `hf auth login`, set HF_TOKEN, or set "
             "hub.push to false."
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # which ones, depends on the HTTP library that this huggingface_hub uses
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"hub.push to {config.repo_id}: the Hub refused or did not answer ({reason}); log in again, or set hub.push "
             "to false."

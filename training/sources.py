@@ -226,7 +226,12 @@ def _open_hub(config, asked: dict) -> Source:
     logger.info("data.dataset=%r at commit %s", config.dataset, info.sha)
     split = asked["split"]
     with _one_line_errors(f"data.dataset={config.dataset!r}"):
-        builder = datasets.load_dataset_builder(config.dataset, revision=info.sha, cache_dir=config.cache_dir)
+        builder, patience = None, Patience(config.timeout_s)
+        while builder is None:
+            try:
+                builder = datasets.load_dataset_builder(config.dataset, revision=info.sha, cache_dir=config.cache_dir)
+            except (ConnectionError, TimeoutError, hub_errors.HfHubHTTPError) as error:
+                patience.wait(f"hf://datasets/{config.dataset}", error)
         splits = builder.info.splits or {}
         num_rows = (splits[split].num_examples or None) if split in splits else None
         if builder.name != "parquet":
@@ -265,7 +270,7 @@ def _find_revision(config) -> huggingface_hub.DatasetInfo:
             raise ValueError(f"{name} is not on the Hub, or needs access and `hf auth login`.") from error
         except Exception as error:  # refused, timed out, 429, 5xx, offline mode
             if http_status(error) == 429 or (http_status(error) or 0) >= 500:  # it is there, and busy
-                patience.wait(name, error)
+                patience.wait(f"hf://datasets/{config.dataset}", error)
             elif attempt >= _HUB_ATTEMPTS or isinstance(error, hub_errors.OfflineModeIsEnabled):
                 raise RuntimeError(
                     f"{name}: cannot reach the Hub at {huggingface_hub.constants.ENDPOINT} "

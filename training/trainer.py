@@ -11,19 +11,15 @@ import datetime
 import logging
 import math
 import os
-import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from tqdm import tqdm
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import hub
@@ -33,6 +29,7 @@ from training.checkpoint import check_resume, export_model, find_checkpoint, rea
 from training.config import COLLECTIVE_TIMEOUT_S, Config, config_from_dict
 from training.data import TrainStream, load_validation
 from training.evaluate import Validation, reconstruction_grid, sample_grid, validate
+from training.figures import Progress, ProgressLine
 from training.kl import KLController
 from training.linear_init import fit_linear_path, freeze_linear_path
 from training.losses import LossWeights
@@ -50,23 +47,6 @@ GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
-
-
-@dataclass
-class Progress:
-    """Where a run stands; JSON-able through `vars`, and all that a checkpoint holds besides the objects' own states."""
-
-    epoch: int = 0  # the epoch in hand
-    batch: int = 0  # global batches of it that are done
-    step: int = 0  # optimizer updates, skipped ones included
-    images_seen: int = 0
-    train_seconds: float = 0.0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    best: dict[str, Any] | None = None
-    early_stopping_bad_epochs: int = 0
-    # Sums over the steps since the last log line.
-    window: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -92,13 +72,23 @@ class Trainer:
                 "training_presets.batch_size and micro_batch_size; remove gradient_accumulation_steps from the accelerate "
                 "configuration."
             )
-        device = PartialState(**patience.to_kwargs()).device
+        # Said to both: by itself PartialState would not listen to the launcher's choice, nor see several processes
+        # where there is no GPU.
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        state = PartialState(cpu=cpu, **patience.to_kwargs())
+        device, launched = state.device, int(os.environ.get("WORLD_SIZE", "1"))
+        if state.num_processes != launched:
+            raise ValueError(
+                f"{launched} processes were launched but do not find each other (each sees {state.num_processes}): set "
+                "ACCELERATE_USE_CPU=true to train on the CPU, or launch one process."
+            )
         precision, source = resolve_precision(presets.mixed_precision, device)
         checkpoint = None
         if resume is not None:
             checkpoint = find_checkpoint(resume, Path(output.runs_dir), output.run_name)
         self.run_dir = self._run_dir(checkpoint)
         self.accelerator = accelerator = Accelerator(
+            cpu=cpu,
             mixed_precision=precision,
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
@@ -112,10 +102,11 @@ class Trainer:
         self.micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
         side = self.model.config.sample_size
+        notes = []  # for the log, once it has a file
         if checkpoint is not None:
-            check_resume(config, checkpoint)
+            notes = check_resume(config, checkpoint)
         elif resume is not None:
-            logger.info("--resume auto: no checkpoint of %s in %s, starting anew", output.run_name, output.runs_dir)
+            notes = [f"--resume auto: no checkpoint of {output.run_name} in {output.runs_dir}, starting anew"]
         if config.hub.push:
             hub.check_access(config.hub)
 
@@ -162,7 +153,8 @@ class Trainer:
         logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
         if precision == "bf16" and device.type == "cpu" and not cpu_computes_bf16():
             logger.warning("this CPU has no bfloat16 instructions: bf16 is emulated, slower than float32 (auto avoids it)")
-        for line in describe_plan(config, accelerator.num_processes, self.num_train_images).splitlines():
+        plan = describe_plan(config, accelerator.num_processes, self.num_train_images)
+        for line in (*plan.splitlines(), *notes):
             logger.info(line)
 
         freeze_linear_path(self.model, presets.linear_lr_scale)
@@ -218,9 +210,16 @@ class Trainer:
             accelerator,
             self.run_dir,
             config.flat(),
-            {"num_epochs": presets.num_epochs, "steps_per_epoch": self.steps_per_epoch, "model_dir": None},
+            {
+                "num_epochs": presets.num_epochs,
+                "steps_per_epoch": self.steps_per_epoch,
+                "model_dir": None,
+                **self._standing,
+            },
         )
-        self._progress_bar: tqdm | None = None
+        steps = self.steps_per_epoch
+        total_steps = None if steps is None else steps * presets.num_epochs
+        self.progress_line = ProgressLine(total_steps, self.progress.step)
 
     # ------------------------------------------------------------------ building
 
@@ -268,7 +267,8 @@ class Trainer:
         )
         batches = alone.epoch_batches(0, max_batches=max(1, wanted // self.micro_batch))
         images = torch.cat([batch.pixels for batch in batches])
-        self.model.to(self.accelerator.device)
+        if self.accelerator.device.type == "cuda":  # Apple's GPUs have no eigenvalue solver
+            self.model.to(self.accelerator.device)
         result = fit_linear_path(self.model, images, presets.linear_noise_fraction)
         logger.info(
             "linear path fitted on %d images in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a "
@@ -333,24 +333,31 @@ class Trainer:
                 reason = self._train(stop)
             if reason is None:
                 self._save()
-                self.tracker.event(f"stopped by {stop.received}; continue with --resume auto", "info", **self._where)
-                self.tracker.update_status(state="stopped", reason=stop.received)
+                self.tracker.event(f"stopped by {stop.received}; continue with --resume auto", "info", **self.progress.where)
+                self.tracker.update_status(state="stopped", reason=stop.received, **self._standing)
                 return EXIT_STOPPED
             self._finish(reason)
             return 0
         except BaseException as error:
             logger.error("failed: %s: %s", type(error).__name__, error)
-            self.tracker.update_status(state="failed", reason=f"{type(error).__name__}: {error}")
+            self.tracker.update_status(
+                state="failed", reason=f"{type(error).__name__}: {error}", **self._standing
+            )
             raise
         finally:
-            if self._progress_bar is not None:
-                self._progress_bar.close()
+            self.progress_line.close()
             self.tracker.close()
 
     @property
-    def _where(self) -> dict[str, int]:
-        progress = self.progress
-        return {"step": progress.step, "epoch": progress.epoch, "images_seen": progress.images_seen}
+    def _standing(self) -> dict[str, Any]:
+        """Where the run stands, for status.json."""
+        best = self.progress.best
+        return {
+            "best": best and {key: value for key, value in best.items() if not isinstance(value, list)},
+            "plateau_bad_epochs": self.plateau.num_bad_epochs,
+            "early_stopping_bad_epochs": self.progress.early_stopping_bad_epochs,
+            **self.progress.where,
+        }
 
     def _train(self, stop: StopSignal) -> str | None:
         """Epochs until something ends them; returns what, or None for a signal."""
@@ -406,10 +413,17 @@ class Trainer:
                         images_seen=progress.images_seen,
                     )
                 now = time.monotonic()
-                self._add_to_window(parts, beta, result, now - clock, self.stream.wait_seconds - waited)
+                progress.add_step(
+                    parts,
+                    beta=beta,
+                    grad_norm=result.grad_norm,
+                    max_grad_norm=presets.max_grad_norm,
+                    seconds=now - clock,
+                    waited=self.stream.wait_seconds - waited,
+                )
                 clock, waited = now, self.stream.wait_seconds
                 if progress.step % self.config.output.log_every_steps == 0:
-                    self._log_window()
+                    self._log_figures()
                     clock = time.monotonic()
                 if stopping:
                     stop.received = stop.received or "a signal to another process"
@@ -455,7 +469,7 @@ class Trainer:
             self.tracker.event(
                 f"step {progress.step}: the gradient is not finite, nothing was updated (images {shown}, ...)",
                 "warning",
-                **self._where,
+                **self.progress.where,
             )
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
@@ -463,79 +477,20 @@ class Trainer:
                 f"{self.run_dir / 'checkpoints'} is intact; resume it with a lower training_presets.learning_rate."
             )
 
-    # ------------------------------------------------------------------ figures
-
-    def _add_to_window(
-        self, parts: dict[str, float], beta: float, result: Any, seconds: float, waited: float
-    ) -> None:
-        window, presets = self.progress.window, self.config.training_presets
-        self.progress.train_seconds += seconds
-        terms = {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
-        terms["kl/share"] = parts["weighted/kl"] / parts["total"] if parts["total"] else math.nan
-        terms["kl/beta"] = beta
-        terms["optim/grad_norm"] = result.grad_norm
-        terms["optim/clipped_fraction"] = float(result.grad_norm > presets.max_grad_norm)
-        for name, value in {**terms, "steps": 1.0, "seconds": seconds, "waited": waited}.items():
-            window[name] = window.get(name, 0.0) + value
-
-    def _log_window(self) -> None:
+    def _log_figures(self) -> None:
         """One line of figures: means over the steps since the last."""
-        progress, presets = self.progress, self.config.training_presets
-        window, progress.window = progress.window, {}
-        steps, seconds = window.pop("steps"), window.pop("seconds")
-        waited = window.pop("waited")
-        values: dict[str, Any] = {name: total / steps for name, total in window.items()}
-        low, high = self.kl.band(progress.epoch)
-        model = self.model.config
-        rate = steps * presets.batch_size / max(seconds, 1e-9)
-        values |= {
-            "kl/smoothed_share": self.kl.smoothed_share,
-            "kl/band_low": low,
-            "kl/band_high": high,
-            "kl/floor": self.kl.floor(progress.epoch),
-            "kl/nats_per_image": values["loss/kl"] * model.latent_numbers,
-            "optim/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "optim/skipped_steps": progress.skipped_steps,
-            "speed/images_per_second": rate,
-            "speed/data_wait_fraction": waited / max(seconds, 1e-9),
-            "speed/memory_gib": _memory_gib(self.accelerator.device),
-        }
-        self.tracker.log("train", values, **self._where)
-        left = self._seconds_left(rate)
-        self.tracker.update_status(state="running", seconds_left=left, **self._where)
-        self._show(values, left)
-
-    def _seconds_left(self, images_per_second: float) -> float | None:
-        presets, steps = self.config.training_presets, self.steps_per_epoch
-        left = None
-        if steps is not None:
-            done = self.progress.epoch * steps + self.progress.batch
-            left = max(0, presets.num_epochs * steps - done) * presets.batch_size / images_per_second
-        if presets.max_train_minutes is not None:
-            limit = max(0.0, 60 * presets.max_train_minutes - self.progress.train_seconds)
-            left = limit if left is None else min(left, limit)
-        return left
-
-    def _show(self, values: dict[str, Any], seconds_left: float | None) -> None:
-        """A progress bar on a terminal, a log line elsewhere."""
-        if not self.accelerator.is_main_process:
-            return
-        progress = self.progress
-        left = "?" if seconds_left is None else str(datetime.timedelta(seconds=round(seconds_left)))
-        text = (
-            f"loss {values['loss/total']:.4f} mse {values['loss/mse']:.5f} kl {values['loss/kl']:.3f} "
-            f"share {values['kl/share']:.3f} lr {values['optim/learning_rate']:.1e} "
-            f"{values['speed/images_per_second']:.1f} images/s, {left} left"
+        presets, progress = self.config.training_presets, self.progress
+        values = progress.take_window(
+            presets,
+            self.kl,
+            latent_numbers=self.model.config.latent_numbers,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
         )
-        if not sys.stderr.isatty():
-            logger.info("epoch %d step %d: %s", progress.epoch, progress.step, text)
-            return
-        if self._progress_bar is None:
-            epochs = self.config.training_presets.num_epochs
-            total = None if self.steps_per_epoch is None else self.steps_per_epoch * epochs
-            self._progress_bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True)
-        self._progress_bar.set_postfix_str(text)
-        self._progress_bar.update(progress.step - self._progress_bar.n)
+        left = progress.seconds_left(presets, self.steps_per_epoch, values["speed/images_per_second"])
+        self.tracker.log("train", values, **progress.where)
+        self.tracker.update_status(state="running", seconds_left=left, **progress.where)
+        if self.accelerator.is_main_process:
+            self.progress_line.show(progress, values, left)
 
     # ------------------------------------------------------------------ validation, best model, grids, the end
 
@@ -583,14 +538,14 @@ class Trainer:
         )
         values = {f"validation/{name}": value for name, value in result.values.items()}
         values["validation/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self.tracker.log("validation", values, **self._where)
+        self.tracker.log("validation", values, **self.progress.where)
         self.tracker.histogram("validation/kl_of_number", result.kl_of_number, progress.step)
         if result.sigma_at_bound_fraction > 0.01:
             self.tracker.event(
                 f"{100 * result.sigma_at_bound_fraction:.0f} % of the posterior's sigmas sit at a bound: beta is far "
                 "too small or far too large (see kl/beta)",
                 "warning",
-                **self._where,
+                **self.progress.where,
             )
         return result
 
@@ -606,7 +561,7 @@ class Trainer:
             self.tracker.event(
                 f"learning rate {before:.2e} -> {after:.2e}: no improvement in {presets.plateau_patience} epochs",
                 "info",
-                **self._where,
+                **self.progress.where,
             )
         best = math.nan if progress.best is None else progress.best["validation/reconstruction_loss"]
         if progress.best is None or math.isnan(best) or loss < best * (1 - presets.plateau_threshold):
@@ -621,13 +576,7 @@ class Trainer:
             self._export(self.run_dir / "best", progress.best)
         elif complete:
             progress.early_stopping_bad_epochs += 1
-        figures = {key: value for key, value in progress.best.items() if not isinstance(value, list)}
-        self.tracker.update_status(
-            best=figures,
-            plateau_bad_epochs=self.plateau.num_bad_epochs,
-            early_stopping_bad_epochs=progress.early_stopping_bad_epochs,
-            **self._where,
-        )
+        self.tracker.update_status(**self._standing)
 
     def _export(self, folder: Path, measured: dict[str, Any]) -> None:
         """Save the averaged weights as `from_pretrained` loads them, with the measured scaling of the latents."""
@@ -685,7 +634,7 @@ class Trainer:
             f"{figures['validation/psnr']:.2f} dB, {self._lpips_text(figures)}, MSE {figures['validation/mse']:.5f} on "
             "[-1, 1]",
             "info",
-            **self._where,
+            **self.progress.where,
         )
         self.tracker.update_status(state="finished", reason=reason, model_dir=str(model_dir), seconds_left=0.0)
         logger.info("model        %s", model_dir)
@@ -698,13 +647,6 @@ class Trainer:
     def _lpips_text(self, figures: dict[str, Any]) -> str:
         name = f"lpips_{self.lpips_trunk.name}"
         return f"{name} {figures[f'validation/{name}']:.4f}"
-
-
-def _memory_gib(device: torch.device) -> float:
-    """Memory: the most that was allocated on a GPU, what is resident now on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
 
 
 def train(config: Config, resume: str | None = None) -> int:

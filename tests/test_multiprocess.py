@@ -1,0 +1,148 @@
+"""Two processes do what one does with the same batch, and launchers hand on what the configuration says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from multiprocess_worker import record
+from safetensors.torch import load_file
+
+from training.build import resolve_precision
+from training.config import config_from_dict
+
+pytestmark = pytest.mark.multiprocess
+
+ROOT = Path(__file__).parent.parent
+# One step an epoch. No validation is ten times better than the first, so the plateau lowers the rate after epoch 3 and
+# early stopping ends the run after epoch 4.
+PRESETS = {
+    "num_epochs": 20,
+    "max_images_per_epoch": 4,
+    "learning_rate": 3e-4,
+    "lr_warmup_steps": 0,
+    "plateau_threshold": 0.9,
+    "plateau_patience": 1,
+    "early_stopping_patience": 3,
+    "kl_warmup_images": 4,
+}
+
+
+def settings(folder: Path, faces: Path, micro_batch_size: int) -> dict:
+    folder.mkdir()
+    presets = PRESETS | {"micro_batch_size": micro_batch_size}
+    return tiny.tiny_settings(folder, faces, training_presets=presets, output={"sample_every_epochs": 20})
+
+
+def environment(folder: Path) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))}
+    own |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    return own | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, faces) -> tuple[Path, Path]:
+    """The records of one process (pieces of 3 and 1 images) and of two (two pieces of one image each)."""
+    base = tmp_path_factory.mktemp("multiprocess")
+    one, two = base / "one", base / "two"
+    with tiny.process_state():
+        record(config_from_dict(settings(one, faces, micro_batch_size=3)), one)
+    values = settings(two, faces, micro_batch_size=1)
+    (two / "config.json").write_text(json.dumps(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "multiprocess_worker.py"), str(two / "config.json"), str(two)]
+    done = subprocess.run(command, cwd=base, env=environment(base), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return one, two
+
+
+def facts(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder / f"rank{rank}.json").read_text())
+
+
+def tensors(folder: Path, kind: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"rank{rank}_{kind}.safetensors")
+
+
+def test_two_processes_were_started_and_read_one_batch(folders):
+    one, two = folders
+    assert facts(one)["processes"] == 1
+    assert [facts(two, rank)["processes"] for rank in (0, 1)] == [2, 2]
+    halves = [facts(two, rank)["row_ids"] for rank in (0, 1)]
+    assert [len(half) for half in halves] == [2, 2]
+    assert halves[0] + halves[1] == facts(one)["row_ids"]
+
+
+def test_gradients_equal_those_of_one_process(folders):
+    one, two = (tensors(folder, "gradients") for folder in folders)
+    assert one.keys() == two.keys()
+    scale = max(gradient.abs().max().item() for gradient in one.values())
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda text, n=name: f"{n}: {text}")
+    norm = sum(gradient.square().sum() for gradient in one.values()).sqrt()
+    difference = sum((two[name] - gradient).square().sum() for name, gradient in one.items()).sqrt()
+    assert difference <= 1e-5 * norm
+    other_rank = tensors(folders[1], "gradients", rank=1)
+    assert all(torch.equal(gradient, two[name]) for name, gradient in other_rank.items())
+
+
+def test_a_training_ends_at_the_same_weights(folders):
+    one, two = (tensors(folder, "last") for folder in folders)
+    first, other_first = (tensors(folder, "first") for folder in folders)
+    assert all(torch.equal(weight, other_first[name]) for name, weight in first.items())
+    moved = sum((one[name] - weight).square().sum() for name, weight in first.items()).sqrt()
+    apart = sum((two[name] - weight).square().sum() for name, weight in one.items()).sqrt()
+    assert moved > 0.01
+    # Adam turns the smallest gradients, rounding errors among them, into steps as long as the others.
+    assert apart <= 1e-3 * moved
+    for name, weight in one.items():
+        assert (two[name] - weight).abs().max() <= 1e-5, name
+    other_rank = tensors(folders[1], "last", rank=1)
+    assert all(torch.equal(weight, two[name]) for name, weight in other_rank.items())
+
+
+def test_every_process_decides_as_one_process_does(folders):
+    one, two = folders
+    single, first, second = facts(one), facts(two), facts(two, rank=1)
+    assert (first["trace"], first["code"], first["steps"]) == (second["trace"], second["code"], second["steps"])
+    assert (single["code"], single["steps"]) == (first["code"], first["steps"]) == (0, 4)
+    assert [entry["learning_rate"] for entry in single["trace"]] == [3e-4, 3e-4, 1.5e-4, 1.5e-4]
+    assert [entry["early_stopping_bad_epochs"] for entry in single["trace"]] == [0, 1, 2, 3]
+    for entry, other in zip(single["trace"], first["trace"], strict=True):
+        exact = ("learning_rate", "early_stopping_bad_epochs", "best_epoch")
+        assert [other[name] for name in exact] == [entry[name] for name in exact]
+        assert other["plateau"][1] == entry["plateau"][1]
+        assert other["plateau"][0] == pytest.approx(entry["plateau"][0], rel=1e-5)
+        assert other["kl"] == pytest.approx(entry["kl"], rel=1e-5)
+        assert other["validation"] == pytest.approx(entry["validation"], rel=1e-4)
+
+
+def test_only_the_main_process_writes(folders):
+    (run,) = (folders[1] / "runs").iterdir()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4]
+    assert "4 = 2 x 2 processes; 2 x 1 images a forward pass" in (run / "training.log").read_text()
+    assert "[0] INFO" in (run / "training.log").read_text() and "[1]" not in (run / "training.log").read_text()
+    assert json.loads((run / "status.json").read_text())["reason"] == "no improvement in 3 epochs (early stopping)"
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_plain_launch_gets_the_configurations_precision(tmp_path, monkeypatch):
+    """`accelerate launch` exports a precision even where nobody chose one; it must not win over the configuration's."""
+    script = tmp_path / "script.py"
+    script.write_text("import os; print('precision', os.environ['ACCELERATE_MIXED_PRECISION'])")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = subprocess.run(
+        [*launch, str(script)], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    precision, exported = done.stdout.split()
+    assert precision == "precision"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", exported)
+    assert resolve_precision("bf16", torch.device("cpu")) == ("bf16", "the configuration")
