@@ -17,6 +17,15 @@ def faces(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("faces")
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, faces):
+    """An uninterrupted run of the tiny configuration (`runs.Run`); to be looked at, not changed."""
+    from runs import EPOCHS, run  # brings torch and diffusers, which not every test needs
+
+    presets = {"num_epochs": EPOCHS}
+    return run(tiny.tiny_config(tmp_path_factory.mktemp("finished"), faces, training_presets=presets))
+
+
 @pytest.fixture
 def session():
     """For tests that build an accelerator or a run: see `tiny.process_state`."""

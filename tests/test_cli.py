@@ -63,7 +63,9 @@ def test_unknown_keys(cli):
 
 
 def test_wrong_types_and_impossible_shapes(cli):
-    assert 'training_presets.batch_size is "many": give a whole number' in cli.error(training_presets__batch_size="many")
+    assert 'training_presets.batch_size is "many": give a whole number' in cli.error(
+        training_presets__batch_size="many"
+    )
     assert "sample_size is '40px'" in cli.error(model__sample_size="40px")
     error = cli.error(model__encoder_channels="64")
     assert "section model" in error and "int" in error
@@ -140,7 +142,13 @@ def test_trunk_weights_that_are_nowhere(cli, monkeypatch, tmp_path):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     error = cli.error(loss__trunk="vgg16")
-    for place in ("loss.trunk_weights", "torch's hub cache", "downloading https://", "vgg16_features.safetensors", "st_vgg16"):
+    for place in (
+        "loss.trunk_weights",
+        "torch's hub cache",
+        "downloading https://",
+        "vgg16_features.safetensors",
+        "st_vgg16",
+    ):
         assert place in error
     error = cli.error(loss__trunk="vgg16", loss__trunk_weights=str(tmp_path / "nowhere"))
     assert "loss.trunk_weights is" in error and "nowhere" in error
@@ -155,7 +163,9 @@ def test_a_trunk_that_needs_larger_images(cli):
 def test_a_batch_that_cannot_be_divided(cli, monkeypatch):
     config = load_config(cli.file)
     assert [micro_batch_size(config, processes) for processes in (1, 2, 4)] == [3, 2, 1]
-    with pytest.raises(ValueError, match="batch_size 4 cannot be divided over 3 processes: use 3 or another multiple of 3"):
+    with pytest.raises(
+        ValueError, match="batch_size 4 cannot be divided over 3 processes: use 3 or another multiple of 3"
+    ):
         micro_batch_size(config, 3)
     monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun sets it, for a plan
     assert "training_presets.batch_size 4 cannot be divided over 3 processes" in cli.error("--dry-run")

@@ -90,7 +90,10 @@ def test_the_default_configuration_is_the_missions_too():
 
 WRONG = [
     ({"training_preset": {}}, "unknown configuration key training_preset: did you mean training_presets?"),
-    ({"training_presets": {"learning_rat": 1}}, "training_presets.learning_rat: did you mean training_presets.learning"),
+    (
+        {"training_presets": {"learning_rat": 1}},
+        "training_presets.learning_rat: did you mean training_presets.learning",
+    ),
     ({"loss": {"lpip_weight": 1}}, "unknown configuration key loss.lpip_weight: did you mean loss.lpips_weight?"),
     ({"data": {"kl_cycle_period": 8}}, "unknown configuration key data.kl_cycle_period: known are data.cache"),
     ({"training_presets": {"lr": 8}}, "unknown configuration key training_presets.lr: known are training_presets.ad"),
@@ -130,7 +133,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda value: None if isinstance(value, dict) else value[:40])
+@pytest.mark.parametrize(
+    ("values", "message"), WRONG, ids=lambda value: None if isinstance(value, dict) else value[:40]
+)
 def test_what_is_wrong_is_named_with_its_remedy(values, message):
     with pytest.raises(ValueError) as caught:
         config_from_dict(values)

@@ -1,4 +1,4 @@
-"""A run from end to end on the tiny configuration: its files, its figures, its model, and how it stops and goes on."""
+"""A run from end to end on the tiny configuration: its files, its figures, its model, and what ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import EPOCHS, STEPS, Run, run
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -26,14 +26,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
 from training.checkpoint import list_checkpoints
-from training.config import Config, config_from_dict, load_config
+from training.config import load_config
 from training.evaluate import Validation
 from training.images import normalize
-from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
 
 ROOT = Path(__file__).parent.parent
-EPOCHS, STEPS = 3, 5  # and steps of an epoch
 TRAIN_NAMES = {
     *(f"{kind}/{term}" for kind in ("loss", "weighted") for term in ("mse", "l1", "perceptual", "lpips", "kl")),
     *("loss/reconstruction", "loss/total"),
@@ -46,82 +44,6 @@ VALIDATION_NAMES = {
     *("validation/reconstruction_loss", "validation/kl", "validation/active_units", "validation/posterior_sigma"),
     *("validation/latents_mean", "validation/latents_std", "validation/learning_rate"),
 }
-
-
-@dataclass
-class Run:
-    """A run that has ended."""
-
-    config: Config
-    trainer: Trainer
-    code: int
-
-    @property
-    def folder(self) -> Path:
-        return self.trainer.run_dir
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return json.loads((self.folder / "status.json").read_text())
-
-    def lines(self, kind: str, after_step: int = -1) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, without what a clock says."""
-        found = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [
-            {name: value for name, value in line.items() if name != "time" and not name.startswith("speed/")}
-            for line in found
-            if line["kind"] == kind and line["step"] > after_step
-        ]
-
-    def end_state(self) -> dict[str, Any]:
-        """All that the next step would depend on."""
-        trainer = self.trainer
-        moments = trainer.optimizer.state_dict()
-        clocks = ("train_seconds", "window")
-        return {
-            **{f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()},
-            **{f"average.{index}": tensor for index, tensor in enumerate(trainer.ema.shadow_params)},
-            **{f"adam.{i}.{name}": value for i, entry in moments["state"].items() for name, value in entry.items()},
-            "groups": moments["param_groups"],
-            "updates averaged": trainer.ema.optimization_step,
-            "plateau": trainer.plateau.state_dict(),
-            "kl": trainer.kl.state_dict(),
-            "progress": {name: value for name, value in vars(trainer.progress).items() if name not in clocks},
-            "window": {k: v for k, v in trainer.progress.window.items() if k not in ("seconds", "waited")},
-        }
-
-
-def run(config: Config, resume: str | Path | None = None, stop_after: dict[int, int] | None = None) -> Run:
-    """Run a training here; `stop_after`: a step's number -> the signal that this process gets after it."""
-    with tiny.process_state():
-        trainer = Trainer(config, None if resume is None else str(resume))
-        update = trainer.train_step
-
-        def update_and_signal(*args, step: int, **kwargs):
-            result = update(*args, step=step, **kwargs)
-            if number := (stop_after or {}).get(step + 1):
-                os.kill(os.getpid(), number)
-            return result
-
-        trainer.train_step = update_and_signal
-        return Run(config, trainer, trainer.run())
-
-
-def assert_same_state(one: Run, other: Run) -> None:
-    state, wanted = one.end_state(), other.end_state()
-    assert state.keys() == wanted.keys()
-    for name, value in wanted.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(state[name], value), name
-        else:
-            assert state[name] == value, name
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, faces) -> Run:
-    """An uninterrupted run."""
-    presets = {"num_epochs": EPOCHS}
-    return run(tiny.tiny_config(tmp_path_factory.mktemp("finished"), faces, training_presets=presets))
 
 
 @pytest.fixture
@@ -248,7 +170,9 @@ def averaged_model(finished: Run) -> AutoencoderKLUltra:
     averages = torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)
     model = AutoencoderKLUltra(**finished.config.model).eval()
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    trained = [own for own, trained in zip(model.parameters(), finished.trainer.model.parameters()) if trained.requires_grad]
+    trained = [
+        own for own, trained in zip(model.parameters(), finished.trainer.model.parameters()) if trained.requires_grad
+    ]
     assert len(trained) == len(averages["shadow_params"])
     for parameter, average in zip(trained, averages["shadow_params"]):
         parameter.data.copy_(average)
@@ -336,131 +260,6 @@ def test_scaling_is_measured(finished):
     torch.testing.assert_close(draws.std(dim=(0, 2, 3)), std, atol=0.1, rtol=0)
 
 
-# ---- stopping and going on ----
-
-
-def test_interrupted_in_mid_epoch_twice_it_is_the_same_run(finished, faces, tmp_path):
-    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
-    first = run(config, stop_after={3: signal.SIGTERM})  # between two log lines
-    assert first.code == EXIT_STOPPED == 75
-    assert (first.status["state"], first.status["reason"], first.status["step"]) == ("stopped", "SIGTERM", 3)
-    assert [path.name for path in list_checkpoints(first.folder)] == ["step_00000003"]
-    assert not Path(config.output.model_dir).exists()
-    second = run(config, "auto", stop_after={8: signal.SIGUSR1})
-    assert (second.code, second.status["reason"], second.folder) == (EXIT_STOPPED, "SIGUSR1", first.folder)
-    third = run(config, second.folder)
-    assert (third.code, third.status["state"], third.folder) == (0, "finished", first.folder)
-    assert_same_state(third, finished)
-    for kind in ("train", "validation"):
-        assert third.lines(kind) == finished.lines(kind)
-    for name in ("tiny_final_samples.png", "tiny_reconstructions_final.png", "tiny_samples_epoch_0001.png"):
-        assert (third.folder / "samples" / name).read_bytes() == (finished.folder / "samples" / name).read_bytes()
-    exported = [Path(each.status["model_dir"], "diffusion_pytorch_model.safetensors") for each in (third, finished)]
-    assert exported[0].read_bytes() == exported[1].read_bytes()
-
-
-def test_resumed_at_an_epochs_end_it_is_the_same_run(finished, faces, tmp_path):
-    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
-    folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
-    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
-    shutil.copytree(finished.folder / "best", folder / "best")
-    resumed = run(config, folder / "checkpoints" / "step_00000010")
-    assert (resumed.code, resumed.folder) == (0, folder)
-    assert_same_state(resumed, finished)
-    assert resumed.lines("train") == finished.lines("train", after_step=10)
-    assert resumed.lines("validation") == finished.lines("validation", after_step=10)
-    assert "resumed from" in (folder / "training.log").read_text()
-
-
-def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
-    """Nothing is left to do, and what is there stays as it is."""
-    before = Path(finished.status["model_dir"], "diffusion_pytorch_model.safetensors").read_bytes()
-    again = run(finished.config, "auto")
-    assert (again.code, again.folder, again.status["step"]) == (0, finished.folder, EPOCHS * STEPS)
-    assert Path(again.status["model_dir"], "diffusion_pytorch_model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("section", "changes", "named"),
-    [
-        ("model", {"vector_width": 16}, "model.vector_width (8 -> 16)"),
-        ("data", {"horizontal_flip": False, "shuffle_buffer": 8}, "data.horizontal_flip (True -> False), data.shuffle_buf"),
-        ("loss", {"lpips_weight": 0.3}, "loss.lpips_weight (0.2 -> 0.3)"),
-        ("training_presets", {"batch_size": 5, "seed": 1}, "training_presets.batch_size (4 -> 5), training_presets.seed"),
-        ("training_presets", {"optimizer": "adamw"}, "training_presets.optimizer ('adam' -> 'adamw')"),
-        ("training_presets", {"ema_decay": 0}, "training_presets.ema_decay (0.9999 -> 0.0)"),
-        ("output", {"run_name": "other"}, "output.run_name ('tiny' -> 'other')"),
-    ],
-)
-def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, section, changes, named):
-    values = finished.config.to_dict()
-    values[section] |= changes
-    with pytest.raises(ValueError, match="was trained with other values of") as caught:
-        Trainer(config_from_dict(values), str(finished.folder))
-    assert named in str(caught.value)
-
-
-def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_path):
-    folder = tmp_path / "tiny_20000101_000000"
-    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
-    values = finished.config.to_dict()
-    values["training_presets"] |= {"learning_rate": 2.5e-4, "weight_decay": 0.5, "adam_beta1": 0.5}
-    values["training_presets"] |= {"plateau_patience": 3, "plateau_factor": 0.1, "min_learning_rate": 1e-6}
-    trainer = Trainer(config_from_dict(values), str(folder))
-    trainer.tracker.close()
-    (group,) = trainer.optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (2.5e-4, 0.5, (0.5, 0.999))
-    plateau = trainer.plateau
-    assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
-    assert plateau.best < math.inf  # its memory is the checkpoint's
-    assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
-
-
-def test_resume_auto_without_a_run_starts_anew(faces, session, tmp_path):
-    trainer = Trainer(tiny.tiny_config(tmp_path, faces), "auto")
-    trainer.tracker.close()
-    assert trainer.progress.step == 0
-    assert trainer.run_dir.is_dir()
-
-
-# ---- other settings ----
-
-
-def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
-    """What the tiny configuration leaves out, interrupted and gone on."""
-    presets = {"mixed_precision": "bf16", "optimizer": "adamw", "linear_lr_scale": 0.01, "ema_decay": 0}
-    presets |= {"gradient_checkpointing": True, "channels_last": False, "micro_batch_size": None}
-    presets |= {"num_epochs": 1, "max_images_per_epoch": 12, "lr_warmup_steps": 0}
-    sections = {"training_presets": presets, "loss": {"perceptual_weight": 0, "lpips_weight": 0}}
-    sections["model"] = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_numbers": 100}
-    config = tiny.tiny_config(tmp_path, faces, **sections)
-    assert run(config, stop_after={2: signal.SIGINT}).code == EXIT_STOPPED
-    ended = run(config, "auto")
-    assert (ended.code, ended.status["step"]) == (0, 3)
-    groups = ended.trainer.optimizer.param_groups
-    assert [group["lr"] for group in groups] == [1e-3, 1e-5]
-    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in ended.trainer.model.parameters())
-    assert "precision bf16 (from the configuration)" in (ended.folder / "training.log").read_text()
-    model = AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
-    weights = ended.trainer.model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-def test_a_second_signal_has_its_usual_effect():
-    received = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
-    try:
-        with StopSignal() as stop:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert (stop.received, received) == ("SIGUSR1", [])
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert received == [signal.SIGUSR1]
-        os.kill(os.getpid(), signal.SIGUSR1)  # and afterwards the handler is the old one
-        assert len(received) == 2
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
 # ---- what ends a run, and what the validation decides ----
 
 
@@ -470,7 +269,11 @@ def scripted(losses: list[float]) -> Any:
     def validate(accelerator, model, images, indices, **_: Any) -> Validation:
         number = scripted_calls.pop(0)
         names = ("mse", "psnr", "ssim", "lpips_st_alexnet", "active_units", "posterior_sigma", "latents_mean")
-        values = dict.fromkeys(names, 0.5) | {"latents_std": 2.0, "kl": 10.0 * number, "reconstruction_loss": losses[number]}
+        values = dict.fromkeys(names, 0.5) | {
+            "latents_std": 2.0,
+            "kl": 10.0 * number,
+            "reconstruction_loss": losses[number],
+        }
         return Validation(values, torch.ones(16), torch.zeros(16), torch.ones(16), 0.0)
 
     scripted_calls = list(range(len(losses)))
@@ -495,7 +298,9 @@ def test_plateau_early_stopping_and_best_model(faces, tmp_path, monkeypatch, sto
     )
     monkeypatch.setattr(trainer_module, "validate", scripted(LOSSES))
     exports = []
-    monkeypatch.setattr(Trainer, "_export", lambda self, *args: exports.append(self.progress.epoch) or export(self, *args))
+    monkeypatch.setattr(
+        Trainer, "_export", lambda self, *args: exports.append(self.progress.epoch) or export(self, *args)
+    )
     ended = run(config, stop_after=stop_after)
     if stop_after:
         assert ended.code == EXIT_STOPPED
@@ -525,6 +330,26 @@ def test_the_time_limit_ends_a_run_cleanly(faces, tmp_path):
     assert ended.status["reason"] == "the limit of 1e-06 minutes of training"
     assert [path.name for path in list_checkpoints(ended.folder)] == ["step_00000001"]
     AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
+
+
+def test_the_time_limit_in_mid_epoch_is_no_epoch_without_improvement(finished, faces, tmp_path, monkeypatch):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS, "max_train_minutes": 1e-6})
+    folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
+    shutil.copytree(finished.folder / "best", folder / "best")
+    before = json.loads((folder / "checkpoints" / "step_00000010" / "trainer_state.json").read_text())
+    monkeypatch.setattr(trainer_module, "validate", scripted([0.9]))  # worse than the best
+    ended = run(config, "auto")
+    assert (ended.code, ended.status["step"], ended.status["reason"]) == (
+        0,
+        11,
+        "the limit of 1e-06 minutes of training",
+    )
+    after = json.loads((folder / "checkpoints" / "step_00000011" / "trainer_state.json").read_text())
+    assert after["plateau"] == before["plateau"]
+    for name in ("best", "early_stopping_bad_epochs"):
+        assert after["progress"][name] == before["progress"][name]
+    assert after["progress"]["batch"] == 1
 
 
 def test_gradients_that_stay_infinite_end_a_run_with_its_checkpoint_intact(finished, faces, tmp_path, monkeypatch):

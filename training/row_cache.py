@@ -70,6 +70,7 @@ class RowCache:
         self._fetcher: threading.Thread | None = None
         self._stop, self._error = threading.Event(), None
         self._interrupted = threading.Event()
+        self._awaited = ""
         self._patiences: list[Patience] = []  # of the shards that are being fetched
         self.is_complete = False
         self._look_for_manifest()
@@ -91,7 +92,9 @@ class RowCache:
 
     @property
     def waiting_for(self) -> str:
-        return "; ".join(patience.waiting_for for patience in [*self._patiences] if patience.waiting_for)
+        """What holds up the rows at this moment, in words."""
+        troubles = "; ".join(patience.waiting_for for patience in [*self._patiences] if patience.waiting_for)
+        return troubles or self._awaited
 
     def chunk_rows(self) -> list[int]:
         """Rows of each chunk, in the order of the source."""
@@ -138,6 +141,7 @@ class RowCache:
     def _wait(self, is_there: Callable[[], bool], what: str) -> None:
         if is_there():
             return
+        self._awaited = what
         last_signs, last_change, pause = None, time.monotonic(), 0.002
         while not is_there():
             if self._error is not None:
@@ -149,8 +153,9 @@ class RowCache:
             last_change = max([last_change, *(patience.last_progress for patience in [*self._patiences])])
             waited = time.monotonic() - last_change
             if waited > self._timeout_s + _GRACE_S * min(1.0, self._timeout_s / 60):
-                elsewhere = "the process that fetches them has not moved on"
-                reason = self.waiting_for or (elsewhere if self._fetcher is None else "the source has not answered")
+                reason = "the process that fetches them has not moved on"
+                if self._fetcher is not None:
+                    reason = self.waiting_for if self.waiting_for != what else "the source has not answered"
                 raise RuntimeError(
                     f"data: waited {waited:.0f} s for {what} (data.timeout_s={self._timeout_s:g}): {reason}. "
                     "Checkpoints are intact; use --resume auto when the source answers."
@@ -158,6 +163,7 @@ class RowCache:
             if self._interrupted.wait(pause):
                 raise RuntimeError(f"data: interrupted while waiting for {what}.")
             pause = min(_POLL_S, 2 * pause)
+        self._awaited = ""
 
     def _chunk_path(self, shard: int, chunk: int) -> Path:
         return self.folder / f"shard-{shard:05d}-chunk-{chunk:05d}.arrow"

@@ -1,0 +1,191 @@
+"""How fast the data path is, beside plain `datasets` streaming with Pillow and torchvision transforms.
+
+    python -m benchmarks.data --data-files "faces/train-*.parquet" --rows 162770
+    python -m benchmarks.data                       # noise JPEGs of CelebA's size instead of faces
+
+Prints what one core delivers (images per second of CPU time, which other processes on the machine disturb little),
+images/s with one worker and two (threads here, processes of a DataLoader there), seconds to the first batch with
+nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
+to `--rows`. Not measured here: the network; the share of a training that waits for data, which every run logs as
+speed/data_wait_fraction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import io
+import itertools
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from training.config import DataConfig
+from training.data import TrainStream
+
+BATCH = 64
+RESUME_ROW = 100_000
+SHARDS = 19  # as many as the published CelebA has to train on
+
+
+def noise_faces(count: int) -> list[bytes]:
+    """JPEGs of CelebA's size and about its bytes: smooth noise."""
+    rng, images = np.random.default_rng(0), []
+    for _ in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (55, 45, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((178, 218), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    return images
+
+
+def write_corpus(folder: Path, data_files: str | None, rows: int) -> None:
+    """Repeats the images to `rows` rows in `SHARDS` parquet files, each row with its number as its path."""
+    if data_files:
+        names = sorted(glob.glob(data_files))
+        if not names:
+            raise SystemExit(f"--data-files {data_files!r} matches no file.")
+        images = [row["bytes"] for name in names for row in pq.read_table(name, columns=["image"])["image"].to_pylist()]
+    else:
+        images = noise_faces(512)
+    features = datasets.Features(image=datasets.Image())
+    numbers = iter(range(rows))
+    for shard in range(SHARDS):
+        mine = list(itertools.islice(numbers, rows // SHARDS + (shard < rows % SHARDS)))
+        cells = [{"bytes": images[number % len(images)], "path": f"{number:06d}.jpg"} for number in mine]
+        table = pa.table({"image": pa.array(cells, features.arrow_schema.field("image").type)})
+        table = table.replace_schema_metadata(features.arrow_schema.metadata)
+        pq.write_table(table, folder / f"train-{shard:05d}-of-{SHARDS:05d}.parquet", row_group_size=1000)
+
+
+def our_stream(folder: Path, resolution: int, workers: int, cache_dir: Path | None = None) -> TrainStream:
+    config = DataConfig(
+        dataset="parquet",
+        data_files={"train": str(folder / "*.parquet")},
+        crop_px=178,
+        decode_threads=workers,
+        cache_dir=str(cache_dir or folder / "cache"),
+    )
+    return TrainStream(config, resolution=resolution, seed=0, global_batch=BATCH, rank=0, world_size=1)
+
+
+def our_batches(stream: TrainStream, epoch: int, start_batch: int = 0) -> Iterator[torch.Tensor]:
+    return (batch.pixels for batch in stream.epoch_batches(epoch, start_batch=start_batch))
+
+
+class _Plain:
+    """The transform that examples show: Pillow decodes and flips, torchvision crops, resizes and normalizes."""
+
+    def __init__(self, resolution: int):
+        steps = [
+            transforms.CenterCrop(178),
+            transforms.Resize(resolution, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(0.5, 0.5),
+        ]
+        self.transform = transforms.Compose(steps)
+
+    def __call__(self, row: dict) -> dict:
+        return {"image": self.transform(row["image"].convert("RGB"))}
+
+
+def plain_batches(folder: Path, resolution: int, workers: int) -> Iterator[torch.Tensor]:
+    """`load_dataset(..., streaming=True)`, shuffled, mapped, in a DataLoader."""
+    files = {"train": str(folder / "*.parquet")}
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    rows = rows.shuffle(seed=0, buffer_size=2048).map(_Plain(resolution))
+    loader = torch.utils.data.DataLoader(rows, batch_size=BATCH, num_workers=workers)
+    return (batch["image"] for batch in loader)
+
+
+def images_per_second(batches: Iterator[torch.Tensor], seconds: float, clock=time.perf_counter) -> float:
+    """For `seconds`, after the first 16 batches: a prefetch that is full must not count."""
+    with contextlib.closing(batches):
+        for _ in itertools.islice(batches, 16):
+            pass
+        began, clock_began, count = time.perf_counter(), clock(), 0
+        for batch in batches:
+            count += len(batch)
+            if time.perf_counter() - began > seconds:
+                break
+        return count / (clock() - clock_began)
+
+
+def seconds_to_first(batches: Iterator[torch.Tensor]) -> float:
+    began = time.perf_counter()
+    with contextlib.closing(batches):
+        next(batches)
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-files", help="glob of parquet files with an `image` column; default: noise")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows of the corpus that is measured")
+    parser.add_argument("--resolution", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each kind, in turns; the median counts")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}, "
+          f"datasets {datasets.__version__}, pyarrow {pa.__version__}")  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_corpus(folder, arguments.data_files, arguments.rows)
+        size = sum(path.stat().st_size for path in folder.glob("*.parquet"))
+        print(f"{arguments.rows} rows, {size / 1e9:.2f} GB of parquet, {size / arguments.rows / 1e3:.1f} kB a row")
+
+        first = min(arguments.resolution)
+        stream = our_stream(folder, first, cores)
+        print(f"first batch, nothing cached        {seconds_to_first(our_batches(stream, 0)):8.2f} s")
+        print(f"first batch, plain datasets        {seconds_to_first(plain_batches(folder, first, 1)):8.2f} s")
+        began = time.perf_counter()
+        next(our_batches(stream, 1))  # the permutation needs all rows
+        cached = sum(path.stat().st_size for path in (folder / "cache").rglob("*.arrow"))
+        print(f"rest of the cache, {cached / 1e9:5.2f} GB         {time.perf_counter() - began:8.2f} s")
+        for epoch in (0, 1):
+            start = min(RESUME_ROW, arguments.rows * 2 // 3) // BATCH
+            began = time.perf_counter()
+            seconds_to_first(our_batches(our_stream(folder, first, cores), epoch, start))
+            kind = "streamed" if epoch == 0 else "permuted"
+            print(f"resume at row {start * BATCH:6d}, {kind:8s}   {time.perf_counter() - began:8.2f} s")
+
+        print(f"images/s, median of {arguments.repeats} x {arguments.seconds:g} s taken in turns")
+        print("                    a core's CPU second    1 worker   2 workers")
+        for resolution in arguments.resolution:
+            rates: dict[tuple[str, int], list[float]] = {}
+            for _, workers in itertools.product(range(arguments.repeats), (0, 1, 2)):
+                # 0 workers: all in one process whose CPU time is taken; ours then decodes in one thread.
+                clock = time.perf_counter if workers else time.process_time
+                ours = our_batches(our_stream(folder, resolution, workers or 1), 1)
+                plain = plain_batches(folder, resolution, workers)
+                for kind, batches in (("ours", ours), ("plain datasets", plain)):
+                    rates.setdefault((kind, workers), []).append(images_per_second(batches, arguments.seconds, clock))
+            medians = {key: float(np.median(values)) for key, values in rates.items()}
+            for kind in ("ours", "plain datasets"):
+                cells = [f"{medians[kind, workers]:12.0f}" for workers in (0, 1, 2)]
+                print(f"{resolution:4d} px {kind:14s}       {''.join(cells)}")
+            ratios = [medians["ours", workers] / medians["plain datasets", workers] for workers in (0, 1, 2)]
+            print(f"{resolution:4d} px ratio                {''.join(f'{ratio:12.2f}' for ratio in ratios)}")
+
+
+if __name__ == "__main__":
+    main()
