@@ -21,7 +21,9 @@ from training.config import Config, load_config
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a face VAE from a JSON configuration.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration, such as configs/ultra.json")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON configuration, such as configs/ultra.json"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -88,9 +88,7 @@ def test_warm_up_is_a_straight_line_and_the_controller_waits_for_its_end():
     before = controller.log_beta
     controller.observe(kl=2.0, reconstruction=0.1, num_images=500, epoch=5, images_seen=500)
     assert (controller.log_beta, controller.held) == (before, "warm-up")
-    assert controller.smoothed_share == pytest.approx(
-        share_of(0.25, 2.0, 0.1), rel=1e-12
-    )  # the average is fed
+    assert controller.smoothed_share == pytest.approx(share_of(0.25, 2.0, 0.1), rel=1e-12)  # the average is fed
     controller.observe(kl=2.0, reconstruction=0.1, num_images=500, epoch=5, images_seen=1000)
     assert controller.log_beta < before
     assert controller.held is None
@@ -350,9 +348,7 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, bad) for key, values in BAD_SETTINGS.items() for bad in values]
-)
+@pytest.mark.parametrize(("key", "value"), [(key, bad) for key, values in BAD_SETTINGS.items() for bad in values])
 def test_invalid_settings_are_refused_with_key_value_and_remedy(key, value):
     with pytest.raises(ValueError) as caught:
         KLSchedule(**{key: value})

@@ -37,9 +37,7 @@ CROP = ([0, 5, 8, 3], [16, 0, 7, 9], 40)
 
 def crop_by_hand(pixels: torch.Tensor) -> torch.Tensor:
     tops, lefts, size = CROP
-    return torch.stack(
-        [pixels[i, :, tops[i] : tops[i] + size, lefts[i] : lefts[i] + size] for i in range(len(pixels))]
-    )
+    return torch.stack([pixels[i, :, tops[i] : tops[i] + size, lefts[i] : lefts[i] + size] for i in range(len(pixels))])
 
 
 class TestLossWeights:
@@ -64,9 +62,7 @@ class TestKl:
         logvar = torch.tensor([[0.0], [1e-4], [-1e-3]])
         exact = (torch.expm1(logvar.double()) - logvar.double()).flatten() / 2
         assert kl_per_number(torch.zeros(3, 1), logvar)[0] == 0
-        torch.testing.assert_close(
-            kl_per_number(torch.zeros(3, 1), logvar).double(), exact, rtol=0.02, atol=0
-        )
+        torch.testing.assert_close(kl_per_number(torch.zeros(3, 1), logvar).double(), exact, rtol=0.02, atol=0)
 
     def test_is_float32_under_autocast_and_for_half_inputs(self, batch):
         mean, logvar = batch["mean"].bfloat16(), batch["logvar"].bfloat16()
@@ -134,9 +130,7 @@ class TestVaeLoss:
         weights = LossWeights(mse=0.5, l1=0.3, perceptual=0.7, lpips=1.1)
         total, parts = vae_loss(**batch, weights=weights, beta=0.01, trunk=trunk, crop=crop)
         reconstruction, pixels = batch["reconstruction"], batch["pixels"]
-        seen = (
-            [reconstruction, pixels] if crop is None else [crop_by_hand(reconstruction), crop_by_hand(pixels)]
-        )
+        seen = [reconstruction, pixels] if crop is None else [crop_by_hand(reconstruction), crop_by_hand(pixels)]
         features = [trunk.features(images) for images in seen]
         expected = {
             "mse": F.mse_loss(reconstruction, pixels),
@@ -150,23 +144,15 @@ class TestVaeLoss:
         expected |= {f"weighted/{name}": value for name, value in weighted.items()}
         expected["reconstruction"] = sum(weighted.values()) - weighted["kl"]
         expected["total"] = sum(weighted.values())
-        assert (
-            parts.keys()
-            == expected.keys()
-            == RAW | {f"weighted/{n}" for n in RAW} | {"reconstruction", "total"}
-        )
+        assert parts.keys() == expected.keys() == RAW | {f"weighted/{n}" for n in RAW} | {"reconstruction", "total"}
         for name, value in expected.items():
-            torch.testing.assert_close(
-                parts[name], value.detach(), msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(parts[name], value.detach(), msg=lambda text, name=name: f"{name}: {text}")
             assert parts[name].dtype == torch.float32 and parts[name].ndim == 0
             assert not parts[name].requires_grad
         assert total.requires_grad and total.item() == parts["total"].item()
 
         total.backward()
-        gradients = torch.autograd.grad(
-            expected["total"], [batch["reconstruction"], batch["mean"], batch["logvar"]]
-        )
+        gradients = torch.autograd.grad(expected["total"], [batch["reconstruction"], batch["mean"], batch["logvar"]])
         for name, gradient in zip(("reconstruction", "mean", "logvar"), gradients, strict=True):
             torch.testing.assert_close(batch[name].grad, gradient)
 
@@ -244,9 +230,7 @@ class TestVaeLoss:
             assert autocast_of[name] == {False}, name
 
     def test_a_term_of_weight_zero_cannot_spoil_the_total(self, batch):
-        batch["reconstruction"] = torch.full_like(
-            batch["pixels"], 1e25
-        )  # squared, this is infinite in float32
+        batch["reconstruction"] = torch.full_like(batch["pixels"], 1e25)  # squared, this is infinite in float32
         total, parts = vae_loss(
             **batch, weights=LossWeights(mse=0, perceptual=0, lpips=0), beta=0.1, trunk=None, crop=None
         )

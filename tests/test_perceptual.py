@@ -185,9 +185,7 @@ class TestFeatures:
         trunk = random_trunks[name]
         at_once: list[torch.Tensor] = []
         handles = [
-            trunk.layers[tap].register_forward_hook(
-                lambda _, __, output: at_once.append(output.detach().clone())
-            )
+            trunk.layers[tap].register_forward_hook(lambda _, __, output: at_once.append(output.detach().clone()))
             for tap in trunk.taps
         ]
         features = trunk.features(pattern(40, 48, 3.0))
@@ -272,9 +270,7 @@ class TestFrozen:
 class TestWeights:
     def test_come_from_the_folder_then_the_cache_then_the_download(self, hub_cache, tmp_path, monkeypatch):
         weights = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
-        by_source = {
-            source: file_tensors("squeezenet", seed) for seed, source in enumerate(("web", "cache", "mine"))
-        }
+        by_source = {source: file_tensors("squeezenet", seed) for seed, source in enumerate(("web", "cache", "mine"))}
         surplus = {"classifier.1.weight": torch.zeros(2, 2)}  # torchvision's files have the classifier too
 
         origin = tmp_path / "origin.pth"
@@ -282,9 +278,7 @@ class TestWeights:
         digest = hashlib.sha256(origin.read_bytes()).hexdigest()[:8]
         origin = origin.rename(tmp_path / f"squeezenet1_1-{digest}.pth")
         monkeypatch.setattr(weights.value, "url", origin.as_uri())
-        loaded = PerceptualTrunk(
-            "squeezenet", weights_dir=tmp_path
-        )  # a folder without the file is passed over
+        loaded = PerceptualTrunk("squeezenet", weights_dir=tmp_path)  # a folder without the file is passed over
         assert torch.equal(first_weight(loaded), by_source["web"]["features.0.weight"])
         assert (hub_cache / origin.name).exists()
 
@@ -372,16 +366,12 @@ class TestWeights:
             torch.save(torch.zeros(3), path)
         else:
             path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"cannot read the weight file .*alexnet-owt.*delete it"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"cannot read the weight file .*alexnet-owt.*delete it") as caught:
             PerceptualTrunk("alexnet")
         assert "\n" not in str(caught.value)
 
     def test_unknown_name_missing_folder_and_missing_package(self, tmp_path, monkeypatch):
-        with pytest.raises(
-            ValueError, match="unknown perceptual trunk 'vgg19': choose one of vgg16, alexnet"
-        ):
+        with pytest.raises(ValueError, match="unknown perceptual trunk 'vgg19': choose one of vgg16, alexnet"):
             PerceptualTrunk("vgg19")
         with pytest.raises(ValueError, match="which is not a folder"):
             PerceptualTrunk("vgg16", weights_dir=tmp_path / "absent")

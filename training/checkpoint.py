@@ -176,7 +176,8 @@ def check_resume(config: Config, checkpoint: Path) -> list[str]:
     refused = [
         f"{key} ({saved.get(key)!r} -> {now.get(key)!r})"
         for key in changed
-        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
+        if key.startswith(FIXED_ON_RESUME)
+        and key not in FREE_ON_RESUME
         # Rows from the cache have one order, whoever filled it.
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
     ]

@@ -66,7 +66,9 @@ class DataConfig:
     timeout_s: float = 1200.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.dataset), "data.dataset", self.dataset, "give a Hub id, parquet, imagefolder or synthetic_faces")
+        _require(
+            bool(self.dataset), "data.dataset", self.dataset, "give a Hub id, parquet, imagefolder or synthetic_faces"
+        )
         if self.dataset == "parquet":
             _require(
                 bool(self.data_files),
@@ -90,7 +92,10 @@ class DataConfig:
         _require(self.decode_threads >= 0, "data.decode_threads", self.decode_threads, "use 0 (automatic) or more")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "use at least 1")
         _require(
-            self.synthetic_train_images >= 1, "data.synthetic_train_images", self.synthetic_train_images, "use at least 1"
+            self.synthetic_train_images >= 1,
+            "data.synthetic_train_images",
+            self.synthetic_train_images,
+            "use at least 1",
         )
         _require(
             self.synthetic_validation_images >= 1,
@@ -243,10 +248,19 @@ class OutputConfig:
             self.run_name,
             "use letters, digits, '_', '-' and '.', beginning with a letter or digit (it becomes a folder's name)",
         )
-        for key in ("log_every_steps", "checkpoint_every_epochs", "keep_checkpoints", "sample_every_epochs", "num_samples"):
+        for key in (
+            "log_every_steps",
+            "checkpoint_every_epochs",
+            "keep_checkpoints",
+            "sample_every_epochs",
+            "num_samples",
+        ):
             _require(getattr(self, key) >= 1, f"output.{key}", getattr(self, key), "use at least 1")
         _require(
-            self.eval_lpips_trunk in TRUNKS, "output.eval_lpips_trunk", self.eval_lpips_trunk, f"use one of {', '.join(TRUNKS)}"
+            self.eval_lpips_trunk in TRUNKS,
+            "output.eval_lpips_trunk",
+            self.eval_lpips_trunk,
+            f"use one of {', '.join(TRUNKS)}",
         )
 
 

@@ -136,9 +136,7 @@ def validate(
         "latents_mean": channel_mean.mean().item(),
         "latents_std": (channel_square.mean() - channel_mean.mean().square()).clamp_min(0).sqrt().item(),
     }
-    return Validation(
-        values, means["kl"].flatten(), channel_mean, channel_variance.sqrt(), means["at_bound"].item()
-    )
+    return Validation(values, means["kl"].flatten(), channel_mean, channel_variance.sqrt(), means["at_bound"].item())
 
 
 @torch.no_grad()

@@ -26,9 +26,7 @@ def normalize(pixels_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) ->
         TypeError: The input is not uint8, so it has been normalized before.
     """
     if pixels_uint8.dtype != torch.uint8:
-        raise TypeError(
-            f"normalize takes uint8, got {pixels_uint8.dtype}: pixels are normalized exactly once."
-        )
+        raise TypeError(f"normalize takes uint8, got {pixels_uint8.dtype}: pixels are normalized exactly once.")
     return pixels_uint8.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
 
 

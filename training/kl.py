@@ -178,9 +178,7 @@ class KLController:
         low, high = self._range(epoch)
         return min(max(ramp * math.exp(self.log_beta) * self.schedule.cycle_factor(epoch), low), high)
 
-    def observe(
-        self, *, kl: float, reconstruction: float, num_images: int, epoch: int, images_seen: int
-    ) -> None:
+    def observe(self, *, kl: float, reconstruction: float, num_images: int, epoch: int, images_seen: int) -> None:
         """Feeds the losses of the latest images and moves log beta where the law says so.
 
         An observation that means nothing (not finite, KL below 0 by more than rounding, reconstruction or
@@ -388,9 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     judged = [record for record in records if record["held"] != "warm-up" and not record["cooldown"]]
     inside = sum(record["low"] <= record["share"] <= record["high"] for record in judged)
     at_floor = sum(record["held"] == "at floor" for record in judged)
-    print(
-        f"{len(judged)} of {len(records)} observations outside warm-up and cool-down: {inside} with the share"
-    )
+    print(f"{len(judged)} of {len(records)} observations outside warm-up and cool-down: {inside} with the share")
     print(f"in its band, {at_floor} with beta held at its floor; drawn to {arguments.out}")
 
 

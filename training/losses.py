@@ -64,8 +64,7 @@ def kl_per_number(mean: Tensor, logvar: Tensor) -> Tensor:
     """
     if mean.shape != logvar.shape:
         raise ValueError(
-            f"the posterior's mean is {tuple(mean.shape)} and its logvar {tuple(logvar.shape)}: "
-            "give equal shapes"
+            f"the posterior's mean is {tuple(mean.shape)} and its logvar {tuple(logvar.shape)}: give equal shapes"
         )
     with full_precision(mean.device):
         mean, logvar = mean.float(), logvar.float()
@@ -73,9 +72,7 @@ def kl_per_number(mean: Tensor, logvar: Tensor) -> Tensor:
         return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).flatten(1).mean(dim=1)
 
 
-def random_crops(
-    pixels_pair: Sequence[Tensor], tops: Sequence[int], lefts: Sequence[int], size: int
-) -> list[Tensor]:
+def random_crops(pixels_pair: Sequence[Tensor], tops: Sequence[int], lefts: Sequence[int], size: int) -> list[Tensor]:
     """The same square window of image i out of each tensor, at (tops[i], lefts[i]), with gradient.
 
     Args:

@@ -355,9 +355,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _check(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix: str, path: Path
-) -> None:
+def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], prefix: str, path: Path) -> None:
     """Refuses missing and mis-shaped tensors of `shapes`, and others that start with `prefix`."""
     fault = ""
     for key, shape in shapes.items():

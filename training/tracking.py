@@ -61,9 +61,7 @@ class Tracker:
         status: First content of `status.json`.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, run_dir: Path, config: dict[str, Any], status: dict[str, Any]
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, run_dir: Path, config: dict[str, Any], status: dict[str, Any]) -> None:
         self.accelerator = accelerator
         self.run_dir = run_dir
         self.active = accelerator.is_main_process
@@ -100,7 +98,13 @@ class Tracker:
         """
         if not self.active:
             return
-        line: dict[str, Any] = {"kind": kind, "time": time.time(), "step": step, "epoch": epoch, "images_seen": images_seen}
+        line: dict[str, Any] = {
+            "kind": kind,
+            "time": time.time(),
+            "step": step,
+            "epoch": epoch,
+            "images_seen": images_seen,
+        }
         scalars = {}
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -93,9 +93,7 @@ class Trainer:
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
             kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False
-                )
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False)
             ],
         )
         setup_logging(accelerator, None)
@@ -152,7 +150,9 @@ class Trainer:
         logger.info("run       %s", self.run_dir)
         logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
         if precision == "bf16" and device.type == "cpu" and not cpu_computes_bf16():
-            logger.warning("this CPU has no bfloat16 instructions: bf16 is emulated, slower than float32 (auto avoids it)")
+            logger.warning(
+                "this CPU has no bfloat16 instructions: bf16 is emulated, slower than float32 (auto avoids it)"
+            )
         plan = describe_plan(config, accelerator.num_processes, self.num_train_images)
         for line in (*plan.splitlines(), *notes):
             logger.info(line)
@@ -291,9 +291,7 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "data": self.stream.identity,
         }
-        save_checkpoint(
-            self.accelerator, self.run_dir, self.progress.step, state, self.config.output.keep_checkpoints
-        )
+        save_checkpoint(self.accelerator, self.run_dir, self.progress.step, state, self.config.output.keep_checkpoints)
 
     def _load(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
@@ -333,16 +331,16 @@ class Trainer:
                 reason = self._train(stop)
             if reason is None:
                 self._save()
-                self.tracker.event(f"stopped by {stop.received}; continue with --resume auto", "info", **self.progress.where)
+                self.tracker.event(
+                    f"stopped by {stop.received}; continue with --resume auto", "info", **self.progress.where
+                )
                 self.tracker.update_status(state="stopped", reason=stop.received, **self._standing)
                 return EXIT_STOPPED
             self._finish(reason)
             return 0
         except BaseException as error:
             logger.error("failed: %s: %s", type(error).__name__, error)
-            self.tracker.update_status(
-                state="failed", reason=f"{type(error).__name__}: {error}", **self._standing
-            )
+            self.tracker.update_status(state="failed", reason=f"{type(error).__name__}: {error}", **self._standing)
             raise
         finally:
             self.progress_line.close()
