@@ -141,7 +141,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each kind, in turns; the median counts")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    torch.set_num_threads(1)
     datasets.disable_progress_bars()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}, "

@@ -200,6 +200,17 @@ def reading_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name == "reader" or t.name.startswith("decode")]
 
 
+def test_decoding_threads_do_not_share_the_cores_of_the_model(tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    monkeypatch.setattr(data, "decode_image", lambda *args: seen.append(torch.get_num_threads()) or decode_image(*args))
+    try:
+        read_epoch(coded_config(tmp_path), max_batches=2)
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_end_with_the_iterator(tmp_path):
     stream = open_stream(coded_config(tmp_path), global_batch=2)
     batches = stream.epoch_batches(0)

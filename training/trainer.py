@@ -261,11 +261,11 @@ class Trainer:
             self.config.data,
             resolution=self.model.config.sample_size,
             seed=presets.seed,
-            global_batch=self.micro_batch,
+            global_batch=1,  # exactly the images wanted, whatever the batch and the number of processes
             rank=0,
             world_size=1,
         )
-        batches = alone.epoch_batches(0, max_batches=max(1, wanted // self.micro_batch))
+        batches = alone.epoch_batches(0, max_batches=wanted)
         images = torch.cat([batch.pixels for batch in batches])
         if self.accelerator.device.type == "cuda":  # Apple's GPUs have no eigenvalue solver
             self.model.to(self.accelerator.device)
