@@ -60,18 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             _dry_run(config)
             return 0
-        # Imported late: --help and a misspelt key need not wait for torch.
-        from training.trainer import Trainer
+    except ValueError as error:
+        return _refuse(error)
 
+    # Imported late: --help and a misspelt key need not wait for torch.
+    from training.images import DataError
+    from training.trainer import Trainer
+
+    try:
         trainer = Trainer(config, arguments.resume)
-    except (ValueError, RuntimeError) as error:
-        # Data that cannot be had (an unreachable Hub) is named so; any other RuntimeError is a fault to be traced.
-        if isinstance(error, RuntimeError) and not str(error).startswith("data"):
-            raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others found the same
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return trainer.run()
+    except (ValueError, DataError) as error:
+        return _refuse(error)
+    try:
+        return trainer.run()
+    except DataError as error:  # in mid-run; the last checkpoint is intact, and the log says the same
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others found the same
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.images import BadImage, decode_image
+from training.images import BadImage, DataError, decode_image
 from training.row_order import open_rows
 from training.shards import encoded_bytes
 
@@ -159,7 +159,7 @@ class TrainStream:
 
         Raises:
             ValueError: The split holds fewer rows than one global batch, or fewer batches than `start_batch`.
-            RuntimeError: More than `max_bad_fraction` of the rows cannot be read.
+            DataError: More than `max_bad_fraction` of the rows cannot be read.
         """
         handover: queue.Queue = queue.Queue(max(1, self.config.prefetch_batches))
         closing = threading.Event()
@@ -273,7 +273,7 @@ class TrainStream:
                 pixels = pixels.flip(1) if is_flipped else pixels
             slot.copy_(pixels)
             return row_id, bad
-        raise RuntimeError(f"data: no row of {self.config.dataset!r} is readable near {bad[0]} ({bad[1]}).")
+        raise DataError(f"data: no row of {self.config.dataset!r} is readable near {bad[0]} ({bad[1]}).")
 
     def _wait_for(self, handover: queue.Queue):
         began = time.perf_counter()
@@ -287,7 +287,7 @@ class TrainStream:
                     logger.warning("waiting for rows of %r for %.0f s: %s", self.config.dataset, waited, reason)
                     idle = self._rows.idle_seconds()
                     if min(waited, idle) > self.config.timeout_s + _REMINDER_S:
-                        raise RuntimeError(
+                        raise DataError(
                             f"data: no row of {self.config.dataset!r} came for {idle:.0f} s (data.timeout_s="
                             f"{self.config.timeout_s:g}): {reason}. Checkpoints are intact; use --resume auto."
                         ) from None
@@ -311,7 +311,7 @@ class TrainStream:
         total, limit = self._decoded_rows, self.config.max_bad_fraction
         if total >= min_rows and self.bad_rows > limit * total:
             some = "; ".join(f"{row_id} ({reason})" for row_id, reason in [*self._bad_rows.items()][:10])
-            raise RuntimeError(
+            raise DataError(
                 f"{self.bad_rows} of {total} rows of {self.config.dataset!r} cannot be read, more than "
                 f"data.max_bad_fraction={limit}: {some}"
             )

@@ -15,6 +15,10 @@ _MAX_PIXELS = 64_000_000  # 192 MB decoded; Pillow itself only warns up to 179 M
 _MIN_SIDE_PX = 16  # smaller images are spacers and tracking pixels
 
 
+class DataError(RuntimeError):
+    """The data cannot be had: a source that does not answer, a faulty disk, too many unreadable images."""
+
+
 class BadImage(ValueError):
     """A row that cannot become pixels; the message is the reason."""
 

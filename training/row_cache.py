@@ -35,6 +35,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from training.chunks import Chunk, describe_chunk, in_chunks, open_chunk, read_manifest, write_chunk, write_file
+from training.images import DataError
 from training.shards import Patience, Row
 from training.sources import Source
 
@@ -156,12 +157,12 @@ class RowCache:
                 reason = "the process that fetches them has not moved on"
                 if self._fetcher is not None:
                     reason = self.waiting_for if self.waiting_for != what else "the source has not answered"
-                raise RuntimeError(
+                raise DataError(
                     f"data: waited {waited:.0f} s for {what} (data.timeout_s={self._timeout_s:g}): {reason}. "
                     "Checkpoints are intact; use --resume auto when the source answers."
                 )
             if self._interrupted.wait(pause):
-                raise RuntimeError(f"data: interrupted while waiting for {what}.")
+                raise DataError(f"data: interrupted while waiting for {what}.")
             pause = min(_POLL_S, 2 * pause)
         self._awaited = ""
 
@@ -239,7 +240,7 @@ class RowCache:
                 except Timeout:  # another run, or another node on the same disk, is at it; it may end half-way
                     self._stop.wait(0.5)
         except OSError as error:
-            self._error = RuntimeError(
+            self._error = DataError(
                 f"data.cache: cannot write to {self.folder}: {error}. Free some space or set data.cache_dir "
                 'to another disk; data.cache="off" keeps nothing.'
             )
@@ -267,7 +268,7 @@ class RowCache:
             if not damaged:
                 break
             if attempt:
-                raise RuntimeError(f"data.cache: {damaged[0]} differs from what was written: the disk is faulty.")
+                raise DataError(f"data.cache: {damaged[0]} differs from what was written: the disk is faulty.")
         shards = [self._shards[shard] for shard in range(self.num_shards)]
         manifest = {"identity": self._source.identity, "shards": shards}
         write_file(self.folder / "manifest.json", json.dumps(manifest).encode())

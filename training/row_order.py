@@ -39,7 +39,7 @@ def open_rows(config, split_role: str) -> "CachedRows | FolderRows | StreamedRow
     Raises:
         ValueError: The source cannot be opened, the disk is too small for the cache, or `data.cache="only"` finds
             no complete cache.
-        RuntimeError: The Hub does not answer.
+        DataError: The Hub does not answer.
     """
     is_kept = config.cache != "off" and config.dataset != "imagefolder"
     is_commit = re.fullmatch(r"[0-9a-f]{40}", config.revision or "") is not None

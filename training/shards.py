@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 from huggingface_hub import errors as hub_errors
 
-from training.images import BadImage
+from training.images import BadImage, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -100,18 +100,18 @@ class Patience:
         """Pauses before the next attempt.
 
         Raises:
-            RuntimeError: There should be no next one.
+            DataError: There should be no next one.
         """
         self._attempts += 1
         reason = in_one_line(error)
         waited = self.idle_seconds()
         is_lasting = _is_lasting(error) or "://" not in what  # a disk, unlike a network, seldom comes back
         if is_lasting and self._attempts >= _BAD_SHARD_ATTEMPTS:
-            raise RuntimeError(f"data: {what} cannot be read ({self._attempts} attempts): {reason}") from error
+            raise DataError(f"data: {what} cannot be read ({self._attempts} attempts): {reason}") from error
         delay = _retry_after(error) or min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts - 1, 10))
         delay *= random.uniform(1.0, 1.25)  # many machines that were cut off at once come back one by one
         if waited + delay > self._timeout_s:
-            raise RuntimeError(
+            raise DataError(
                 f"data: nothing came from {what} for {waited:.0f} s ({self._attempts} attempts, data.timeout_s="
                 f"{self._timeout_s:g}): {reason}. Checkpoints are intact; use --resume auto when the source answers."
             ) from error

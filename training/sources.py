@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import errors as hub_errors
 
 from training import synthetic_faces
+from training.images import DataError
 from training.shards import (
     ParquetFile,
     Patience,
@@ -114,7 +115,7 @@ def open_source(config, split_role: str) -> Source:
 
     Raises:
         ValueError: A folder, file, split, column, repository or revision does not exist, or cannot be opened.
-        RuntimeError: The Hub does not answer.
+        DataError: The Hub does not answer.
     """
     asked = asked_for(config, split_role)
     if config.dataset == "synthetic_faces":
@@ -272,7 +273,7 @@ def _find_revision(config) -> huggingface_hub.DatasetInfo:
             if http_status(error) == 429 or (http_status(error) or 0) >= 500:  # it is there, and busy
                 patience.wait(f"hf://datasets/{config.dataset}", error)
             elif attempt >= _HUB_ATTEMPTS or isinstance(error, hub_errors.OfflineModeIsEnabled):
-                raise RuntimeError(
+                raise DataError(
                     f"{name}: cannot reach the Hub at {huggingface_hub.constants.ENDPOINT} "
                     f"({in_one_line(error)}). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; "
                     'data.cache="only" trains from rows that an earlier run has kept, data.dataset="parquet" or '

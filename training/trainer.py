@@ -324,7 +324,8 @@ class Trainer:
             0 when finished (all epochs, early stopping or the time limit), `EXIT_STOPPED` after a signal.
 
         Raises:
-            RuntimeError: Too many unreadable images, or gradients that stay infinite; the last checkpoint is intact.
+            DataError: The source fails for good, or too many images are unreadable; the last checkpoint is intact.
+            RuntimeError: The gradients stay infinite; likewise.
         """
         try:
             with StopSignal() as stop:
