@@ -640,7 +640,17 @@ class Trainer:
         logger.info("grids        %s", self.run_dir / "samples")
         logger.info("TensorBoard  tensorboard --logdir %s", output.runs_dir)
         if self.config.hub.push and self.accelerator.is_main_process:
-            logger.info("published    %s", hub.push(model_dir, self.config.hub))
+            try:
+                logger.info("published    %s", hub.push(model_dir, self.config.hub))
+            except (
+                Exception
+            ) as error:  # of the Hub or the network; the model is on disk, and the upload can be repeated
+                self.tracker.event(
+                    f"the upload failed ({type(error).__name__}: {error}); repeat it with: hf upload "
+                    f"{self.config.hub.repo_id} {model_dir}",
+                    "warning",
+                    **self.progress.where,
+                )
         self.accelerator.wait_for_everyone()
 
     def _lpips_text(self, figures: dict[str, Any]) -> str:
