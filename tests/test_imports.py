@@ -16,7 +16,7 @@ NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuff
 LAYERS = [
     {"train_vae"},
     {"training.trainer"},
-    {"training.step", "training.evaluate", "training.checkpoint", "training.tracking", "training.hub"},
+    {"training.step", "training.validation", "training.checkpoint", "training.export", "training.tracking", "training.hub"},
     {
         "training.budget",
         "training.build",

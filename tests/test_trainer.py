@@ -27,9 +27,9 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
 from training.checkpoint import list_checkpoints
 from training.config import load_config
-from training.evaluate import Validation
 from training.images import normalize
 from training.trainer import EXIT_STOPPED, Trainer
+from training.validation import Validation
 
 ROOT = Path(__file__).parent.parent
 TRAIN_NAMES = {

@@ -1,13 +1,12 @@
-"""Checkpoints and exported models on disk.
+"""Checkpoints on disk.
 
 A checkpoint is `<run>/checkpoints/step_XXXXXXXX/`: accelerate's own files (weights, optimizer, averaged weights,
 gradient scaler) and `trainer_state.json`. It is written under a temporary name and renamed when complete, so a folder
-with the final name is whole. An exported model is what `from_pretrained` loads, with the model's source beside it.
+with the final name is whole.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.config import Config, config_from_dict
 
 logger = logging.getLogger(__name__)
@@ -131,37 +129,6 @@ def find_checkpoint(resume: str, runs_dir: Path, run_name: str) -> Path | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's own state in a checkpoint."""
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-
-
-def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
-    """Write what `from_pretrained` loads, replacing `folder` when complete.
-
-    The model's source travels along, and `config.json` names it, so that
-    `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
-
-    Args:
-        model: Unwrapped, in float32.
-        folder: Destination; an older export there is replaced.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    type(model).register_for_auto_class("AutoModel")
-    model.save_pretrained(temporary, safe_serialization=True)
-    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
-    write_json(temporary / "config.json", config)
-    source = Path(inspect.getfile(type(model)))
-    shutil.copyfile(source, temporary / source.name)
-    if folder.exists():
-        # Two renames: a reader never meets half an export.
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
 
 
 def check_resume(config: Config, checkpoint: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The training run: builds the pieces from a configuration, then one loop that says what happens when.
 
 `train(config, resume)` is the whole run; train_vae.py is its command line. What a step does is in step.py, what an
-epoch's images are in data.py, what beta does in kl.py, what is measured in evaluate.py.
+epoch's images are in data.py, what beta does in kl.py, what is measured in validation.py.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import hub
 from training.budget import describe_plan
 from training.build import build_model, build_optimizer, cpu_computes_bf16, micro_batch_size, resolve_precision
-from training.checkpoint import check_resume, export_model, find_checkpoint, read_state, save_checkpoint, write_json
+from training.checkpoint import check_resume, find_checkpoint, read_state, save_checkpoint, write_json
 from training.config import COLLECTIVE_TIMEOUT_S, Config, config_from_dict
 from training.data import TrainStream, load_validation
-from training.evaluate import Validation, reconstruction_grid, sample_grid, validate
+from training.export import export_model
 from training.figures import Progress, ProgressLine
 from training.kl import KLController
 from training.linear_init import fit_linear_path, freeze_linear_path
@@ -37,6 +37,7 @@ from training.perceptual import PerceptualTrunk
 from training.signals import StopSignal
 from training.step import TrainStep
 from training.tracking import Tracker, setup_logging
+from training.validation import Validation, reconstruction_grid, sample_grid, validate
 
 logger = logging.getLogger(__name__)
 
