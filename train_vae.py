@@ -35,6 +35,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of this run name, or from PATH"
     )
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar="KEY",
+        help="let a resume go on although this key has changed, where it would refuse (section.key, processes or data)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and exit")
     return parser
 
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from training.trainer import Trainer
 
     try:
-        trainer = Trainer(config, arguments.resume)
+        trainer = Trainer(config, arguments.resume, [key for keys in arguments.allow_changed for key in keys])
     except (ValueError, DataError) as error:
         return _refuse(error)
     try:

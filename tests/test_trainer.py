@@ -25,7 +25,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
-from training.checkpoint import list_checkpoints
+from training.checkpoint import STATE_FILE, list_checkpoints
 from training.config import load_config
 from training.images import normalize
 from training.trainer import EXIT_STOPPED, Trainer
@@ -71,7 +71,10 @@ def test_a_run_ends_well_and_leaves_its_files(finished):
     assert {path.name for path in (finished.folder / "samples").iterdir()} == samples
     checkpoints = [path.name for path in list_checkpoints(finished.folder)]
     assert checkpoints == ["step_00000010", "step_00000015"]  # keep_checkpoints is 2
-    assert {path.name for path in (finished.folder / "checkpoints").iterdir()} == set(checkpoints)
+    folder = finished.folder / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {*checkpoints, "latest", "best"}
+    assert (folder / "latest").resolve().name == "step_00000015"
+    assert (folder / "best").resolve().name == f"step_{status['best']['step']:08d}"
     log = (finished.folder / "training.log").read_text()
     assert "precision no (from the configuration)" in log
     assert "epoch     20 images / 4 = 5 steps; x 3 epochs = 15 steps" in log
@@ -166,17 +169,27 @@ def test_tensorboard_reads_it_all_back(finished):
 def averaged_model(finished: Run) -> AutoencoderKLUltra:
     """The averaged weights of the best epoch, from its checkpoint."""
     step = finished.trainer.progress.best["step"]
-    checkpoint = finished.folder / "checkpoints" / f"step_{step:08d}"
-    averages = torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)
+    weights = finished.folder / "checkpoints" / f"step_{step:08d}" / "model" / "diffusion_pytorch_model.safetensors"
     model = AutoencoderKLUltra(**finished.config.model).eval()
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    trained = [
-        own for own, trained in zip(model.parameters(), finished.trainer.model.parameters()) if trained.requires_grad
-    ]
-    assert len(trained) == len(averages["shadow_params"])
-    for parameter, average in zip(trained, averages["shadow_params"]):
-        parameter.data.copy_(average)
+    model.load_state_dict(load_file(weights))
     return model
+
+
+def test_a_checkpoint_holds_the_averages_as_a_model_and_the_weights_in_training_apart(finished):
+    """Of the last step, whose state the trainer still has."""
+    trainer, checkpoint = finished.trainer, list_checkpoints(finished.folder)[-1]
+    averages = load_file(checkpoint / "model" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(checkpoint / "training_state" / "weights.safetensors")
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert averages.keys() == trainer.model.state_dict().keys() and weights.keys() == trained.keys()
+    for (name, weight), average in zip(trained.items(), trainer.ema.shadow_params, strict=True):
+        assert torch.equal(weights[name], weight) and torch.equal(averages[name], average)
+        assert weight.numel() < 64 or not torch.equal(weight, average)
+    for name, value in trainer.model.state_dict().items():
+        assert name in trained or torch.equal(averages[name], value)
+    loaded = AutoencoderKLUltra.from_pretrained(checkpoint / "model")
+    assert all(torch.equal(value, averages[name]) for name, value in loaded.state_dict().items())
+    assert loaded.config.scaling_factor == trainer.model.config.scaling_factor
 
 
 FRESH_PROCESS = """
@@ -231,7 +244,7 @@ def test_the_exported_folder_is_complete_and_the_best_model(finished):
     files = {"config.json", "diffusion_pytorch_model.safetensors", "autoencoder_kl_ultra.py"}
     assert {path.name for path in folder.iterdir()} == files
     for name in files:
-        assert (folder / name).read_bytes() == (finished.folder / "best" / name).read_bytes()
+        assert (folder / name).read_bytes() == (finished.folder / "checkpoints" / "best" / "model" / name).read_bytes()
     assert (folder / "autoencoder_kl_ultra.py").read_bytes() == (
         ROOT / "modeling" / "autoencoder_kl_ultra.py"
     ).read_bytes()
@@ -297,10 +310,6 @@ def test_plateau_early_stopping_and_best_model(faces, tmp_path, monkeypatch, sto
         tmp_path, faces, training_presets=PLATEAU, loss={"lpips_weight": 0, "perceptual_weight": 0}
     )
     monkeypatch.setattr(trainer_module, "validate", scripted(LOSSES))
-    exports = []
-    monkeypatch.setattr(
-        Trainer, "_export", lambda self, *args: exports.append(self.progress.epoch) or export(self, *args)
-    )
     ended = run(config, stop_after=stop_after)
     if stop_after:
         assert ended.code == EXIT_STOPPED
@@ -313,13 +322,17 @@ def test_plateau_early_stopping_and_best_model(faces, tmp_path, monkeypatch, sto
     falls = [line for line in ended.lines("event") if "learning rate" in line["message"]]
     assert [line["epoch"] for line in falls] == [5]
     assert falls[0]["message"] == "learning rate 1.00e-03 -> 5.00e-04: no improvement in 2 epochs"
-    assert exports == [1, 2]
     best = ended.status["best"]
     assert (best["epoch"], best["validation/reconstruction_loss"]) == (2, 0.4)
-    assert json.loads((ended.folder / "best" / "config.json").read_text())["scaling_factor"] == 0.5  # 1 / latents_std
-
-
-export = Trainer._export
+    checkpoints = ended.folder / "checkpoints"
+    # The best and the newest two are kept.
+    assert [path.name for path in list_checkpoints(ended.folder)] == ["step_00000002", "step_00000005", "step_00000006"]
+    assert (checkpoints / "best").resolve().name == "step_00000002"
+    assert json.loads((checkpoints / "best/model/config.json").read_text())["scaling_factor"] == 0.5  # 1 / latents_std
+    exported = Path(ended.status["model_dir"], "diffusion_pytorch_model.safetensors")
+    assert load_file(exported).keys() == load_file(checkpoints / "best/model" / exported.name).keys()
+    for name, value in load_file(checkpoints / "best/model" / exported.name).items():
+        assert torch.equal(load_file(exported)[name], value)
 
 
 def test_the_time_limit_ends_a_run_cleanly(faces, tmp_path):
@@ -336,8 +349,7 @@ def test_the_time_limit_in_mid_epoch_is_no_epoch_without_improvement(finished, f
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS, "max_train_minutes": 1e-6})
     folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
-    shutil.copytree(finished.folder / "best", folder / "best")
-    before = json.loads((folder / "checkpoints" / "step_00000010" / "trainer_state.json").read_text())
+    before = json.loads((folder / "checkpoints" / "step_00000010" / STATE_FILE).read_text())
     monkeypatch.setattr(trainer_module, "validate", scripted([0.9]))  # worse than the best
     ended = run(config, "auto")
     assert (ended.code, ended.status["step"], ended.status["reason"]) == (
@@ -345,28 +357,71 @@ def test_the_time_limit_in_mid_epoch_is_no_epoch_without_improvement(finished, f
         11,
         "the limit of 1e-06 minutes of training",
     )
-    after = json.loads((folder / "checkpoints" / "step_00000011" / "trainer_state.json").read_text())
+    after = json.loads((folder / "checkpoints" / "step_00000011" / STATE_FILE).read_text())
     assert after["plateau"] == before["plateau"]
     for name in ("best", "early_stopping_bad_epochs"):
         assert after["progress"][name] == before["progress"][name]
     assert after["progress"]["batch"] == 1
 
 
-def test_gradients_that_stay_infinite_end_a_run_with_its_checkpoint_intact(finished, faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 3)
-    config = tiny.tiny_config(tmp_path, faces)
+def test_gradients_that_stay_infinite_roll_a_run_back_once_then_end_it(finished, faces, tmp_path):
+    presets = {"num_epochs": EPOCHS, "max_skipped_in_a_row": 3}
+    config = tiny.tiny_config(tmp_path, faces, training_presets=presets)
     folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
     with tiny.process_state():
-        trainer = Trainer(tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS}), "auto")
+        trainer = Trainer(config, "auto")
         weights = [parameter.detach().clone() for parameter in trainer.parameters]
         trainer.kl.beta = lambda epoch, images_seen: math.nan
-        with pytest.raises(RuntimeError, match="3 steps in a row without a finite gradient: the last checkpoint in"):
+        with pytest.raises(RuntimeError, match="3 steps in a row had no finite gradient, again, after going back"):
             trainer.run()
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and "3 steps in a row" in status["reason"]
     assert all(torch.equal(old, new) for old, new in zip(weights, trainer.parameters, strict=True))
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     warned = [line for line in events if line["kind"] == "event" and line["level"] == "warning"]
-    assert [line["step"] for line in warned] == [11, 12, 13]
+    assert [line["step"] for line in warned] == [11, 12, 13, 10, 11, 12, 13]
+    assert warned[3]["message"].startswith("rolled back from step 13 to step_00000010: 3 steps in a row")
+    bad_rows = [
+        re.search(r"images (.*), \.\.\.", line["message"]).group(1) for line in warned if "(images" in line["message"]
+    ]
+    assert bad_rows[:3] != bad_rows[-3:]  # another order of images
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000010"]
+
+
+def test_a_run_that_recovers_after_a_roll_back_ends_well(faces, tmp_path):
+    """What made the gradients infinite is gone with the other order: the run ends, and resumes bit for bit."""
+    presets = {"num_epochs": 2, "max_skipped_in_a_row": 2}
+    config = tiny.tiny_config(tmp_path, faces, training_presets=presets, output={"checkpoint_every_images": 8})
+    with tiny.process_state():
+        trainer = Trainer(config)
+        gradients = trainer.train_step.gradients
+
+        def poisoned(pixels, *, step, beta):
+            parts = gradients(pixels, step=step, beta=beta)
+            if step >= 3 and not trainer.progress.rollbacks:
+                trainer.parameters[0].grad.fill_(math.nan)
+            return parts
+
+        trainer.train_step.gradients = poisoned
+        assert trainer.run() == 0
+    assert trainer.progress.rollbacks == 1 and trainer.progress.skipped_steps == 0
+    assert trainer.train_step.seed == config.training_presets.seed + trainer_module.REORDER
+    checkpoint = list_checkpoints(trainer.run_dir)[-1]
+    assert json.loads((checkpoint / STATE_FILE).read_text())["progress"]["rollbacks"] == 1
+    log = (trainer.run_dir / "training.log").read_text()
+    assert "rolled back from step 5 to step_00000002" in log and "finished: 2 epochs" in log
+    with tiny.process_state():
+        again = Trainer(config, str(trainer.run_dir))
+        again.tracker.close()
+        again._release()
+        assert again.train_step.seed == trainer.train_step.seed
+
+
+def test_infinite_gradients_before_the_first_checkpoint_end_the_run(faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"max_skipped_in_a_row": 2})
+    with tiny.process_state():
+        trainer = Trainer(config)
+        trainer.kl.beta = lambda epoch, images_seen: math.nan
+        with pytest.raises(RuntimeError, match="2 steps in a row had no finite gradient, before the first checkpoint"):
+            trainer.run()

@@ -1,129 +1,283 @@
-"""Checkpoints on disk.
+"""Checkpoints: `<run>/checkpoints/step_XXXXXXXX/`, what is in them, how they get there, when they are believed.
 
-A checkpoint is `<run>/checkpoints/step_XXXXXXXX/`: accelerate's own files (weights, optimizer, averaged weights,
-gradient scaler) and `trainer_state.json`. It is written under a temporary name and renamed when complete, so a folder
-with the final name is whole.
+    model/                    the averaged weights, as `from_pretrained` loads them
+    training_state/           all else that a resume needs: safetensors and JSON, nothing pickled
+        weights.safetensors     the weights in training, where averaged ones are kept besides
+        optimizer.safetensors   Adam's moments and counts, by parameter
+        trainer_state.json      progress, plateau, KL controller, configuration, ...
+    manifest.json             size and SHA-256 of every file; written last
+
+A checkpoint is written under a temporary name, every file and folder forced to disk, and renamed when complete: a
+folder with the final name is whole, and the manifest finds what a disk did to it since. Only then are older ones
+removed. `latest` and `best` beside them are links for people; a resume trusts manifests alone. What this file is not
+for: what the state is (trainer.py), which checkpoint a resume takes (resume.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
+import platform
 import re
 import shutil
-from pathlib import Path
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from accelerate import Accelerator
+import accelerate
+import diffusers
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
 
-from training.config import Config, config_from_dict
+from training.files import file_sha256, fsync_folder, point_to, remove_folder, rename_folder, write_bytes
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
-
-# Keys that a resume may not change: the weights, what is averaged or adapted for each of them, the order of images or
-# the meaning of a step depend on them.
-FIXED_ON_RESUME = (
-    "model.",
-    "data.",
-    "loss.",
-    "output.run_name",
-    "training_presets.batch_size",
-    "training_presets.ema_",
-    "training_presets.linear_lr_scale",
-    "training_presets.optimizer",
-    "training_presets.seed",
-)
-# Exceptions: places and speeds.
-FREE_ON_RESUME = (
-    "data.cache_dir",
-    "data.decode_threads",
-    "data.num_train_images",
-    "data.prefetch_batches",
-    "data.revision",  # the commit behind it is compared by the stream
-    "data.timeout_s",
-    "loss.trunk_weights",
-)
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE_FILE = "training_state/trainer_state.json"
+WEIGHTS_FILE = "training_state/weights.safetensors"
+OPTIMIZER_FILE = "training_state/optimizer.safetensors"
+MODEL_FILE = "model/diffusion_pytorch_model.safetensors"
+_REQUIRED = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+_TEMPORARY, _REMOVED = ".writing_", ".removed_"
+_SLACK_BYTES = 8 << 20  # of the disk, besides the tensors: JSON, sources, blocks half used
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+class InvalidCheckpointError(ValueError):
+    """A checkpoint that cannot be believed, with the reason."""
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint in host memory: copies, which training does not change any more.
+
+    Attributes:
+        step: Optimizer updates done.
+        model_files: Name below model/ -> content; all but the weights.
+        tensors: Name of a safetensors file in the checkpoint -> its tensors, on the CPU.
+        trainer_state: JSON-able.
+        best_step: Step of the best model so far, whose checkpoint is always kept.
+    """
+
+    step: int
+    model_files: dict[str, bytes]
+    tensors: dict[str, dict[str, Tensor]]
+    trainer_state: dict[str, Any]
+    best_step: int | None
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, nearly."""
+        held = sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+        return held + _SLACK_BYTES
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [
-        path
-        for path in (run_dir / "checkpoints").glob("step_*")
-        if re.fullmatch(r"step_\d{8}", path.name) and (path / STATE_FILE).is_file()
-    ]
-    return sorted(found)
+    """Checkpoints of a run, oldest first; whether they can be believed, `verify` says."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name))
 
 
-def save_checkpoint(accelerator: Accelerator, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Save everything a resume needs; called by every process.
+def sweep(run_dir: Path) -> list[str]:
+    """Remove what an interrupted write or removal has left; returns the names."""
+    folder = run_dir / "checkpoints"
+    stale = [path for path in folder.glob(".*") if path.name.startswith((_TEMPORARY, _REMOVED))]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in stale)
+
+
+def set_aside_newer(run_dir: Path, checkpoint: Path) -> list[str]:
+    """Rename the checkpoints that are newer than one that a run goes back to, so that they are not taken for its own.
+
+    Returns:
+        Their new names; the folders are whole, and can be loaded by their paths once they are named step_... again.
+    """
+    names = []
+    for path in list_checkpoints(run_dir):
+        if path.name > checkpoint.name:
+            number = sum(1 for _ in path.parent.glob(f"set_aside_*_{path.name}"))
+            path = path.rename(path.with_name(f"set_aside_{number}_{path.name}"))
+            names.append(path.name)
+    return names
+
+
+def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write a snapshot, then remove older checkpoints.
 
     Args:
-        accelerator: Whose prepared and registered objects are saved.
         run_dir: The run's folder.
-        step: Optimizer updates done.
-        state: JSON-able state of the trainer.
-        keep: Newest checkpoints to keep, this one included; older ones are removed after it is complete.
+        snapshot: What to write.
+        keep: Newest checkpoints to keep, this one included; the best one is kept besides.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: The disk is full or fails. Older checkpoints are as they were, and nothing half-written stays.
     """
-    final = run_dir / "checkpoints" / f"step_{step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    if accelerator.is_main_process:
+    final = step_folder(run_dir, snapshot.step)
+    folder = final.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < snapshot.size:
+        raise OSError(
+            f"a checkpoint needs {snapshot.size / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free: make "
+            "room, or lower output.keep_checkpoints"
+        )
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        files = {}
+        for part in (temporary, temporary / "model", temporary / "training_state"):
+            part.mkdir()
+        for name, content in _contents(snapshot):
+            files[name] = {"size": len(content), "sha256": write_bytes(temporary / name, content)}
+            del content  # one file at a time in memory
+        manifest = {
+            "format": FORMAT,
+            "step": snapshot.step,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": {
+                "python": platform.python_version(),
+                **{each.__name__: each.__version__ for each in (torch, diffusers, accelerate, safetensors)},
+            },
+            "processes": snapshot.trainer_state.get("processes"),
+            "files": files,
+        }
+        write_bytes(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        for part in (temporary / "model", temporary / "training_state", temporary):
+            fsync_folder(part)
+        if final.exists():  # of an earlier attempt at the same step
+            remove_folder(final)
+        rename_folder(temporary, final)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / STATE_FILE, state)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        raise
+    fsync_folder(folder)
+    point_to(folder / "latest", final.name)
+    kept = set(list_checkpoints(run_dir)[-keep:])
+    if snapshot.best_step is not None and (best := step_folder(run_dir, snapshot.best_step)).exists():
+        point_to(folder / "best", best.name)
+        kept.add(best)
+    for old in list_checkpoints(run_dir):
+        if old not in kept:
+            remove_folder(old)
     return final
 
 
-def find_checkpoint(resume: str, runs_dir: Path, run_name: str) -> Path | None:
-    """The checkpoint that `--resume` means.
+def _contents(snapshot: Snapshot):
+    """(Name, bytes) of every file but the manifest, one at a time."""
+    for name, content in snapshot.model_files.items():
+        yield f"model/{name}", content
+    for name, tensors in snapshot.tensors.items():
+        yield name, safetensors.torch.save(tensors, metadata={"format": "pt"})
+    yield STATE_FILE, (json.dumps(snapshot.trainer_state, indent=2) + "\n").encode()
+
+
+class CheckpointWriter:
+    """Writes snapshots in a thread, one at a time, so that training waits for the copy to host memory only.
 
     Args:
-        resume: "auto" (the newest run of this name that has a checkpoint), a run's folder or a checkpoint's folder.
-        runs_dir: Where runs are.
-        run_name: `output.run_name`.
+        run_dir: The run's folder.
+        keep: See `write_checkpoint`.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self._thread: threading.Thread | None = None
+        self._outcome: tuple[int, str | None] | None = None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begin to write; the one before must have been waited for."""
+        assert self._thread is None, "one checkpoint at a time"
+
+        def write() -> None:
+            try:
+                write_checkpoint(self.run_dir, snapshot, self.keep)
+                self._outcome = (snapshot.step, None)
+            except Exception as error:  # said at the next step; the run and older checkpoints go on
+                self._outcome = (snapshot.step, f"{type(error).__name__}: {error}")
+
+        # Not a daemon: an exit of the interpreter waits for it.
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a write has ended, and its outcome not been taken."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> tuple[int, str | None] | None:
+        """Wait for the write in hand.
+
+        Returns:
+            (step, what went wrong or None), or None where nothing was being written.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        return outcome
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against the manifest; nothing is loaded.
 
     Returns:
-        A checkpoint's folder; None where "auto" finds none.
+        The manifest.
 
     Raises:
-        ValueError: The path holds no complete checkpoint.
+        InvalidCheckpointError: What is wrong, in a few words.
     """
-    if resume == "auto":
-        runs = [p for p in runs_dir.glob(f"{run_name}_*") if re.fullmatch(r"\d{8}_\d{6}", p.name[len(run_name) + 1 :])]
-        for run in sorted(runs, reverse=True):
-            if checkpoints := list_checkpoints(run):
-                return checkpoints[-1]
-        return None
-    path = Path(resume)
-    if (path / STATE_FILE).is_file():
-        return path
-    if checkpoints := list_checkpoints(path):
-        return checkpoints[-1]
-    raise ValueError(
-        f"--resume {resume}: no complete checkpoint there. Give a run's folder such as "
-        f"{runs_dir}/{run_name}_YYYYMMDD_HHMMSS, a folder checkpoints/step_XXXXXXXX in it, or auto."
-    )
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["format"]
+        entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise InvalidCheckpointError(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidCheckpointError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+    if version != FORMAT:
+        raise InvalidCheckpointError(f"it has format {version!r}, and this version reads format {FORMAT}")
+    for name in _REQUIRED:
+        if name not in entries:
+            raise InvalidCheckpointError(f"its {MANIFEST} does not list {name}")
+    for name, (size, digest) in entries.items():
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+            raise InvalidCheckpointError(f"its {MANIFEST} lists {name!r}, outside of its folder")
+        path = checkpoint / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                raise InvalidCheckpointError(f"{name} is missing or not a plain file")
+            found = path.stat().st_size
+            if found != size:
+                raise InvalidCheckpointError(f"{name} has {found} bytes instead of {size}")
+            if file_sha256(path) != digest:
+                raise InvalidCheckpointError(f"{name} is not what was written (SHA-256 differs)")
+        except OSError as error:
+            raise InvalidCheckpointError(f"{name} cannot be read ({error})") from None
+    return manifest
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -131,26 +285,27 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def check_resume(config: Config, checkpoint: Path) -> list[str]:
-    """Refuse a resume whose configuration means another run; name every key.
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one of a checkpoint's files; empty where it has no such file."""
+    path = checkpoint / name
+    return safetensors.torch.load(path.read_bytes()) if path.is_file() else {}
 
-    Returns:
-        A sentence for each key that has another value now, and may.
+
+def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Copy saved values into live tensors of the same names and shapes, whose strides and devices stay.
+
+    Raises:
+        ValueError: A name or a shape differs; names the first.
     """
-    saved = config_from_dict(read_state(checkpoint)["config"]).flat()
-    now = config.flat()
-    changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
-    refused = [
-        f"{key} ({saved.get(key)!r} -> {now.get(key)!r})"
-        for key in changed
-        if key.startswith(FIXED_ON_RESUME)
-        and key not in FREE_ON_RESUME
-        # Rows from the cache have one order, whoever filled it.
-        and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
-    ]
-    if refused:
+    if odd := sorted(live.keys() ^ saved.keys()):
         raise ValueError(
-            f"--resume: {checkpoint} was trained with other values of {', '.join(refused)}: set them back, or start a "
-            "new run."
+            f"--resume: {what} {odd[0]} is {'missing' if odd[0] in live else 'unknown'} in the checkpoint."
         )
-    return [f"resume: {key} was {saved.get(key)!r}, is now {now.get(key)!r}" for key in changed]
+    with torch.no_grad():
+        for name, tensor in live.items():
+            if tensor.shape != saved[name].shape:
+                raise ValueError(
+                    f"--resume: {what} {name} has shape {tuple(saved[name].shape)} in the checkpoint and "
+                    f"{tuple(tensor.shape)} here: the model is another."
+                )
+            tensor.copy_(saved[name])

@@ -23,6 +23,7 @@ from typing import Any
 
 from training.kl import KLSchedule
 
+TOKEN = r"hf_[A-Za-z0-9]{16,}"  # an access token of the Hub, which must be in no configuration and no log
 COLLECTIVE_TIMEOUT_S = 3600  # how long processes wait for each other before the run fails
 
 
@@ -157,6 +158,9 @@ class TrainingPresets(KLSchedule):
     adam_beta2: float = 0.999
     lr_warmup_steps: int = 100  # the learning rate rises linearly over so many steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    # Steps in a row without a finite gradient, none of which changes anything, before the run goes back to its last
+    # checkpoint with another order of images; the second time it gives up.
+    max_skipped_in_a_row: int = 20
     # ReduceLROnPlateau on the validation reconstruction loss with fixed weights, which beta does not move.
     plateau_patience: int = 10  # epochs without improvement before the rate is multiplied by plateau_factor
     plateau_factor: float = 0.5
@@ -182,7 +186,7 @@ class TrainingPresets(KLSchedule):
     def __post_init__(self) -> None:
         KLSchedule.__post_init__(self)
         name = "training_presets."
-        for key in ("num_epochs", "batch_size", "plateau_patience"):
+        for key in ("num_epochs", "batch_size", "plateau_patience", "max_skipped_in_a_row"):
             _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
         _require(self.linear_init_images >= 2, name + "linear_init_images", self.linear_init_images, "use at least 2")
         for key in ("micro_batch_size", "max_images_per_epoch"):
@@ -234,8 +238,10 @@ class OutputConfig:
     runs_dir: str = "runs"
     model_dir: str = "model_weights"  # the finished model goes to <model_dir>/vae_<run_name>/
     log_every_steps: int = 50  # optimizer steps between lines of metrics.jsonl and TensorBoard
-    checkpoint_every_epochs: int = 1
-    keep_checkpoints: int = 2  # newest checkpoints kept; the best model is kept besides
+    checkpoint_every_epochs: int = 1  # a new best model is always saved
+    checkpoint_every_images: int | None = None  # also after so many training images; null: not by images
+    checkpoint_every_minutes: float | None = 30.0  # also after so many minutes; null: not by time
+    keep_checkpoints: int = 2  # newest checkpoints kept, at least 2; the best one is kept besides
     sample_every_epochs: int = 10  # epochs between grids of samples and reconstructions
     num_samples: int = 16  # images in a grid of samples
     # Trunk of the LPIPS that validation reports; its weights are found like loss.trunk's.
@@ -251,11 +257,19 @@ class OutputConfig:
         for key in (
             "log_every_steps",
             "checkpoint_every_epochs",
-            "keep_checkpoints",
             "sample_every_epochs",
             "num_samples",
         ):
             _require(getattr(self, key) >= 1, f"output.{key}", getattr(self, key), "use at least 1")
+        _require(
+            self.keep_checkpoints >= 2,
+            "output.keep_checkpoints",
+            self.keep_checkpoints,
+            "use at least 2, so that one is left where the newest is damaged",
+        )
+        for key in ("checkpoint_every_images", "checkpoint_every_minutes"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, f"output.{key}", value, "use a number above 0, or null")
         _require(
             self.eval_lpips_trunk in TRUNKS,
             "output.eval_lpips_trunk",
@@ -354,7 +368,14 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         name: _typed(name, values[name], dict) if name == "model" else _section(hints[name], name, values[name])
         for name in values
     }
-    return Config(**sections)
+    config = Config(**sections)
+    for key, value in config.flat().items():
+        if re.search(TOKEN, json.dumps(value, default=str)):
+            raise ValueError(
+                f"{key} holds what looks like an access token, and a configuration is logged and published: remove it, "
+                "and use `hf auth login` or the environment variable HF_TOKEN."
+            )
+    return config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

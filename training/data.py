@@ -198,6 +198,10 @@ class TrainStream:
             reader.join(timeout=10.0)  # only a stalled network read takes longer, and ends with the process
             pool.shutdown(wait=not reader.is_alive(), cancel_futures=True)
 
+    def reseed(self, seed: int) -> None:
+        """Gives the epochs that begin from now on another order, and other flips."""
+        self._seed = seed
+
     @property
     def identity(self) -> dict:
         return self._rows.identity

@@ -12,7 +12,20 @@ import shutil
 from pathlib import Path
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.checkpoint import write_json
+from training.files import write_json
+
+
+def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
+    """All that belongs into a model's folder besides its weights: name -> content.
+
+    The model's source travels along, and `config.json` names it, so that
+    `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
+    """
+    type(model).register_for_auto_class("AutoModel")
+    config = json.loads(model.to_json_string())
+    config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
+    source = Path(inspect.getfile(type(model)))
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), source.name: source.read_bytes()}
 
 
 def export_model(model: AutoencoderKLUltra, folder: Path) -> None:

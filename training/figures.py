@@ -34,7 +34,9 @@ class Progress:
     train_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    rollbacks: int = 0  # returns to a checkpoint because gradients stayed infinite
     best: dict[str, Any] | None = None
+    latents: dict[str, Any] | None = None  # scaling of the latents, as the last validation measured it
     early_stopping_bad_epochs: int = 0
     # Sums over the steps since the last log line.
     window: dict[str, float] = field(default_factory=dict)

@@ -6,13 +6,16 @@ All of it lies in the run's folder and is written by the main process alone. Wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torchvision.utils import save_image
 
-from training.checkpoint import write_json
+from training.config import TOKEN
+from training.files import write_json
 
 LOSS_PARTS = ("mse", "l1", "perceptual", "lpips", "kl")
 _PROJECT = "tensorboard"
@@ -35,7 +39,7 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
         root.removeHandler(handler)
         handler.close()
     rank = f" [{accelerator.process_index}]" if accelerator.num_processes > 1 else ""
-    form = logging.Formatter(f"%(asctime)s{rank} %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    form = Redacted(f"%(asctime)s{rank} %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if accelerator.is_main_process and log_file is not None:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
@@ -51,6 +55,13 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
+class Redacted(logging.Formatter):
+    """A formatter that never lets an access token of the Hub into a log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub(TOKEN, "hf_...", super().format(record))
+
+
 class Tracker:
     """Writes the figures of a run; every method does nothing on processes other than the main one.
 
@@ -59,17 +70,32 @@ class Tracker:
         run_dir: The run's folder; must exist on the main process.
         config: Flat configuration, shown by TensorBoard.
         status: First content of `status.json`.
+        resumed_step: Step that the run goes on from; None for a new one.
+
+    A disk that is full or fails costs what was to be written, never the run: it is said on the terminal, once for
+    each kind of output until that kind works again.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, config: dict[str, Any], status: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        config: dict[str, Any],
+        status: dict[str, Any],
+        resumed_step: int | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.run_dir = run_dir
         self.active = accelerator.is_main_process
         self.status = {**status, "pid": os.getpid(), "host": socket.gethostname(), "state": "starting", "reason": None}
-        # The tracker's own folder is <logging_dir>/<project>; "." puts the events into the run's folder itself.
-        accelerator.init_trackers(".")
+        self._failing: set[str] = set()
+        # The tracker's own folder is <logging_dir>/<project>; "." puts the events into the run's folder itself. Events
+        # of steps that an interrupted run had gone on to are left out by TensorBoard.
+        again = {} if resumed_step is None else {_PROJECT: {"purge_step": resumed_step + 1}}
+        accelerator.init_trackers(".", init_kwargs=again)
         if self.active:
-            self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            if resumed_step is not None:
+                self.rewind(resumed_step)
             self._writer = accelerator.get_tracker(_PROJECT, unwrap=True)
             self._writer.add_custom_scalars(
                 {
@@ -85,6 +111,36 @@ class Tracker:
             # As text: TensorBoard's hyper-parameter plugin would open a folder of its own for each start.
             self._writer.add_text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
             self.update_status()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """The run goes on where `what` cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                logging.getLogger("training").warning("%s cannot be written, the run goes on (%s)", what, error)
+        else:
+            self._failing.discard(what)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which come again, from metrics.jsonl; events stay, they happened."""
+        path = self.run_dir / "metrics.jsonl"
+        if not self.active or not path.is_file():
+            return
+        kept = []
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut off by a kill
+                continue
+            if line["step"] <= step or line["kind"] == "event":
+                kept.append(text + "\n")
+        with self._writing("metrics.jsonl"):
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, path)
 
     def log(self, kind: str, values: dict[str, Any], *, step: int, epoch: int, images_seen: int) -> None:
         """One line of metrics.jsonl, and TensorBoard scalars for its numbers.
@@ -112,8 +168,11 @@ class Tracker:
             line[name] = value
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 scalars[name] = float(value)
-        self._metrics.write(json.dumps(line) + "\n")
-        self.accelerator.log(scalars, step=step)
+        # Opened for each line: a line is on its way to disk when this returns, and a disk that was full may work again.
+        with self._writing("metrics.jsonl"), (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        with self._writing("TensorBoard"):
+            self.accelerator.log(scalars, step=step)
 
     def event(self, message: str, level: str, *, step: int, epoch: int, images_seen: int) -> None:
         """A sentence for the log, the terminal and the monitor."""
@@ -123,25 +182,28 @@ class Tracker:
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """A TensorBoard histogram."""
         if self.active:
-            self._writer.add_histogram(name, values, step)
+            with self._writing("TensorBoard"):
+                self._writer.add_histogram(name, values, step)
 
     def image(self, name: str, grid: Tensor, step: int, file_name: str) -> Path:
         """A grid (3, H, W) in [0, 1] for TensorBoard, and as a PNG in the run's samples/."""
         path = self.run_dir / "samples" / file_name
         if self.active:
-            path.parent.mkdir(exist_ok=True)
-            save_image(grid, path)
-            self._writer.add_image(name, grid, step)
+            with self._writing("samples/"):
+                path.parent.mkdir(exist_ok=True)
+                save_image(grid, path)
+            with self._writing("TensorBoard"):
+                self._writer.add_image(name, grid, step)
         return path
 
     def update_status(self, **changes: Any) -> None:
         """Change fields of `status.json`, which also shows that the run is alive."""
         self.status.update(changes, updated=time.time())
         if self.active:
-            write_json(self.run_dir / "status.json", self.status)
+            with self._writing("status.json"):
+                write_json(self.run_dir / "status.json", self.status)
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self.active:
-            self._metrics.close()
-        self.accelerator.end_training()
+        with self._writing("TensorBoard"):
+            self.accelerator.end_training()

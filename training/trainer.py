@@ -7,17 +7,19 @@ epoch's images are in data.py, what beta does in kl.py, what is measured in vali
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -25,15 +27,29 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import hub
 from training.budget import describe_plan
 from training.build import build_model, build_optimizer, cpu_computes_bf16, micro_batch_size, resolve_precision
-from training.checkpoint import check_resume, find_checkpoint, read_state, save_checkpoint, write_json
+from training.checkpoint import (
+    CheckpointWriter,
+    Snapshot,
+    list_checkpoints,
+    read_state,
+    set_aside_newer,
+    step_folder,
+    sweep,
+)
 from training.config import COLLECTIVE_TIMEOUT_S, Config, config_from_dict
 from training.data import TrainStream, load_validation
-from training.export import export_model
+from training.export import export_model, model_files
 from training.figures import Progress, ProgressLine
+from training.files import write_json
+from training.health import Health
 from training.kl import KLController
 from training.linear_init import fit_linear_path, freeze_linear_path
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
+from training.processes import on_main_process
+from training.resume import check_resume, find_run, newest_valid, restarted_run
+from training.run_lock import RunLock
+from training.run_state import RunState
 from training.signals import StopSignal
 from training.step import TrainStep
 from training.tracking import Tracker, setup_logging
@@ -43,11 +59,15 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
 SIGNALLED = "a signal"
-MAX_SKIPPED_IN_A_ROW = 20  # steps without a finite gradient before the run gives up
+REORDER = 1_000_003  # added to the seed by a roll-back: other images, other noise
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
+
+class RollBack(Exception):
+    """Too many steps in a row had no finite gradient: the run goes back to its last checkpoint."""
 
 
 class Trainer:
@@ -55,14 +75,24 @@ class Trainer:
 
     Args:
         config: The configuration.
-        resume: None, "auto" or a path (see `find_checkpoint`).
+        resume: None, "auto" or a path (see `find_run`).
+        allow_changed: Keys that a resume may find changed (see `check_resume`).
 
     Raises:
         ValueError: Anything that the configuration, the files or the machine do not allow, before training starts.
     """
 
-    def __init__(self, config: Config, resume: str | None = None) -> None:
+    def __init__(self, config: Config, resume: str | None = None, allow_changed: Sequence[str] = ()) -> None:
         self.config = config
+        self._lock: RunLock | None = None
+        try:
+            self._build(resume, allow_changed)
+        except BaseException:
+            self._release()
+            raise
+
+    def _build(self, resume: str | None, allow_changed: Sequence[str]) -> None:
+        config = self.config
         presets, output = config.training_presets, config.output
         # The main process fits the linear path while the others wait for it in their first collective.
         patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
@@ -84,10 +114,8 @@ class Trainer:
                 "ACCELERATE_USE_CPU=true to train on the CPU, or launch one process."
             )
         precision, source = resolve_precision(presets.mixed_precision, device)
-        checkpoint = None
-        if resume is not None:
-            checkpoint = find_checkpoint(resume, Path(output.runs_dir), output.run_name)
-        self.run_dir = self._run_dir(checkpoint)
+        opened = on_main_process(state, lambda: self._open_run(resume))
+        self.run_dir, checkpoint, saved, notes = (opened[key] for key in ("run_dir", "checkpoint", "state", "notes"))
         self.accelerator = accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
@@ -101,11 +129,8 @@ class Trainer:
         self.micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
         side = self.model.config.sample_size
-        notes = []  # for the log, once it has a file
-        if checkpoint is not None:
-            notes = check_resume(config, checkpoint)
-        elif resume is not None:
-            notes = [f"--resume auto: no checkpoint of {output.run_name} in {output.runs_dir}, starting anew"]
+        if saved is not None:
+            notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
         if config.hub.push:
             hub.check_access(config.hub)
 
@@ -135,8 +160,8 @@ class Trainer:
                 config.data, resolution=side, rank=accelerator.process_index, world_size=accelerator.num_processes
             )
 
-        if checkpoint is not None:
-            self.stream.check_resume(read_state(checkpoint)["data"])
+        if saved is not None and "data" not in allow_changed:
+            self.stream.check_resume(saved["data"])
         if (self.stream.num_rows or presets.batch_size) < presets.batch_size:
             raise ValueError(
                 f"training_presets.batch_size {presets.batch_size} is more than the {self.stream.num_rows} training "
@@ -144,9 +169,7 @@ class Trainer:
             )
 
         # Everything that a user can get wrong has been checked; from here on files are written.
-        if accelerator.is_main_process:
-            self.run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
-            write_json(self.run_dir / "config.json", config.to_dict())
+        on_main_process(accelerator, self._claim_run_dir)
         setup_logging(accelerator, self.run_dir / "training.log")
         logger.info("run       %s", self.run_dir)
         logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
@@ -178,7 +201,6 @@ class Trainer:
                 self.parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power
             )
             self.ema.to(accelerator.device)
-            accelerator.register_for_checkpointing(self.ema)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer,
             factor=presets.plateau_factor,
@@ -205,8 +227,13 @@ class Trainer:
             max_grad_norm=presets.max_grad_norm,
         )
         self.progress = Progress()
+        self.health = Health(presets)
+        self.state = RunState(accelerator, self.model, self.optimizer, self.ema)
+        self.writer = CheckpointWriter(self.run_dir, output.keep_checkpoints)
+        self._best_on_disk = self._best_in_writing = self.progress.best
         if checkpoint is not None:
-            self._load(checkpoint)
+            self._load(checkpoint, saved)
+        self._saved_at = (self.progress.images_seen, time.monotonic())
         self.tracker = Tracker(
             accelerator,
             self.run_dir,
@@ -217,6 +244,7 @@ class Trainer:
                 "model_dir": None,
                 **self._standing,
             },
+            resumed_step=None if checkpoint is None else self.progress.step,
         )
         steps = self.steps_per_epoch
         total_steps = None if steps is None else steps * presets.num_epochs
@@ -246,12 +274,50 @@ class Trainer:
         steps = None if images is None else images // self.config.training_presets.batch_size
         return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
 
-    def _run_dir(self, checkpoint: Path | None) -> Path:
-        if checkpoint is not None:
-            return checkpoint.parent.parent
-        output = self.config.output
-        name = [f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"]  # the main process's clock counts
-        return Path(output.runs_dir) / broadcast_object_list(name)[0]
+    def _open_run(self, resume: str | None) -> dict[str, Any]:
+        """Which folder the run has, and what it goes on from; on the main process."""
+        output, notes = self.config.output, []
+        runs_dir = Path(output.runs_dir)
+        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            before = restarted_run(runs_dir, output.run_name)
+            if before is not None and list_checkpoints(before):
+                resume, notes = str(before), ["restarted by the launcher: going on by itself"]
+            else:
+                notes = ["restarted by the launcher before the first checkpoint: starting anew"]
+        found = None if resume is None else find_run(resume, runs_dir, output.run_name)
+        if found is not None:
+            run_dir, named = found
+            self._lock = RunLock(run_dir)
+            notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(run_dir)]
+            checkpoint, passed_over = newest_valid(run_dir, named)
+            if named is not None:
+                notes += [f"resume: a newer checkpoint is now {name}" for name in set_aside_newer(run_dir, named)]
+            state = read_state(checkpoint)
+            best = state["progress"]["best"]
+            if best is not None and not step_folder(run_dir, best["step"]).is_dir():
+                notes.append(f"resume: the best model so far, of step {best['step']}, is gone; the next one counts")
+                state["progress"]["best"] = None
+            return {"run_dir": run_dir, "checkpoint": checkpoint, "state": state, "notes": notes + passed_over}
+        if resume is not None:
+            notes.append(f"--resume auto: no checkpoint of {output.run_name} in {runs_dir}, starting anew")
+        run_dir = runs_dir / f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+        while run_dir.exists():  # another run of this name began in this second
+            time.sleep(0.1)
+            run_dir = runs_dir / f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+        return {"run_dir": run_dir, "checkpoint": None, "state": None, "notes": notes}
+
+    def _claim_run_dir(self) -> None:
+        """Make the run's folder this process's; on the main process."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = RunLock(self.run_dir)
+            write_json(self.run_dir / "config.json", self.config.to_dict())
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {self.run_dir} cannot be written ({error}): make room or give another place with "
+                "output.runs_dir."
+            ) from None
 
     def _fit_linear_path(self) -> None:
         """Fit the linear path on the first images of the stream; on the main process alone."""
@@ -284,37 +350,92 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
+        """Copy the state to host memory and begin to write it; every process calls it."""
+        self._settle()
+        self._saved_at = (self.progress.images_seen, time.monotonic())
+        self._best_in_writing = best = self.progress.best
+        if not self.accelerator.is_main_process:
+            return
         state = {
             "config": self.config.to_dict(),
             "progress": vars(self.progress),
             "plateau": {key: self.plateau.state_dict()[key] for key in PLATEAU_STATE},
             "kl": self.kl.state_dict(),
+            "health": self.health.state_dict(),
             "processes": self.accelerator.num_processes,
             "data": self.stream.identity,
+            **self.state.plain_values(),
         }
-        save_checkpoint(self.accelerator, self.run_dir, self.progress.step, state, self.config.output.keep_checkpoints)
+        self.writer.start(
+            Snapshot(
+                step=self.progress.step,
+                model_files=model_files(self.model),
+                tensors=self.state.host_tensors(),
+                trainer_state=copy.deepcopy(state),
+                best_step=None if best is None else best["step"],
+            )
+        )
 
-    def _load(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        self.accelerator.load_state(str(checkpoint))
-        # The optimizer's settings came back with its state, but they are the configuration's to say.
+    def _settle(self) -> None:
+        """Wait for the checkpoint in hand, and say how it went; every process calls it and learns the same."""
+        outcome = on_main_process(self.accelerator, self.writer.wait)
+        if outcome is None:
+            return
+        step, error = outcome
+        best = self.progress.best
+        if error is None:
+            self._best_on_disk = self._best_in_writing
+            return
+        self.tracker.event(
+            f"the checkpoint of step {step} could not be written, older ones are as they were ({error})",
+            "warning",
+            **self.progress.where,
+        )
+        if best is not None and best["step"] == step:  # its weights are nowhere: the next good one is the best
+            self.progress.best = self._best_on_disk
+
+    def _load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        self.state.load(checkpoint, state)
+        # The learning rates came back with the state; their unit is the configuration's to say.
         presets, saved = self.config.training_presets, config_from_dict(state["config"]).training_presets
         for group in self.optimizer.param_groups:
             group["lr"] *= presets.learning_rate / saved.learning_rate
-            group["betas"], group["weight_decay"] = (presets.adam_beta1, presets.adam_beta2), presets.weight_decay
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
         self.progress = Progress(**state["progress"])
+        self._best_on_disk = self._best_in_writing = self.progress.best
         self.plateau.load_state_dict(state["plateau"])
         self.kl.load_state_dict(state["kl"])
-        if state["processes"] != self.accelerator.num_processes:
-            logger.warning(
-                "resumed on %d processes instead of %d: the images and noise of each step stay the same, sums round "
-                "differently",
-                self.accelerator.num_processes,
-                state["processes"],
-            )
+        self.health.load_state_dict(state["health"])
+        if self.progress.latents is not None:
+            self.model.register_to_config(**self.progress.latents)
+        self._reorder()
         logger.info("resumed from %s: epoch %d, step %d", checkpoint, self.progress.epoch, self.progress.step)
+
+    def _reorder(self) -> None:
+        """After a roll-back, other images meet other noise."""
+        seed = self.config.training_presets.seed + REORDER * self.progress.rollbacks
+        self.train_step.seed = seed
+        self.stream.reseed(seed)
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint that is whole, with another order of images."""
+        self._settle()
+        step, rollbacks = self.progress.step, self.progress.rollbacks + 1
+
+        def newest() -> tuple[Path, dict[str, Any]]:
+            checkpoint, _ = newest_valid(self.run_dir, None)
+            return checkpoint, read_state(checkpoint)
+
+        checkpoint, state = on_main_process(self.accelerator, newest)
+        self._load(checkpoint, state)
+        self.progress.rollbacks = rollbacks
+        self._reorder()
+        self.tracker.rewind(self.progress.step)
+        self.tracker.event(
+            f"rolled back from step {step} to {checkpoint.name}: {self.config.training_presets.max_skipped_in_a_row} "
+            "steps in a row had no finite gradient; going on with another order of images",
+            "warning",
+            **self.progress.where,
+        )
 
     # ------------------------------------------------------------------ the loop
 
@@ -331,8 +452,10 @@ class Trainer:
         try:
             with StopSignal() as stop:
                 reason = self._train(stop)
+                if reason is None:
+                    self._save()
+            self._settle()
             if reason is None:
-                self._save()
                 self.tracker.event(
                     f"stopped by {stop.received}; continue with --resume auto", "info", **self.progress.where
                 )
@@ -345,15 +468,21 @@ class Trainer:
             self.tracker.update_status(state="failed", reason=f"{type(error).__name__}: {error}", **self._standing)
             raise
         finally:
+            self.writer.wait()
             self.progress_line.close()
             self.tracker.close()
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def _standing(self) -> dict[str, Any]:
         """Where the run stands, for status.json."""
         best = self.progress.best
         return {
-            "best": best and {key: value for key, value in best.items() if not isinstance(value, list)},
+            "best": best,
             "plateau_bad_epochs": self.plateau.num_bad_epochs,
             "early_stopping_bad_epochs": self.progress.early_stopping_bad_epochs,
             **self.progress.where,
@@ -361,22 +490,27 @@ class Trainer:
 
     def _train(self, stop: StopSignal) -> str | None:
         """Epochs until something ends them; returns what, or None for a signal."""
-        presets, output, progress = self.config.training_presets, self.config.output, self.progress
-        if progress.step == 0:
+        presets, output = self.config.training_presets, self.config.output
+        if self.progress.step == 0:
             self._validate("before training")
-        while progress.epoch < presets.num_epochs:
-            bad_epochs = progress.early_stopping_bad_epochs
+        while self.progress.epoch < presets.num_epochs:
+            bad_epochs = self.progress.early_stopping_bad_epochs
             if presets.early_stopping_patience and bad_epochs >= presets.early_stopping_patience:
                 return f"no improvement in {bad_epochs} epochs (early stopping)"
-            ended = self._train_epoch(stop)
+            try:
+                ended = self._train_epoch(stop)
+            except RollBack:
+                self._roll_back()
+                continue
+            progress = self.progress
             if ended is None:
                 progress.epoch += 1
                 progress.batch = 0
                 last = progress.epoch == presets.num_epochs
-                self._epoch_end(self._validate(f"epoch {progress.epoch}"))
+                is_best = self._epoch_end(self._validate(f"epoch {progress.epoch}"))
                 if last or progress.epoch % output.sample_every_epochs == 0:
                     self._save_grids(f"epoch_{progress.epoch:04d}")
-                if last or progress.epoch % output.checkpoint_every_epochs == 0:
+                if is_best or last or progress.epoch % output.checkpoint_every_epochs == 0:
                     self._save()
             elif ended == SIGNALLED:
                 return None
@@ -394,16 +528,31 @@ class Trainer:
             return None
         batches = self.stream.epoch_batches(progress.epoch, start_batch=progress.batch, max_batches=remaining)
         with contextlib.closing(batches):
-            clock, waited = time.monotonic(), self.stream.wait_seconds
+            clock, waited, save_due = time.monotonic(), self.stream.wait_seconds, False
             for batch in batches:
+                if save_due:  # here and not after the step, where an epoch may end, which saves by itself
+                    self._save()
+                    clock = time.monotonic()
                 self._set_learning_rate()
                 beta = self.kl.beta(progress.epoch, progress.images_seen)
                 result = self.train_step(batch.pixels, step=progress.step, beta=beta)
-                parts, stopping = self._agree(result.parts, stop.received is not None)
                 progress.step += 1
                 progress.batch += 1
                 progress.images_seen += presets.batch_size
+                now = time.monotonic()
+                limit = presets.max_train_minutes
+                out_of_time = limit is not None and progress.train_seconds + now - clock > 60 * limit
+                parts, flags = self._agree(
+                    result.parts,
+                    stopping=stop.received is not None,
+                    out_of_time=out_of_time,
+                    save_due=self._save_is_due(),
+                    written=self.writer.is_done,
+                )
+                if flags["written"]:
+                    self._settle()
                 self._guard(result.skipped, batch.row_ids)
+                save_due = flags["save_due"] and not result.skipped  # a run of bad steps is not what to go back to
                 if not result.skipped:
                     self.kl.observe(
                         kl=parts["kl"],
@@ -412,7 +561,6 @@ class Trainer:
                         epoch=progress.epoch,
                         images_seen=progress.images_seen,
                     )
-                now = time.monotonic()
                 progress.add_step(
                     parts,
                     beta=beta,
@@ -425,13 +573,20 @@ class Trainer:
                 if progress.step % self.config.output.log_every_steps == 0:
                     self._log_figures()
                     clock = time.monotonic()
-                if stopping:
+                if flags["stopping"]:
                     stop.received = stop.received or "a signal to another process"
                     return SIGNALLED
-                limit = presets.max_train_minutes
-                if limit is not None and self._agree_any(progress.train_seconds > 60 * limit):
+                if flags["out_of_time"]:
                     return f"the limit of {limit:g} minutes of training"
         return None
+
+    def _save_is_due(self) -> bool:
+        """Whether so many images or minutes have gone by since the last checkpoint began."""
+        images, minutes = self.config.output.checkpoint_every_images, self.config.output.checkpoint_every_minutes
+        images_then, then = self._saved_at
+        return (images is not None and self.progress.images_seen - images_then >= images) or (
+            minutes is not None and time.monotonic() - then >= 60 * minutes
+        )
 
     def _set_learning_rate(self) -> None:
         """The linear warm-up; afterwards the rate belongs to the plateau scheduler."""
@@ -441,41 +596,46 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = presets.learning_rate * group["lr_scale"] * factor
 
-    def _agree(self, parts: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
-        """Mean loss terms over processes, and whether any process was asked to stop: one collective, one transfer."""
-        names = list(parts)
-        flag = torch.tensor(float(stop), device=self.accelerator.device)
-        vector = torch.stack([*(parts[name] for name in names), flag])
+    def _agree(self, parts: dict[str, Tensor], **flags: bool) -> tuple[dict[str, float], dict[str, bool]]:
+        """Mean loss terms over processes, and which flags any process raises: one collective, one transfer."""
+        raised = torch.tensor([float(flag) for flag in flags.values()], device=self.accelerator.device)
+        vector = torch.cat([torch.stack(list(parts.values())), raised])
         if self.accelerator.num_processes > 1:
             vector = self.accelerator.reduce(vector, reduction="mean")
-        *values, stops = vector.tolist()
-        return dict(zip(names, values)), stops > 0
-
-    def _agree_any(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0)
+        values = vector.tolist()
+        means = dict(zip(parts, values))
+        return means, {name: value > 0 for name, value in zip(flags, values[len(parts) :])}
 
     def _guard(self, skipped: bool, row_ids: list[str]) -> None:
-        """Count steps without a finite gradient, and give up when they do not end."""
-        progress = self.progress
+        """Count steps without a finite gradient; when they do not end, go back once, then give up."""
+        progress, limit = self.progress, self.config.training_presets.max_skipped_in_a_row
         if not skipped:
             progress.skipped_in_a_row = 0
             return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
+        shown = ", ".join(row_ids[:4])
         if self.accelerator.scaler is None:  # in fp16, overflows are how the scaler finds its scale
-            shown = ", ".join(row_ids[:4])
             self.tracker.event(
                 f"step {progress.step}: the gradient is not finite, nothing was updated (images {shown}, ...)",
                 "warning",
                 **self.progress.where,
             )
-        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(
-                f"{progress.skipped_in_a_row} steps in a row without a finite gradient: the last checkpoint in "
-                f"{self.run_dir / 'checkpoints'} is intact; resume it with a lower training_presets.learning_rate."
-            )
+        if progress.skipped_in_a_row < limit:
+            return
+        if progress.rollbacks == 0 and self._has_checkpoint():
+            raise RollBack
+        again = "again, after going back to a checkpoint" if progress.rollbacks else "before the first checkpoint"
+        raise RuntimeError(
+            f"{limit} steps in a row had no finite gradient, {again} (learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.2e}, beta {self.kl.beta(progress.epoch, progress.images_seen):.2e}, "
+            f"last images {shown}): the checkpoints in {self.run_dir / 'checkpoints'} are intact; resume with a lower "
+            "training_presets.learning_rate, or with training_presets.mixed_precision=no."
+        )
+
+    def _has_checkpoint(self) -> bool:
+        self._settle()
+        return on_main_process(self.accelerator, lambda: bool(list_checkpoints(self.run_dir)))
 
     def _log_figures(self) -> None:
         """One line of figures: means over the steps since the last."""
@@ -488,6 +648,8 @@ class Trainer:
         )
         left = progress.seconds_left(presets, self.steps_per_epoch, values["speed/images_per_second"])
         self.tracker.log("train", values, **progress.where)
+        for warning in self.health.observe_window(values, images_seen=progress.images_seen, step=progress.step):
+            self.tracker.event(warning, "warning", **progress.where)
         self.tracker.update_status(state="running", seconds_left=left, **progress.where)
         if self.accelerator.is_main_process:
             self.progress_line.show(progress, values, left)
@@ -536,6 +698,20 @@ class Trainer:
             result.values["active_units"],
             self.model.config.latent_numbers,
         )
+        for warning in self.health.observe_validation(
+            result.values,
+            images_seen=self.progress.images_seen,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            latent_numbers=self.model.config.latent_numbers,
+        ):
+            self.tracker.event(warning, "warning", **self.progress.where)
+        self.progress.latents = {
+            "scaling_factor": 1.0 / max(result.values["latents_std"], 1e-6),
+            "shift_factor": result.values["latents_mean"],
+            "latents_mean": result.channel_mean.tolist(),
+            "latents_std": result.channel_std.tolist(),
+        }
+        self.model.register_to_config(**self.progress.latents)
         values = {f"validation/{name}": value for name, value in result.values.items()}
         values["validation/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.tracker.log("validation", values, **self.progress.where)
@@ -549,8 +725,8 @@ class Trainer:
             )
         return result
 
-    def _epoch_end(self, result: Validation, complete: bool = True) -> None:
-        """What a validation decides: the learning rate, early stopping, the best model."""
+    def _epoch_end(self, result: Validation, complete: bool = True) -> bool:
+        """What a validation decides: the learning rate, early stopping, and, returned, whether it is the best."""
         presets, progress = self.config.training_presets, self.progress
         loss = result.values["reconstruction_loss"]
         before = self.optimizer.param_groups[0]["lr"]
@@ -564,32 +740,18 @@ class Trainer:
                 **self.progress.where,
             )
         best = math.nan if progress.best is None else progress.best["validation/reconstruction_loss"]
-        if progress.best is None or math.isnan(best) or loss < best * (1 - presets.plateau_threshold):
+        is_best = progress.best is None or math.isnan(best) or loss < best * (1 - presets.plateau_threshold)
+        if is_best:
             progress.early_stopping_bad_epochs = 0
             progress.best = {
                 "epoch": progress.epoch,
                 "step": progress.step,
                 **{f"validation/{name}": value for name, value in result.values.items()},
-                "channel_mean": result.channel_mean.tolist(),
-                "channel_std": result.channel_std.tolist(),
             }
-            self._export(self.run_dir / "best", progress.best)
         elif complete:
             progress.early_stopping_bad_epochs += 1
         self.tracker.update_status(**self._standing)
-
-    def _export(self, folder: Path, measured: dict[str, Any]) -> None:
-        """Save the averaged weights as `from_pretrained` loads them, with the measured scaling of the latents."""
-        with self._averaged_weights() as model:
-            model.register_to_config(
-                scaling_factor=1.0 / max(measured["validation/latents_std"], 1e-6),
-                shift_factor=measured["validation/latents_mean"],
-                latents_mean=measured["channel_mean"],
-                latents_std=measured["channel_std"],
-            )
-            if self.accelerator.is_main_process:
-                export_model(model, folder)
-        self.accelerator.wait_for_everyone()
+        return is_best
 
     def _save_grids(self, label: str) -> None:
         if not self.accelerator.is_main_process:
@@ -615,9 +777,20 @@ class Trainer:
         """Export the best model and say where everything is."""
         output = self.config.output
         model_dir = Path(output.model_dir) / f"vae_{output.run_name}"
+        if self.progress.best is None:
+            raise RuntimeError("no checkpoint could be written in the whole run, so there is no model to hand over")
         if self.accelerator.is_main_process:
-            best = AutoencoderKLUltra.from_pretrained(self.run_dir / "best")
-            export_model(best, model_dir)
+            source = step_folder(self.run_dir, self.progress.best["step"]) / "model"
+            best = AutoencoderKLUltra.from_pretrained(source, use_safetensors=True)
+            try:
+                export_model(best, model_dir)
+            except OSError as error:
+                model_dir = source
+                self.tracker.event(
+                    f"the model could not be written to {output.model_dir} ({error}); it is in {source}",
+                    "warning",
+                    **self.progress.where,
+                )
             missing = set(self.model.state_dict()) ^ set(best.state_dict())
             assert not missing, missing
             # The final grids show the model that is handed over.
