@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     try:
         return trainer.run()
-    except DataError as error:  # in mid-run; the last checkpoint is intact, and the log says the same
+    except (ValueError, DataError) as error:  # in mid-run; a checkpoint is intact, and the log says the same
         return _refuse(error)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
-from training.step import TrainStep, draw_step_noise, image_generator
+from training.step import OutOfMemory, TrainStep, draw_step_noise, image_generator
 
 SIDE, CROP = 40, 32
 LATENT = (16, 1, 1)
@@ -213,3 +213,90 @@ def test_the_noise_is_standard_normal_and_the_windows_uniform():
 def test_a_window_of_the_whole_image_has_one_place():
     draw = draw_step_noise(SEED, 0, range(4), LATENT, 0)
     assert draw.tops == draw.lefts == [0] * 4
+
+
+# ---- out of memory ----
+
+
+def short_of_memory(step: TrainStep, fits: int) -> list[int]:
+    """Make forward passes of more than `fits` images fail as the allocator does; returns the sizes tried."""
+    tried, forward = [], step.model.forward
+
+    def limited(pixels, **kwargs):
+        tried.append(len(pixels))
+        if len(pixels) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(pixels, **kwargs)
+
+    step.model.forward = limited
+    return tried
+
+
+def test_out_of_memory_halves_the_pieces_and_changes_nothing_else(session, trunk, pixels):
+    step = make_step(trunk, micro_batch=8, adapt_micro_batch=True)
+    tried = short_of_memory(step, fits=3)
+    reference = make_step(trunk, micro_batch=2)
+    for number in (0, 1):
+        result = step(pixels, step=number, beta=0.01)
+        wanted = reference(pixels, step=number, beta=0.01)
+        assert (result.halved, result.skipped, wanted.halved) == (number == 0, False, False)
+        assert result.grad_norm == wanted.grad_norm
+        assert all(torch.equal(value, wanted.parts[name]) for name, value in result.parts.items())
+    assert tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert all(torch.equal(one, other) for one, other in zip(step.parameters, reference.parameters, strict=True))
+
+
+def test_out_of_memory_in_the_last_piece_begins_the_step_again(session, trunk, pixels):
+    step = make_step(trunk, micro_batch=4, adapt_micro_batch=True)
+    calls, backward = [], step.accelerator.backward
+
+    def failing(loss):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        backward(loss)
+
+    step.accelerator.backward = failing
+    result = step(pixels, step=0, beta=0.01)
+    wanted = make_step(trunk, micro_batch=2)(pixels, step=0, beta=0.01)
+    assert (step.micro_batch, result.halved, result.grad_norm) == (2, True, wanted.grad_norm)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits", "remedy"),
+    [
+        ({"micro_batch": 8}, 3, 'out of memory with 8 images in a forward pass: set .*micro_batch_size=4 .* or "auto"'),
+        (
+            {"micro_batch": 8, "adapt_micro_batch": True},
+            0,
+            "out of memory with one image .*gradient_checkpointing=true",
+        ),
+    ],
+)
+def test_out_of_memory_that_cannot_be_helped_updates_nothing_and_says_what_to_set(
+    session, trunk, pixels, settings, fits, remedy
+):
+    step = make_step(trunk, **settings)
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    short_of_memory(step, fits)
+    with pytest.raises(OutOfMemory, match=remedy):
+        step(pixels, step=0, beta=0.01)
+    assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
+    assert all(parameter.grad is None for parameter in step.parameters)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(session, trunk, pixels):
+    step = make_step(trunk, micro_batch=8, adapt_micro_batch=True)
+    step.model.forward = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        step(pixels, step=0, beta=0.01)
+
+
+def test_the_micro_batch_is_found_before_training(session, trunk):
+    step = make_step(trunk, micro_batch=8, adapt_micro_batch=True)
+    tried = short_of_memory(step, fits=5)
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    step.find_micro_batch(8, SIDE)
+    assert (step.micro_batch, tried) == (4, [8, 4, 4])
+    assert all(parameter.grad is None for parameter in step.parameters)
+    assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))

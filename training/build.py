@@ -70,7 +70,7 @@ def build_model(config: Config) -> AutoencoderKLUltra:
 
 
 def micro_batch_size(config: Config, processes: int) -> int:
-    """Images in one forward pass of one process, checked."""
+    """Most images in one forward pass of one process, checked; with "auto", what is tried first."""
     batch = config.training_presets.batch_size
     if batch % processes:
         raise ValueError(
@@ -78,7 +78,8 @@ def micro_batch_size(config: Config, processes: int) -> int:
             f"use {batch // processes * processes or processes} or another multiple of {processes}."
         )
     local = batch // processes
-    return min(config.training_presets.micro_batch_size or local, local)
+    wanted = config.training_presets.micro_batch_size
+    return min(wanted, local) if isinstance(wanted, int) else local
 
 
 def build_optimizer(

@@ -150,7 +150,9 @@ class TrainingPresets(KLSchedule):
 
     num_epochs: int = 200
     batch_size: int = 64  # images in one optimizer step, over all processes and accumulation
-    micro_batch_size: int | None = None  # images in one forward pass of one process; null: batch_size / processes
+    # Images in one forward pass of one process; the rest is accumulated, with the same gradients. null: batch_size /
+    # processes; "auto": the most that fits, found by trial and halved when memory runs out in mid-run.
+    micro_batch_size: int | str | None = None
     learning_rate: float = 5e-5
     optimizer: str = "adam"  # "adam" (weight decay as an L2 term, the mission's) or "adamw" (decoupled)
     weight_decay: float = 1e-5
@@ -189,9 +191,11 @@ class TrainingPresets(KLSchedule):
         for key in ("num_epochs", "batch_size", "plateau_patience", "max_skipped_in_a_row"):
             _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
         _require(self.linear_init_images >= 2, name + "linear_init_images", self.linear_init_images, "use at least 2")
-        for key in ("micro_batch_size", "max_images_per_epoch"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, name + key, value, "use at least 1, or null")
+        micro = self.micro_batch_size
+        allowed = micro in (None, "auto") or (isinstance(micro, int) and micro >= 1)
+        _require(allowed, name + "micro_batch_size", micro, 'use at least 1, "auto" or null')
+        images = self.max_images_per_epoch
+        _require(images is None or images >= 1, name + "max_images_per_epoch", images, "use at least 1, or null")
         for key in ("learning_rate", "max_grad_norm", "adam_beta1", "adam_beta2"):
             _require(getattr(self, key) > 0, name + key, getattr(self, key), "use a number above 0")
         for key in ("weight_decay", "lr_warmup_steps", "early_stopping_patience", "min_learning_rate", "seed"):

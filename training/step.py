@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -81,11 +82,17 @@ class StepResult:
         parts: Means over this process's images of the loss terms (`vae_loss`), on the device.
         grad_norm: Norm of the global batch's gradient before clipping.
         skipped: The gradient was not finite, so nothing was updated.
+        halved: The micro batch was too large for the memory, and is smaller from this step on.
     """
 
     parts: dict[str, Tensor]
     grad_norm: float
     skipped: bool
+    halved: bool
+
+
+class OutOfMemory(RuntimeError):
+    """A forward and backward pass does not fit; nothing was updated, so that a checkpoint of this moment is whole."""
 
 
 class TrainStep:
@@ -102,6 +109,9 @@ class TrainStep:
         seed: Of the run.
         latent_shape: (C, h, w).
         micro_batch: Most images in one forward pass.
+        adapt_micro_batch: Whether a process that is out of memory makes all of them halve the micro batch and begin
+            the step again. Gradients are then exchanged after the last backward pass and not during it, because the
+            processes must first agree that all of them got there.
         crop_px: Side of the perceptual window; None for the whole image.
         max_grad_norm: Gradients are clipped to this norm.
     """
@@ -121,6 +131,7 @@ class TrainStep:
         micro_batch: int,
         crop_px: int | None,
         max_grad_norm: float,
+        adapt_micro_batch: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -132,11 +143,13 @@ class TrainStep:
         self.seed = seed
         self.latent_shape = latent_shape
         self.micro_batch = micro_batch
+        self.adapt_micro_batch = adapt_micro_batch
         self.crop_px = crop_px
         self.max_grad_norm = max_grad_norm
 
     def gradients(self, pixels_uint8: Tensor, *, step: int, beta: float) -> dict[str, Tensor]:
-        """Leave the gradient of the global batch's mean loss in the parameters.
+        """Leave the gradient of the mean loss in the parameters: the global batch's, or with `adapt_micro_batch`, this
+        process's.
 
         Args:
             pixels_uint8: This process's slice of the global batch, (N, 3, H, W), uint8; every process has N images.
@@ -156,8 +169,9 @@ class TrainStep:
             indices = range(first + start, first + start + len(piece))
             draws = draw_step_noise(self.seed, step, indices, self.latent_shape, side - (crop_px or side))
             is_last = start + self.micro_batch >= count
-            # Processes exchange gradients once, with the last piece.
-            sync = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
+            # Processes exchange gradients once, during the last piece.
+            exchange = is_last and not self.adapt_micro_batch
+            sync = contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model)
             with sync:
                 pixels = normalize(piece)
                 output = self.model(pixels, noise=draws.noise.to(device, non_blocking=True))
@@ -178,9 +192,77 @@ class TrainStep:
                 totals[name] = totals.get(name, 0.0) + value * share
         return totals
 
+    def find_micro_batch(self, local_batch: int, side: int) -> None:
+        """Halve the micro batch until a forward and backward pass fits on every process.
+
+        Args:
+            local_batch: Images of a step on this process.
+            side: Of the images, pixels.
+
+        Raises:
+            OutOfMemory: Not even one image fits.
+        """
+        blank = torch.zeros(min(self.micro_batch, local_batch), 3, side, side, dtype=torch.uint8)
+        self._fitting_gradients(blank, step=0, beta=0.0)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _fitting_gradients(self, pixels_uint8: Tensor, *, step: int, beta: float) -> dict[str, Tensor]:
+        """`gradients` of the global batch, in pieces that fit."""
+        while True:
+            shortage = None
+            try:
+                parts = self.gradients(pixels_uint8, step=step, beta=beta)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                shortage = str(error)  # and not the error, whose traceback holds on to the tensors
+            if not self._any_process(shortage is not None):
+                if self.adapt_micro_batch:
+                    self._average_gradients()
+                return parts
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.micro_batch == 1:
+                raise OutOfMemory(
+                    "out of memory with one image in a forward pass: set training_presets.gradient_checkpointing=true or "
+                    f"use a smaller model ({shortage or 'on another process'})."
+                )
+            if not self.adapt_micro_batch:
+                raise OutOfMemory(
+                    f"out of memory with {self.micro_batch} images in a forward pass: set "
+                    f"training_presets.micro_batch_size={self.micro_batch // 2} (gradients stay the same), or "
+                    f'"auto", which finds what fits ({shortage}).'
+                )
+            self.micro_batch = -(-self.micro_batch // 2)
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether any process raises the flag; asked only where processes wait for the answer."""
+        if self.accelerator.num_processes == 1 or not self.adapt_micro_batch:
+            return flag
+        raised = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(raised, reduction="sum").item() > 0)
+
+    def _average_gradients(self) -> None:
+        """Replace each process's gradients by their mean, in one exchange."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [parameter.grad for parameter in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([each.reshape(-1) for each in gradients]), reduction="mean")
+        for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients])):
+            gradient.copy_(mean.view(gradient.shape))
+
     def __call__(self, pixels_uint8: Tensor, *, step: int, beta: float) -> StepResult:
-        """Do one update; see `gradients` for the arguments."""
-        parts = self.gradients(pixels_uint8, step=step, beta=beta)
+        """Do one update.
+
+        Args:
+            pixels_uint8, step, beta: See `gradients`.
+
+        Raises:
+            OutOfMemory: The pieces do not fit, and may not or cannot be smaller.
+        """
+        micro_batch = self.micro_batch
+        parts = self._fitting_gradients(pixels_uint8, step=step, beta=beta)
         # The gradient is the mean over processes, so its norm, and every decision on it, is the same on all of them.
         grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
         finite = grad_norm < float("inf")  # False for NaN
@@ -190,4 +272,4 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None and not skipped:
             self.ema.step(self.parameters)
-        return StepResult(parts, grad_norm, skipped)
+        return StepResult(parts, grad_norm, skipped, halved=self.micro_batch < micro_batch)

@@ -51,7 +51,7 @@ from training.resume import check_resume, find_run, newest_valid, restarted_run
 from training.run_lock import RunLock
 from training.run_state import RunState
 from training.signals import StopSignal
-from training.step import TrainStep
+from training.step import OutOfMemory, TrainStep
 from training.tracking import Tracker, setup_logging
 from training.validation import Validation, reconstruction_grid, sample_grid, validate
 
@@ -126,7 +126,7 @@ class Trainer:
             ],
         )
         setup_logging(accelerator, None)
-        self.micro_batch = micro_batch_size(config, accelerator.num_processes)
+        micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
         side = self.model.config.sample_size
         if saved is not None:
@@ -222,7 +222,8 @@ class Trainer:
             weights=self.weights,
             seed=presets.seed,
             latent_shape=(model_config.latent_channels, model_config.latent_size, model_config.latent_size),
-            micro_batch=self.micro_batch,
+            micro_batch=micro_batch,
+            adapt_micro_batch=presets.micro_batch_size == "auto",
             crop_px=loss.perceptual_crop_px,
             max_grad_norm=presets.max_grad_norm,
         )
@@ -233,6 +234,9 @@ class Trainer:
         self._best_on_disk = self._best_in_writing = self.progress.best
         if checkpoint is not None:
             self._load(checkpoint, saved)
+        elif presets.micro_batch_size == "auto":
+            self.train_step.find_micro_batch(presets.batch_size // accelerator.num_processes, side)
+            logger.info("micro batch: %d images fit in a forward pass", self.train_step.micro_batch)
         self._saved_at = (self.progress.images_seen, time.monotonic())
         self.tracker = Tracker(
             accelerator,
@@ -363,6 +367,7 @@ class Trainer:
             "kl": self.kl.state_dict(),
             "health": self.health.state_dict(),
             "processes": self.accelerator.num_processes,
+            "micro_batch": self.train_step.micro_batch,
             "data": self.stream.identity,
             **self.state.plain_values(),
         }
@@ -407,6 +412,8 @@ class Trainer:
         self.health.load_state_dict(state["health"])
         if self.progress.latents is not None:
             self.model.register_to_config(**self.progress.latents)
+        if presets.micro_batch_size == "auto":  # sums round as the pieces are cut
+            self.train_step.micro_batch = min(state["micro_batch"], self.train_step.micro_batch)
         self._reorder()
         logger.info("resumed from %s: epoch %d, step %d", checkpoint, self.progress.epoch, self.progress.step)
 
@@ -447,7 +454,8 @@ class Trainer:
 
         Raises:
             DataError: The source fails for good, or too many images are unreadable; the last checkpoint is intact.
-            RuntimeError: The gradients stay infinite; likewise.
+            ValueError: Out of memory; a checkpoint of that moment is written where one process trains.
+            RuntimeError: The gradients stay infinite; the last checkpoint is intact.
         """
         try:
             with StopSignal() as stop:
@@ -463,6 +471,12 @@ class Trainer:
                 return EXIT_STOPPED
             self._finish(reason)
             return 0
+        except OutOfMemory as error:
+            if self.accelerator.num_processes == 1:  # several would have to be in step; they have their last checkpoint
+                self._save()
+                self._settle()
+            self.tracker.update_status(state="failed", reason=str(error), **self._standing)
+            raise ValueError(f"{error} Then go on with --resume auto.") from None
         except BaseException as error:
             logger.error("failed: %s: %s", type(error).__name__, error)
             self.tracker.update_status(state="failed", reason=f"{type(error).__name__}: {error}", **self._standing)
@@ -536,6 +550,13 @@ class Trainer:
                 self._set_learning_rate()
                 beta = self.kl.beta(progress.epoch, progress.images_seen)
                 result = self.train_step(batch.pixels, step=progress.step, beta=beta)
+                if result.halved:
+                    self.tracker.event(
+                        f"out of memory: from here on {self.train_step.micro_batch} images in a forward pass (gradients "
+                        "stay the same)",
+                        "warning",
+                        **progress.where,
+                    )
                 progress.step += 1
                 progress.batch += 1
                 progress.images_seen += presets.batch_size
@@ -677,7 +698,7 @@ class Trainer:
                 model,
                 self.validation_images,
                 self.validation_indices,
-                batch=self.micro_batch,
+                batch=self.train_step.micro_batch,
                 weights=self.weights,
                 trunk=self.trunk,
                 lpips_trunk=self.lpips_trunk,
@@ -765,7 +786,7 @@ class Trainer:
                 model,
                 self.config.output.num_samples,
                 self.config.training_presets.seed,
-                self.micro_batch,
+                self.train_step.micro_batch,
             )
             pairs = reconstruction_grid(self.accelerator, model, images)
             model.train()
