@@ -34,7 +34,7 @@ def record(config: Config, folder: Path) -> None:
     trace, decide = [], trainer._epoch_end
 
     def decide_and_record(*args, **kwargs):
-        decide(*args, **kwargs)
+        is_best = decide(*args, **kwargs)
         plateau, progress = trainer.plateau, trainer.progress
         trace.append(
             {
@@ -46,6 +46,7 @@ def record(config: Config, folder: Path) -> None:
                 "kl": [trainer.kl.log_beta, trainer.kl.smoothed_share, trainer.kl.smoothed_kl],
             }
         )
+        return is_best
 
     trainer._epoch_end = decide_and_record
     code = trainer.run()

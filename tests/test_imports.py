@@ -31,7 +31,7 @@ LAYERS = [
     {"training.config", "training.kl"},
     {"modeling", "modeling.autoencoder_kl_ultra"},
 ]
-STDLIB_ONLY = ("training.config", "training.kl")
+STDLIB_ONLY = ("training.config", "training.kl", "training.health", "training.describe")
 COMPUTES = ("training.losses", "training.perceptual", "training.metrics", "training.kl", "training.config")
 
 

@@ -42,11 +42,11 @@ class DataConfig:
     revision: str | None = None  # commit, tag or branch of a Hub dataset; pin a commit to make runs repeatable
     data_files: dict | None = None  # "parquet": split name -> path, glob, or a list of them
     data_dir: str | None = None  # "imagefolder": folder of images, with a folder for each split if there are splits
-    train_split: str = "train"
+    train_split: str = "train"  # split to train on
     # Split for validation; null holds out `holdout_fraction` of the training rows by a hash of their bytes.
     validation_split: str | None = "validation"
-    holdout_fraction: float = 0.02
-    image_column: str = "image"
+    holdout_fraction: float = 0.02  # share of the training rows to validate on where there is no split for it
+    image_column: str = "image"  # column of the images: encoded bytes, or what `datasets` calls an image
     crop_px: int | None = None  # side of the centre crop before resizing; null: the largest centred square
     horizontal_flip: bool = True  # mirror each training image with probability 1/2
     shuffle_buffer: int = 2048  # rows in the streaming shuffle buffer (encoded bytes, about 10 kB each)
@@ -55,8 +55,8 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # share of undecodable images above which the run stops
     decode_threads: int = 0  # 0: one for each CPU core, at most 16
     prefetch_batches: int = 4  # decoded batches kept ready
-    synthetic_train_images: int = 4096
-    synthetic_validation_images: int = 256
+    synthetic_train_images: int = 4096  # "synthetic_faces": how many are drawn to train on
+    synthetic_validation_images: int = 256  # the same to validate on
     # "on": rows are kept on disk, encoded, as they arrive, and from the second epoch on read from there in an order
     # that shuffles all of them; "only": the same from rows that an earlier run has kept, without a network; "off":
     # every process reads the source in every epoch, through the shuffle buffer. Folders of images are never copied.
@@ -113,10 +113,10 @@ TRUNKS = ("vgg16", "alexnet", "squeezenet", "st_alexnet", "st_vgg16")
 class LossConfig:
     """Section `loss`: weights of the reconstruction terms on images in [-1, 1], and the perceptual trunk."""
 
-    mse_weight: float = 0.4
-    l1_weight: float = 0.2
+    mse_weight: float = 0.4  # mean squared error
+    l1_weight: float = 0.2  # mean absolute error
     perceptual_weight: float = 0.2  # L1 distance of the trunk's unit-length features
-    lpips_weight: float = 0.2
+    lpips_weight: float = 0.2  # LPIPS (Zhang et al. 2018); one frozen trunk serves both perceptual terms
     # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
     trunk: str = "vgg16"
     # Folder with <trunk>_features.safetensors; null: torch's hub cache, else torchvision's download.
@@ -148,16 +148,16 @@ class LossConfig:
 class TrainingPresets(KLSchedule):
     """Section `training_presets`: the optimisation; the kl_* keys are documented in `training.kl.KLSchedule`."""
 
-    num_epochs: int = 200
+    num_epochs: int = 200  # passes over the training images, or over max_images_per_epoch of them
     batch_size: int = 64  # images in one optimizer step, over all processes and accumulation
     # Images in one forward pass of one process; the rest is accumulated, with the same gradients. null: batch_size /
     # processes; "auto": the most that fits, found by trial and halved when memory runs out in mid-run.
     micro_batch_size: int | str | None = None
-    learning_rate: float = 5e-5
+    learning_rate: float = 5e-5  # after its warm-up and before the first plateau
     optimizer: str = "adam"  # "adam" (weight decay as an L2 term, the mission's) or "adamw" (decoupled)
-    weight_decay: float = 1e-5
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    weight_decay: float = 1e-5  # of all trained weights; how it acts depends on optimizer
+    adam_beta1: float = 0.9  # decay of the average of gradients, per step
+    adam_beta2: float = 0.999  # decay of the average of squared gradients, per step
     lr_warmup_steps: int = 100  # the learning rate rises linearly over so many steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # Steps in a row without a finite gradient, none of which changes anything, before the run goes back to its last
@@ -165,15 +165,15 @@ class TrainingPresets(KLSchedule):
     max_skipped_in_a_row: int = 20
     # ReduceLROnPlateau on the validation reconstruction loss with fixed weights, which beta does not move.
     plateau_patience: int = 10  # epochs without improvement before the rate is multiplied by plateau_factor
-    plateau_factor: float = 0.5
+    plateau_factor: float = 0.5  # what the learning rate is multiplied by on a plateau
     plateau_threshold: float = 1e-4  # relative improvement that counts, here and for the best model
-    min_learning_rate: float = 1e-7
+    min_learning_rate: float = 1e-7  # the learning rate is never reduced below this
     early_stopping_patience: int = 20  # epochs without improvement before the run stops; 0: never
     ema_decay: float = 0.9999  # of the averaged weights that are validated and exported; 0: no averaging
     ema_power: float = 0.75  # warm-up of the average: decay = 1 - (1 + step)^-power until ema_decay
     # "auto": bf16 where the hardware computes in it, else fp16 on CUDA, else float32; or "no", "bf16", "fp16".
     mixed_precision: str = "auto"
-    channels_last: bool = True
+    channels_last: bool = True  # channels-last memory layout of the model and its images
     compile: bool = False  # torch.compile the model in place
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     linear_init_images: int = 8192  # training images from which the linear path is fitted before step 0
@@ -183,7 +183,7 @@ class TrainingPresets(KLSchedule):
     kl_control_enabled: bool = True  # False: beta is kl_beta_init after its warm-up
     max_images_per_epoch: int | None = None  # shorter epochs; null: every training image
     max_train_minutes: float | None = None  # stop cleanly after so many minutes of training; null: never
-    seed: int = 0
+    seed: int = 0  # of the initial weights, the order of images, flips, windows and the posterior's noise
 
     def __post_init__(self) -> None:
         KLSchedule.__post_init__(self)
@@ -239,7 +239,7 @@ class OutputConfig:
     """Section `output`: what a run writes, and where."""
 
     run_name: str = "ultra_high_quality"  # a run writes into <runs_dir>/<run_name>_YYYYMMDD_HHMMSS/
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # folder of all runs
     model_dir: str = "model_weights"  # the finished model goes to <model_dir>/vae_<run_name>/
     log_every_steps: int = 50  # optimizer steps between lines of metrics.jsonl and TensorBoard
     checkpoint_every_epochs: int = 1  # a new best model is always saved

@@ -56,10 +56,10 @@ class KLSchedule:
     """
 
     kl_target_low: float = 0.01  # band of the smoothed KL share, fraction of the total loss
-    kl_target_high: float = 0.03
+    kl_target_high: float = 0.03  # upper end of the band
     kl_beta_init: float = 1e-4  # controlled beta at the start, and the constant beta where control is off
     kl_beta_min: float = 1e-6  # range of beta
-    kl_beta_max: float = 1.0
+    kl_beta_max: float = 1.0  # upper end of the range of beta
     kl_half_life_images: int = 2048  # half-life of the average, images
     kl_gain: float = 0.5  # per half-life; of the error, 1 - exp(-0.5) = 39 % is corrected in one half-life
     kl_max_step: float = 0.7  # bound of |change of log beta| per half-life; 0.7 = log 2: it doubles or halves
@@ -69,7 +69,7 @@ class KLSchedule:
     # Below this smoothed KL, nats per number, beta goes down whatever the share; 0: off. A number whose
     # posterior mean has variance 0.01, the least that counts as active (Burda et al. 2016), costs 0.005 nats.
     kl_collapse_nats: float = 0.01
-    kl_cycle_enabled: bool = True
+    kl_cycle_enabled: bool = True  # cool-downs at the beginning of each cycle of epochs; false: none
     kl_cycle_period: int = 8  # epochs
     kl_cooldown_epochs: int = 2  # the first epochs of each cycle
     kl_cooldown_reduction: float = 0.25  # beta and its band are multiplied by this in a cool-down

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    PartialState,
+)
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -29,12 +35,14 @@ from training.budget import describe_plan
 from training.build import build_model, build_optimizer, cpu_computes_bf16, micro_batch_size, resolve_precision
 from training.checkpoint import (
     CheckpointWriter,
+    InvalidCheckpointError,
     Snapshot,
     list_checkpoints,
     read_state,
     set_aside_newer,
     step_folder,
     sweep,
+    verify,
 )
 from training.config import COLLECTIVE_TIMEOUT_S, Config, config_from_dict
 from training.data import TrainStream, load_validation
@@ -60,6 +68,7 @@ logger = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
 SIGNALLED = "a signal"
 REORDER = 1_000_003  # added to the seed by a roll-back: other images, other noise
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # not supported
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
@@ -125,6 +134,11 @@ class Trainer:
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False)
             ],
         )
+        if accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                f"the accelerate configuration asks for {accelerator.distributed_type.value}: a model of this size is "
+                "trained whole on every device (distributed_type: MULTI_GPU); sharding would only cost communication."
+            )
         setup_logging(accelerator, None)
         micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
@@ -169,7 +183,10 @@ class Trainer:
             )
 
         # Everything that a user can get wrong has been checked; from here on files are written.
-        on_main_process(accelerator, self._claim_run_dir)
+        self.run_dir, claimed = on_main_process(accelerator, lambda: self._claim_run_dir(checkpoint))
+        notes += claimed
+        places = accelerator.project_configuration
+        places.project_dir = places.logging_dir = str(self.run_dir)
         setup_logging(accelerator, self.run_dir / "training.log")
         logger.info("run       %s", self.run_dir)
         logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
@@ -248,7 +265,7 @@ class Trainer:
                 "model_dir": None,
                 **self._standing,
             },
-            resumed_step=None if checkpoint is None else self.progress.step,
+            resumed_at=None if checkpoint is None else (self.progress.step, self.progress.epoch),
         )
         steps = self.steps_per_epoch
         total_steps = None if steps is None else steps * presets.num_epochs
@@ -282,11 +299,11 @@ class Trainer:
         """Which folder the run has, and what it goes on from; on the main process."""
         output, notes = self.config.output, []
         runs_dir = Path(output.runs_dir)
-        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             before = restarted_run(runs_dir, output.run_name)
-            if before is not None and list_checkpoints(before):
+            if before is not None and list_checkpoints(before):  # newer than what the command line may name
                 resume, notes = str(before), ["restarted by the launcher: going on by itself"]
-            else:
+            elif resume is None:
                 notes = ["restarted by the launcher before the first checkpoint: starting anew"]
         found = None if resume is None else find_run(resume, runs_dir, output.run_name)
         if found is not None:
@@ -294,34 +311,50 @@ class Trainer:
             self._lock = RunLock(run_dir)
             notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(run_dir)]
             checkpoint, passed_over = newest_valid(run_dir, named)
-            if named is not None:
-                notes += [f"resume: a newer checkpoint is now {name}" for name in set_aside_newer(run_dir, named)]
             state = read_state(checkpoint)
             best = state["progress"]["best"]
-            if best is not None and not step_folder(run_dir, best["step"]).is_dir():
-                notes.append(f"resume: the best model so far, of step {best['step']}, is gone; the next one counts")
+            try:
+                if best is not None and step_folder(run_dir, best["step"]) != checkpoint:
+                    verify(step_folder(run_dir, best["step"]))
+            except InvalidCheckpointError as error:
+                notes.append(
+                    f"resume: the best model so far, step {best['step']}, is lost ({error}); the next one counts"
+                )
                 state["progress"]["best"] = None
             return {"run_dir": run_dir, "checkpoint": checkpoint, "state": state, "notes": notes + passed_over}
         if resume is not None:
             notes.append(f"--resume auto: no checkpoint of {output.run_name} in {runs_dir}, starting anew")
-        run_dir = runs_dir / f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-        while run_dir.exists():  # another run of this name began in this second
-            time.sleep(0.1)
-            run_dir = runs_dir / f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-        return {"run_dir": run_dir, "checkpoint": None, "state": None, "notes": notes}
+        return {"run_dir": self._new_run_dir(), "checkpoint": None, "state": None, "notes": notes}
 
-    def _claim_run_dir(self) -> None:
-        """Make the run's folder this process's; on the main process."""
+    def _new_run_dir(self) -> Path:
+        output = self.config.output
+        return Path(output.runs_dir) / f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+
+    def _claim_run_dir(self, checkpoint: Path | None) -> tuple[Path, list[str]]:
+        """Make the run's folder this process's, and `checkpoint` its newest; on the main process.
+
+        Returns:
+            The folder, and sentences for the log.
+        """
+        run_dir, notes = self.run_dir, []
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self._lock is None:
-                self._lock = RunLock(self.run_dir)
-            write_json(self.run_dir / "config.json", self.config.to_dict())
+            while self._lock is None:
+                try:
+                    run_dir.mkdir(parents=True)
+                    self._lock = RunLock(run_dir)
+                except FileExistsError:  # another run of this name began in this second
+                    time.sleep(0.1)
+                    run_dir = self._new_run_dir()
+            if checkpoint is not None:
+                newer = set_aside_newer(run_dir, checkpoint)
+                notes = [f"resume: a newer checkpoint, which this run does not go on from, is now {n}" for n in newer]
+            write_json(run_dir / "config.json", self.config.to_dict())
         except OSError as error:
             raise ValueError(
-                f"the run's folder {self.run_dir} cannot be written ({error}): make room or give another place with "
+                f"the run's folder {run_dir} cannot be written ({error}): make room or give another place with "
                 "output.runs_dir."
             ) from None
+        return run_dir, notes
 
     def _fit_linear_path(self) -> None:
         """Fit the linear path on the first images of the stream; on the main process alone."""
@@ -430,13 +463,14 @@ class Trainer:
 
         def newest() -> tuple[Path, dict[str, Any]]:
             checkpoint, _ = newest_valid(self.run_dir, None)
+            set_aside_newer(self.run_dir, checkpoint)  # damaged ones, which would count as kept
             return checkpoint, read_state(checkpoint)
 
         checkpoint, state = on_main_process(self.accelerator, newest)
         self._load(checkpoint, state)
         self.progress.rollbacks = rollbacks
         self._reorder()
-        self.tracker.rewind(self.progress.step)
+        self.tracker.rewind(self.progress.step, self.progress.epoch)
         self.tracker.event(
             f"rolled back from step {step} to {checkpoint.name}: {self.config.training_presets.max_skipped_in_a_row} "
             "steps in a row had no finite gradient; going on with another order of images",
@@ -658,6 +692,11 @@ class Trainer:
         self._settle()
         return on_main_process(self.accelerator, lambda: bool(list_checkpoints(self.run_dir)))
 
+    def _warn(self, sentences: list[str]) -> None:
+        """Log what the main process found; the others' clocks may have told them something else."""
+        for sentence in sentences if self.accelerator.is_main_process else ():
+            self.tracker.event(sentence, "warning", **self.progress.where)
+
     def _log_figures(self) -> None:
         """One line of figures: means over the steps since the last."""
         presets, progress = self.config.training_presets, self.progress
@@ -669,8 +708,8 @@ class Trainer:
         )
         left = progress.seconds_left(presets, self.steps_per_epoch, values["speed/images_per_second"])
         self.tracker.log("train", values, **progress.where)
-        for warning in self.health.observe_window(values, images_seen=progress.images_seen, step=progress.step):
-            self.tracker.event(warning, "warning", **progress.where)
+        warnings = self.health.observe_window(values, images_seen=progress.images_seen, step=progress.step)
+        self._warn(warnings)
         self.tracker.update_status(state="running", seconds_left=left, **progress.where)
         if self.accelerator.is_main_process:
             self.progress_line.show(progress, values, left)
@@ -719,13 +758,13 @@ class Trainer:
             result.values["active_units"],
             self.model.config.latent_numbers,
         )
-        for warning in self.health.observe_validation(
+        warnings = self.health.observe_validation(
             result.values,
             images_seen=self.progress.images_seen,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             latent_numbers=self.model.config.latent_numbers,
-        ):
-            self.tracker.event(warning, "warning", **self.progress.where)
+        )
+        self._warn(warnings)
         self.progress.latents = {
             "scaling_factor": 1.0 / max(result.values["latents_std"], 1e-6),
             "shift_factor": result.values["latents_mean"],
@@ -798,8 +837,12 @@ class Trainer:
         """Export the best model and say where everything is."""
         output = self.config.output
         model_dir = Path(output.model_dir) / f"vae_{output.run_name}"
+        if self.progress.best is None:  # its checkpoint could not be written, or was damaged since
+            self._epoch_end(self._validate("at the end"), complete=False)
+            self._save()
+            self._settle()
         if self.progress.best is None:
-            raise RuntimeError("no checkpoint could be written in the whole run, so there is no model to hand over")
+            raise RuntimeError("no checkpoint could be written, so there is no model to hand over: make room, --resume")
         if self.accelerator.is_main_process:
             source = step_folder(self.run_dir, self.progress.best["step"]) / "model"
             best = AutoencoderKLUltra.from_pretrained(source, use_safetensors=True)
