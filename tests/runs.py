@@ -1,9 +1,16 @@
-"""A run from end to end in the test process, and what can be read of it afterwards."""
+"""A run from end to end, in the test process or in forked ones, and what can be read of it afterwards."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +18,8 @@ from typing import Any
 import tiny
 import torch
 
+from training import trainer as trainer_module
+from training.checkpoint import STATE_FILE, list_checkpoints
 from training.config import Config
 from training.trainer import Trainer
 
@@ -61,18 +70,18 @@ class Run:
 
 
 def run(config: Config, resume: str | Path | None = None, stop_after: dict[int, int] | None = None) -> Run:
-    """Run a training here; `stop_after`: a step's number -> the signal that this process gets after it."""
+    """Run a training here; `stop_after`: a step's number -> the signal that this process gets in it."""
     with tiny.process_state():
         trainer = Trainer(config, None if resume is None else str(resume))
-        update = trainer.train_step
+        gradients = trainer.train_step.gradients
 
-        def update_and_signal(*args, step: int, **kwargs):
-            result = update(*args, step=step, **kwargs)
+        def gradients_and_signal(*args, step: int, **kwargs):
+            parts = gradients(*args, step=step, **kwargs)
             if number := (stop_after or {}).get(step + 1):
                 os.kill(os.getpid(), number)
-            return result
+            return parts
 
-        trainer.train_step = update_and_signal
+        trainer.train_step.gradients = gradients_and_signal
         return Run(config, trainer, trainer.run())
 
 
@@ -84,3 +93,128 @@ def assert_same_state(one: Run, other: Run) -> None:
             assert torch.equal(state[name], value), name
         else:
             assert state[name] == value, name
+
+
+# ---- in processes of their own, and compared by what they leave on disk ----
+
+
+def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
+    """Start `job` in a child process, which spares it the imports of a new interpreter; returns the child's id.
+
+    Args:
+        job: Its result is the child's exit code; 99 for an error, whose traceback is in the log.
+        log: Gets the child's output.
+        environment: Variables of the child.
+    """
+    child = os.fork()
+    if child:
+        return child
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
+        os.environ.update(environment)
+        torch.set_num_threads(1)  # threads of the parent do not exist here
+        trainer_module.describe_plan = lambda *_: "(no plan)"  # counting its operations takes longer than the run
+        with tiny.process_state():
+            code = job()
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait_for(child: int, seconds: float = 120.0) -> int:
+    """Exit code of a child, or minus the signal that ended it; a child that does not end is killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError(f"process {child} hangs")
+
+
+def run_ranks(
+    config: Config,
+    resume: str | None,
+    log: Path,
+    ranks: int = 1,
+    *,
+    allow_changed: Sequence[str] = (),
+    prepare: Callable[[Trainer], None] | None = None,
+) -> list[int]:
+    """Train in forked processes, `ranks` of them in one group; returns their exit codes.
+
+    Args:
+        config, resume, allow_changed: See `Trainer`.
+        log: Gets the output of all.
+        ranks: Number of processes.
+        prepare: Called in each process with its trainer before that runs.
+    """
+
+    def job() -> int:
+        trainer = Trainer(config, resume, allow_changed)
+        if prepare is not None:
+            prepare(trainer)
+        return trainer.run()
+
+    environments: Sequence[dict[str, str]] = [{}]
+    if ranks > 1:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        environments = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [wait_for(child) for child in [fork(job, log, **each) for each in environments]]
+
+
+def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Figures of training and validation in metrics.jsonl, without what a clock says."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name != "time" and not name.startswith("speed/")}
+        for line in lines
+        if line["kind"] != "event"
+    ]
+
+
+def _state_without_clocks(checkpoint: Path) -> dict[str, Any]:
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    for places in (state["config"]["output"],):
+        del places["runs_dir"], places["model_dir"]
+    progress, health = state["progress"], state["health"]
+    for values, clocks in ((progress, ["train_seconds"]), (progress["window"], ["seconds", "waited"])):
+        for name in clocks:
+            values.pop(name, None)
+    del health["waiting"]
+    health["said"].pop("waiting", None)
+    return state
+
+
+def differences(run_dir: Path, wanted: Path) -> list[str]:
+    """In what the last checkpoint, the figures and the model of a finished run differ from another's, bit for bit."""
+    found = []
+    last, other = list_checkpoints(run_dir)[-1], list_checkpoints(wanted)[-1]
+    if last.name != other.name:
+        found.append(f"last checkpoint {last.name}, not {other.name}")
+    names = {path.relative_to(each) for each in (last, other) for path in each.rglob("*.safetensors")}
+    for name in sorted(names):
+        if not (last / name).is_file() or not (other / name).is_file():
+            found.append(f"{name} is missing")
+        elif (last / name).read_bytes() != (other / name).read_bytes():
+            found.append(f"{name} differs")
+    state, other_state = _state_without_clocks(last), _state_without_clocks(other)
+    found += [f"state {key}: {state[key]} != {other_state[key]}" for key in state if state[key] != other_state.get(key)]
+    lines, other_lines = metric_lines(run_dir), metric_lines(wanted)
+    if lines != other_lines:
+        odd = next((pair for pair in zip(lines, other_lines) if pair[0] != pair[1]), "only in number")
+        found.append(f"metrics.jsonl has {len(lines)} lines, not {len(other_lines)}; first that differs: {odd}")
+    models = [Path(json.loads((each / "status.json").read_text())["model_dir"] or "/") for each in (run_dir, wanted)]
+    exported = [folder / "diffusion_pytorch_model.safetensors" for folder in models]
+    if not exported[0].is_file() or exported[0].read_bytes() != exported[1].read_bytes():
+        found.append("the exported model differs")
+    return found

@@ -15,8 +15,10 @@ for: what the state is (trainer.py), which checkpoint a resume takes (resume.py)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -45,7 +47,8 @@ WEIGHTS_FILE = "training_state/weights.safetensors"
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
 MODEL_FILE = "model/diffusion_pytorch_model.safetensors"
 _REQUIRED = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
-_TEMPORARY, _REMOVED = ".writing_", ".removed_"
+_TEMPORARY, _REMOVED, _REPLACED = ".writing_", ".removed_", ".replaced_"
+_MAX_MANIFEST_BYTES = 16 << 20
 _SLACK_BYTES = 8 << 20  # of the disk, besides the tensors: JSON, sources, blocks half used
 
 
@@ -95,11 +98,23 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def sweep(run_dir: Path) -> list[str]:
-    """Remove what an interrupted write or removal has left; returns the names."""
+    """Remove what an interrupted write or removal has left, and put back what it was about to replace.
+
+    Returns:
+        The names of what was removed.
+    """
     folder = run_dir / "checkpoints"
-    stale = [path for path in folder.glob(".*") if path.name.startswith((_TEMPORARY, _REMOVED))]
+    for path in folder.glob(f"{_REPLACED}*"):
+        final = path.with_name(path.name.removeprefix(_REPLACED))
+        if not final.exists():
+            rename_folder(path, final)
+    stale = [path for path in folder.glob(".*") if path.name.startswith((_TEMPORARY, _REMOVED, _REPLACED))]
+    stale += folder.glob(".*.tmp")  # links
     for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in stale)
 
 
@@ -135,6 +150,7 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
     final = step_folder(run_dir, snapshot.step)
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(run_dir)  # of an earlier write that failed
     free = shutil.disk_usage(folder).free
     if free < snapshot.size:
         raise OSError(
@@ -142,7 +158,6 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
             "room, or lower output.keep_checkpoints"
         )
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         files = {}
         for part in (temporary, temporary / "model", temporary / "training_state"):
@@ -164,22 +179,33 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
         write_bytes(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
         for part in (temporary / "model", temporary / "training_state", temporary):
             fsync_folder(part)
-        if final.exists():  # of an earlier attempt at the same step
-            remove_folder(final)
+        if final.exists():  # of the same step, as after a stop at an epoch's end; `sweep` knows the name
+            rename_folder(final, folder / f"{_REPLACED}{final.name}")
         rename_folder(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            sweep(run_dir)
         raise
-    fsync_folder(folder)
-    point_to(folder / "latest", final.name)
+    for part in (folder, run_dir, run_dir.parent):  # the names of the two may be as new as the checkpoint
+        fsync_folder(part)
+    try:
+        sweep(run_dir)  # what was replaced
+        _tidy(run_dir, final, snapshot.best_step, keep)
+    except OSError as error:
+        logger.warning("%s is whole, but links and older checkpoints beside it stay as they are (%s)", final, error)
+    return final
+
+
+def _tidy(run_dir: Path, newest: Path, best_step: int | None, keep: int) -> None:
+    """Let the links point to the newest and the best checkpoint, and remove those that are neither kept nor best."""
+    point_to(newest.with_name("latest"), newest.name)
     kept = set(list_checkpoints(run_dir)[-keep:])
-    if snapshot.best_step is not None and (best := step_folder(run_dir, snapshot.best_step)).exists():
-        point_to(folder / "best", best.name)
+    if best_step is not None and (best := step_folder(run_dir, best_step)).exists():
+        point_to(newest.with_name("best"), best.name)
         kept.add(best)
     for old in list_checkpoints(run_dir):
         if old not in kept:
             remove_folder(old)
-    return final
 
 
 def _contents(snapshot: Snapshot):
@@ -249,13 +275,15 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     Raises:
         InvalidCheckpointError: What is wrong, in a few words.
     """
+    path = _plain_file(checkpoint, MANIFEST)
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        length = path.stat().st_size
+        if length > _MAX_MANIFEST_BYTES:
+            raise ValueError(f"{length} bytes")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         files, version = manifest["files"], manifest["format"]
         entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise InvalidCheckpointError(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InvalidCheckpointError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
     if version != FORMAT:
         raise InvalidCheckpointError(f"it has format {version!r}, and this version reads format {FORMAT}")
@@ -264,12 +292,10 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise InvalidCheckpointError(f"its {MANIFEST} does not list {name}")
     for name, (size, digest) in entries.items():
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        if parts.is_absolute() or ".." in parts.parts or set(name) & {"\\", "\0"}:
             raise InvalidCheckpointError(f"its {MANIFEST} lists {name!r}, outside of its folder")
-        path = checkpoint / name
         try:
-            if path.is_symlink() or not path.is_file():
-                raise InvalidCheckpointError(f"{name} is missing or not a plain file")
+            path = _plain_file(checkpoint, name)
             found = path.stat().st_size
             if found != size:
                 raise InvalidCheckpointError(f"{name} has {found} bytes instead of {size}")
@@ -278,6 +304,14 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         except OSError as error:
             raise InvalidCheckpointError(f"{name} cannot be read ({error})") from None
     return manifest
+
+
+def _plain_file(checkpoint: Path, name: str) -> Path:
+    """A file of a checkpoint, if it lies in its folder itself and not behind a link."""
+    path = checkpoint / name
+    if Path(os.path.realpath(path)) != Path(os.path.realpath(checkpoint)) / name or not path.is_file():
+        raise InvalidCheckpointError(f"{name} is missing or not a plain file")
+    return path
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

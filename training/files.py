@@ -7,6 +7,7 @@ What it is not for: what is written (checkpoint.py, tracking.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -65,12 +66,15 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk; without effect where folders cannot be opened (Windows)."""
+    """Force the names in a folder to disk; without effect where a file system does not offer it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network disks answer for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -82,9 +86,12 @@ def point_to(link: Path, target: str) -> None:
         temporary.unlink()
     try:
         os.symlink(target, temporary)
+        os.replace(temporary, link)
     except (NotImplementedError, PermissionError):  # Windows without the right to make links, some network disks
         return
-    os.replace(temporary, link)
+    finally:
+        with contextlib.suppress(OSError):  # where it could not be renamed
+            temporary.unlink()
 
 
 def rename_folder(folder: Path, name: Path) -> None:

@@ -6,6 +6,7 @@ has it, for the message to whoever comes second. The file stays when the run end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -47,8 +48,14 @@ class RunLock:
             raise ValueError(
                 f"the run {run_dir} is in use by {self._owner()}: stop that one, or start a new run."
             ) from None
+        except OSError as error:
+            raise ValueError(
+                f"the run {run_dir} cannot be locked ({error}): make its folder writable, or give another place with "
+                "output.runs_dir."
+            ) from None
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "launcher": launcher()}
-        self._path.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk: the lock itself holds
+            self._path.write_text(json.dumps(owner) + "\n", encoding="utf-8")
 
     def _owner(self) -> str:
         try:

@@ -42,7 +42,7 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     form = Redacted(f"%(asctime)s{rank} %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if accelerator.is_main_process and log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)
@@ -53,6 +53,25 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     if not sys.stderr.isatty():  # in a file or a pipe, progress bars are noise
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
+
+
+class LogFile(logging.FileHandler):
+    """A log file; a disk that is full or fails costs lines, which is said once, and neither the run nor a traceback."""
+
+    _failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failing:
+            self._failing = True
+            name = Path(self.baseFilename).name
+            logging.getLogger("training").warning("%s cannot be written, the run goes on (%s)", name, error)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of lines that are still waiting
+            super().close()
 
 
 class Redacted(logging.Formatter):
@@ -70,7 +89,7 @@ class Tracker:
         run_dir: The run's folder; must exist on the main process.
         config: Flat configuration, shown by TensorBoard.
         status: First content of `status.json`.
-        resumed_step: Step that the run goes on from; None for a new one.
+        resumed_at: Step and epoch that the run goes on from; None for a new one.
 
     A disk that is full or fails costs what was to be written, never the run: it is said on the terminal, once for
     each kind of output until that kind works again.
@@ -82,7 +101,7 @@ class Tracker:
         run_dir: Path,
         config: dict[str, Any],
         status: dict[str, Any],
-        resumed_step: int | None = None,
+        resumed_at: tuple[int, int] | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.run_dir = run_dir
@@ -91,11 +110,11 @@ class Tracker:
         self._failing: set[str] = set()
         # The tracker's own folder is <logging_dir>/<project>; "." puts the events into the run's folder itself. Events
         # of steps that an interrupted run had gone on to are left out by TensorBoard.
-        again = {} if resumed_step is None else {_PROJECT: {"purge_step": resumed_step + 1}}
+        again = {} if resumed_at is None else {_PROJECT: {"purge_step": resumed_at[0] + 1}}
         accelerator.init_trackers(".", init_kwargs=again)
         if self.active:
-            if resumed_step is not None:
-                self.rewind(resumed_step)
+            if resumed_at is not None:
+                self.rewind(*resumed_at)
             self._writer = accelerator.get_tracker(_PROJECT, unwrap=True)
             self._writer.add_custom_scalars(
                 {
@@ -124,20 +143,22 @@ class Tracker:
         else:
             self._failing.discard(what)
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which come again, from metrics.jsonl; events stay, they happened."""
+    def rewind(self, step: int, epoch: int) -> None:
+        """Drop the lines that come again from metrics.jsonl: those of later steps, and the validation of an epoch that
+        ends with `step` where this is not `epoch` yet; events stay, they happened."""
         path = self.run_dir / "metrics.jsonl"
         if not self.active or not path.is_file():
             return
         kept = []
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # cut off by a kill
-                continue
-            if line["step"] <= step or line["kind"] == "event":
-                kept.append(text + "\n")
         with self._writing("metrics.jsonl"):
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    line = json.loads(text)
+                    again = (line["step"], line["epoch"]) > (step, epoch) and line["kind"] != "event"
+                except (ValueError, KeyError, TypeError):  # cut off by a kill, or spoilt by a disk
+                    continue
+                if not again:
+                    kept.append(text + "\n")
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, path)
