@@ -48,16 +48,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dry_run(config: Config) -> None:
-    from training.budget import describe_plan
+    from training.budget import describe_plan, known_train_images
     from training.build import build_model, micro_batch_size
 
     build_model(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size(config, processes)
-    num_train_images = config.data.num_train_images
-    if num_train_images is None and config.data.dataset == "synthetic_faces":
-        num_train_images = config.data.synthetic_train_images
-    print(describe_plan(config, processes, num_train_images))
+    print(describe_plan(config, processes, known_train_images(config), search=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

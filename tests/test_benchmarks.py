@@ -1,0 +1,119 @@
+"""The benchmarks of a step, at toy size: that they measure what they say; the figures themselves mean nothing here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a benchmark; the folder is no installed package, it runs from the project's root."""
+    monkeypatch.syspath_prepend(ROOT)
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    # 32 pixels: the least that the trunk and the stock model with its 16-fold reduction can take.
+    model = {"sample_size": 32, "linear_size": 16, "linear_decode_size": 16}
+    settings = tiny.tiny_settings(tmp_path, tmp_path, model=model)
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(settings))
+    return str(file)
+
+
+def test_the_parts_of_a_step_and_its_loop(benchmark, config_file, session, capsys):
+    ceiling = benchmark("ceiling")
+    arguments = ["--config", config_file, "--batch", "2", "--rounds", "2", "--seconds", "0", "--json"]
+    assert ceiling.main([*arguments, "--loop-steps", "3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    parts = result["parts"]
+    assert list(parts) == [
+        "encoder", "decoder", "encoder backward", "decoder backward", "target features", "reconstruction features",
+        "features backward", "optimizer", "average", "step", "rest of the step",
+    ]  # fmt: skip
+    whole = parts.pop("step")
+    assert sum(row["seconds"] for row in parts.values()) == pytest.approx(whole["seconds"])
+    assert sum(row["share_of_step"] for row in parts.values()) == pytest.approx(1)
+    assert whole["gflop_per_image"] == pytest.approx(sum(row.get("gflop_per_image", 0) for row in parts.values()))
+    best = result["ceiling_gflop_per_second"]["best"]
+    for row in (whole, parts["encoder"]):
+        assert row["gflop_per_second"] == pytest.approx(2 * row["gflop_per_image"] / row["seconds"])
+        assert row["share_of_ceiling"] == pytest.approx(row["gflop_per_second"] / best)
+        assert row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
+    assert result["images_per_second"] == pytest.approx(2 / whole["seconds"])
+    names = [row["operation"] for row in result["top_operations"]]
+    assert any("convolution" in name for name in names)
+    assert 0 < result["loop"]["seconds_waiting"] <= result["loop"]["seconds_between_steps"]
+
+
+def test_a_timed_round_leaves_the_model_as_one_step_would(benchmark, config_file, session):
+    """What is timed is the work itself: gradients of the parts reach the weights, and the step updates them."""
+    ceiling = benchmark("ceiling")
+    bench = ceiling.Bench(ceiling.load_config(config_file), 2, None)
+    before = [parameter.detach().clone() for parameter in bench.parameters]
+    ceiling._one_round(bench)
+    assert bench.number == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, bench.parameters))
+    assert all(parameter.grad is None for parameter in bench.parameters)
+    frozen = bench.model.linear_path.to_latents.weight
+    assert not frozen.requires_grad and all(frozen is not parameter for parameter in bench.parameters)
+
+
+def test_ours_beside_a_stock_model(benchmark, config_file, session, capsys):
+    versus = benchmark("versus_stock")
+    arguments = ["--config", config_file, "--contenders", "ours", "stock_1024", "--batch", "1", "--rounds", "2"]
+    arguments += ["--seconds", "0", "--min-steps", "1", "--ceiling-seconds", "0", "--json"]
+    assert versus.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    ours, stock = result["contenders"]["ours"], result["contenders"]["stock_1024"]
+    assert ours["steps"] == stock["steps"] == 2
+    assert ours["ours_is_faster"] == 1 and ours["ours_is_faster_range"] == [1, 1]
+    # Below 1 GFLOP an image against 11: whatever else the machine does, the order is certain.
+    assert stock["ours_is_faster"] > 1 and ours["images_per_second"] > stock["images_per_second"]
+    low, high = stock["ours_is_faster_range"]
+    assert low <= stock["ours_is_faster"] <= high
+    best = result["ceiling_gflop_per_second"]["best"]
+    assert stock["share_of_ceiling"] == pytest.approx(stock["images_per_second"] * stock["gflop_training"] / best)
+    versus.print_table(result)
+    assert "stock_1024" in capsys.readouterr().out
+
+
+def test_the_stock_models_are_those_that_people_use(benchmark):
+    versus = benchmark("versus_stock")
+    sd, small = versus.count_stock("stock_sd", 256), versus.count_stock("stock_1024", 256)
+    assert (sd["parameters"], sd["latent_numbers"]) == (83_653_863, 4096)  # of the published weights
+    assert small["latent_numbers"] == 1024
+    # VGG16's convolutions to relu5_3 at 256 pixels, by its widths; twice for two targets, twice for two
+    # reconstructions, twice backward (the weights are frozen, so a backward pass costs one forward pass).
+    widths = ((3, 64, 256), (64, 64, 256), (64, 128, 128), (128, 128, 128), (128, 256, 64), (256, 256, 64))
+    widths += ((256, 256, 64), (256, 512, 32), (512, 512, 32), (512, 512, 32)) + ((512, 512, 16),) * 3
+    vgg = sum(2 * 9 * a * b * side**2 for a, b, side in widths) / 1e9
+    for cost in (sd, small):
+        # A trained network costs three forward passes, less the gradient to the pixels, which nobody needs.
+        assert cost["gflop_training"] == pytest.approx(3 * cost["gflop_forward"] + 6 * vgg, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("ceiling", ["--batch", "0"], "--batch is 0: use at least 1"),
+        ("ceiling", ["--set", "loss.trunks=vgg16"], "unknown configuration key loss.trunks"),
+        ("versus_stock", ["--contenders", "stock_sd"], "--contenders lacks ours"),
+        ("versus_stock", ["--min-steps", "0"], "--min-steps is 0: use at least 1"),
+        ("versus_stock", ["--trunk-weights", "/nowhere"], "'/nowhere', which is not a folder"),
+    ],
+)
+def test_what_a_user_got_wrong(benchmark, config_file, session, capsys, name, arguments, message):
+    if "--trunk-weights" in arguments:
+        arguments = [*arguments, "--set", "loss.trunk=vgg16"]
+    assert benchmark(name).main(["--config", config_file, *arguments]) == 2
+    assert message in capsys.readouterr().err
