@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from runs import EPOCHS, STEPS, assert_same_state, run
+from runs import EPOCHS, STEPS, assert_same_state, differences, run
 
+import train_vae
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.checkpoint import list_checkpoints
 from training.config import config_from_dict
@@ -50,6 +52,30 @@ def test_resumed_at_an_epochs_end_it_is_the_same_run(finished, faces, tmp_path):
     assert resumed.lines("train") == finished.lines("train", after_step=10)
     assert resumed.lines("validation") == finished.lines("validation", after_step=10)
     assert "resumed from" in (folder / "training.log").read_text()
+
+
+def test_stopped_with_an_epochs_last_step_and_killed_after_its_validation_it_is_the_same_run(finished, faces, tmp_path):
+    """The validation is in the figures and the checkpoint before it: it comes again, and is there once."""
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    first = run(config, stop_after={STEPS: signal.SIGTERM})
+    assert (first.code, first.status["step"]) == (EXIT_STOPPED, STEPS)
+    assert [line["epoch"] for line in first.lines("validation")] == [0]
+
+    class Killed(BaseException):
+        pass
+
+    def killed() -> None:
+        raise Killed
+
+    with tiny.process_state():
+        second = Trainer(config, "auto")
+        second._save = killed
+        with pytest.raises(Killed):
+            second.run()
+    assert [line["epoch"] for line in first.lines("validation")] == [0, 1]
+    third = run(config, "auto")
+    assert (third.code, third.folder) == (0, first.folder)
+    assert differences(third.folder, finished.folder) == []
 
 
 def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
@@ -93,6 +119,36 @@ def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, 
     assert named in str(caught.value)
 
 
+def test_a_refused_change_goes_through_where_it_is_allowed_by_name(finished, session, faces, tmp_path, capsys):
+    run_dir = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
+    values = finished.config.to_dict()
+    values["data"] |= {"horizontal_flip": False, "synthetic_train_images": 21}
+    config = config_from_dict(values)
+    with pytest.raises(ValueError, match="--allow-changed data.horizontal_flip data.synthetic_train_images"):
+        Trainer(config, str(run_dir))
+    allowed = ["data.horizontal_flip", "data.synthetic_train_images"]
+    with pytest.raises(ValueError, match="the training rows of 'synthetic_faces' are others than they were"):
+        Trainer(config, str(run_dir), allowed)
+    trainer = Trainer(config, str(run_dir), [*allowed, "data"])
+    trainer.tracker.close()
+    trainer._folder.release()
+    assert trainer.progress.step == 10
+    assert "data.horizontal_flip was True, is now False" in (run_dir / "training.log").read_text()
+
+    (tmp_path / "tiny.json").write_text(json.dumps(values))
+    command = [
+        "--config",
+        str(tmp_path / "tiny.json"),
+        "--resume",
+        str(run_dir),
+        "--allow-changed",
+        "data.horizontal_flp",
+    ]
+    assert train_vae.main(command) == 2
+    assert "data.horizontal_flp: did you mean data.horizontal_flip?" in capsys.readouterr().err
+
+
 def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_path):
     folder = tmp_path / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
@@ -130,6 +186,8 @@ def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
     assert run(config, stop_after={2: signal.SIGINT}).code == EXIT_STOPPED
     ended = run(config, "auto")
     assert (ended.code, ended.status["step"]) == (0, 3)
+    alone = run(tiny.tiny_config(tmp_path / "alone", faces, **sections))
+    assert differences(ended.folder, alone.folder) == []
     groups = ended.trainer.optimizer.param_groups
     assert [group["lr"] for group in groups] == [1e-3, 1e-5]
     assert all(
@@ -139,6 +197,28 @@ def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
     model = AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
     weights = ended.trainer.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_compiled_and_gone_on_eagerly_and_back_it_is_the_same_run(finished, faces, tmp_path, monkeypatch):
+    """Traced, and run by the eager operators: what a checkpoint holds has the same names, and the same bits."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def compile_for_eager(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_for_eager)
+    presets = {"num_epochs": EPOCHS}
+    eager = tiny.tiny_config(tmp_path, faces, training_presets=presets)
+    traced = tiny.tiny_config(tmp_path, faces, training_presets=presets | {"compile": True})
+    assert run(traced, stop_after={3: signal.SIGTERM}).code == EXIT_STOPPED
+    assert run(eager, "auto", stop_after={7: signal.SIGTERM}).code == EXIT_STOPPED
+    ended = run(traced, "auto")
+    assert ended.code == 0 and len(compiled) == 2
+    found = differences(ended.folder, finished.folder)
+    assert all(text.startswith("state config") for text in found), found
 
 
 def test_a_second_signal_has_its_usual_effect():

@@ -19,6 +19,7 @@ import train_vae
 from training import run_lock
 from training.checkpoint import list_checkpoints
 from training.resume import restarted_run
+from training.run_folder import RunFolder
 from training.run_lock import LOCK_FILE, RunLock
 from training.trainer import Trainer
 
@@ -112,7 +113,7 @@ def test_runs_that_begin_in_the_same_second_have_different_folders(faces, tmp_pa
     config = tiny.tiny_config(tmp_path, faces)
     begun = datetime.datetime(2000, 1, 1)
     names = iter([f"tiny_{begun + datetime.timedelta(seconds=s):%Y%m%d_%H%M%S}" for s in (0, 0, 0, 1)])
-    monkeypatch.setattr(Trainer, "_new_run_dir", lambda self: Path(config.output.runs_dir) / next(names))
+    monkeypatch.setattr(RunFolder, "_new_path", lambda self: Path(config.output.runs_dir) / next(names))
     first, second = Trainer(config), Trainer(config)
     try:
         assert [each.run_dir.name for each in (first, second)] == ["tiny_20000101_000000", "tiny_20000101_000001"]
@@ -123,7 +124,7 @@ def test_runs_that_begin_in_the_same_second_have_different_folders(faces, tmp_pa
     finally:
         for each in (first, second):
             each.tracker.close()
-            each._release()
+            each._folder.release()
 
 
 def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_line_names(
@@ -144,7 +145,7 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
         with tiny.process_state():
             trainer = Trainer(config, resume)
             trainer.tracker.close()
-            trainer._release()
+            trainer._folder.release()
         assert (trainer.run_dir, trainer.progress.step) == (run_dir, 15)
         assert "restarted by the launcher: going on by itself" in (run_dir / "training.log").read_text()
     assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000010", "step_00000015"]
@@ -152,7 +153,7 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
     with tiny.process_state():
         trainer = Trainer(config)
         trainer.tracker.close()
-        trainer._release()
+        trainer._folder.release()
     assert trainer.run_dir != run_dir
     assert (
         "restarted by the launcher before the first checkpoint: starting anew"

@@ -414,7 +414,7 @@ def test_a_run_that_recovers_after_a_roll_back_ends_well(faces, tmp_path):
     with tiny.process_state():
         again = Trainer(config, str(trainer.run_dir))
         again.tracker.close()
-        again._release()
+        again._folder.release()
         assert again.train_step.seed == trainer.train_step.seed
 
 

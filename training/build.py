@@ -5,14 +5,91 @@ What it is for: precision, model, batch arithmetic, optimizer. What it is not fo
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import os
+from pathlib import Path
 
 import torch
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.config import Config, unknown_key
+from training.config import COLLECTIVE_TIMEOUT_S, Config, unknown_key
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # not supported
+
+
+def join_processes(mixed_precision: str) -> tuple[PartialState, str, str]:
+    """Find the other processes and the device.
+
+    Args:
+        mixed_precision: What the configuration wants.
+
+    Returns:
+        The state of the processes, the precision and who says so (`resolve_precision`).
+
+    Raises:
+        ValueError: The launcher's settings contradict the configuration's or the machine.
+    """
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise ValueError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulation}: accumulation follows from "
+            "training_presets.batch_size and micro_batch_size; remove gradient_accumulation_steps from the accelerate "
+            "configuration."
+        )
+    # The main process fits the linear path while the others wait for it in their first collective.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    state = PartialState(cpu=_on_cpu(), **patience.to_kwargs())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched but do not find each other (each sees {state.num_processes}): set "
+            "ACCELERATE_USE_CPU=true to train on the CPU, or launch one process."
+        )
+    return state, *resolve_precision(mixed_precision, state.device)
+
+
+def _on_cpu() -> bool:
+    """Said to accelerate, which would not listen to the launcher's choice by itself, nor see several processes where
+    there is no GPU."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def build_accelerator(state: PartialState, precision: str, run_dir: Path) -> Accelerator:
+    """The accelerator of a run.
+
+    Args:
+        state: Of the processes.
+        precision: "no", "bf16" or "fp16".
+        run_dir: Where TensorBoard events go.
+
+    Raises:
+        ValueError: The launcher asks for a way of sharding the model.
+    """
+    accelerator = Accelerator(
+        cpu=_on_cpu(),
+        mixed_precision=precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False)
+        ],
+    )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"the accelerate configuration asks for {accelerator.distributed_type.value}: a model of this size is "
+            "trained whole on every device (distributed_type: MULTI_GPU); sharding would only cost communication."
+        )
+    return accelerator
 
 
 def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -202,6 +202,7 @@ def _tidy(run_dir: Path, newest: Path, best_step: int | None, keep: int) -> None
     kept = set(list_checkpoints(run_dir)[-keep:])
     if best_step is not None and (best := step_folder(run_dir, best_step)).exists():
         point_to(newest.with_name("best"), best.name)
+        point_to(run_dir / "best", f"checkpoints/{best.name}/model")  # what `from_pretrained` wants
         kept.add(best)
     for old in list_checkpoints(run_dir):
         if old not in kept:

@@ -289,6 +289,8 @@ class HubConfig:
     push: bool = False  # upload <model_dir>/vae_<run_name>/ when training ends
     repo_id: str | None = None  # "organisation/name"
     private: bool = True  # visibility of a repository that has to be created
+    # Also upload the best model so far every so many epochs; null: only at the end.
+    push_every_epochs: int | None = None
 
     def __post_init__(self) -> None:
         if self.push:
@@ -298,6 +300,8 @@ class HubConfig:
                 self.repo_id,
                 'give "organisation/name", or set hub.push to false',
             )
+        every = self.push_every_epochs
+        _require(every is None or every >= 1, "hub.push_every_epochs", every, "use at least 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

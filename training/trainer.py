@@ -8,55 +8,50 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import (
-    Accelerator,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    PartialState,
-)
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import hub
 from training.budget import describe_plan
-from training.build import build_model, build_optimizer, cpu_computes_bf16, micro_batch_size, resolve_precision
+from training.build import (
+    build_accelerator,
+    build_model,
+    build_optimizer,
+    cpu_computes_bf16,
+    join_processes,
+    micro_batch_size,
+)
 from training.checkpoint import (
     CheckpointWriter,
-    InvalidCheckpointError,
     Snapshot,
     list_checkpoints,
     read_state,
     set_aside_newer,
     step_folder,
-    sweep,
-    verify,
 )
-from training.config import COLLECTIVE_TIMEOUT_S, Config, config_from_dict
+from training.config import Config, config_from_dict
 from training.data import TrainStream, load_validation
 from training.export import export_model, model_files
 from training.figures import Progress, ProgressLine
-from training.files import write_json
 from training.health import Health
 from training.kl import KLController
 from training.linear_init import fit_linear_path, freeze_linear_path
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
 from training.processes import on_main_process
-from training.resume import check_resume, find_run, newest_valid, restarted_run
-from training.run_lock import RunLock
+from training.publish import publish
+from training.resume import check_resume, newest_valid
+from training.run_folder import RunFolder
+from training.run_record import describe_hardware
 from training.run_state import RunState
 from training.signals import StopSignal
 from training.step import OutOfMemory, TrainStep
@@ -68,7 +63,6 @@ logger = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
 SIGNALLED = "a signal"
 REORDER = 1_000_003  # added to the seed by a roll-back: other images, other noise
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # not supported
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
@@ -93,52 +87,20 @@ class Trainer:
 
     def __init__(self, config: Config, resume: str | None = None, allow_changed: Sequence[str] = ()) -> None:
         self.config = config
-        self._lock: RunLock | None = None
+        self._folder = RunFolder(config)
         try:
             self._build(resume, allow_changed)
         except BaseException:
-            self._release()
+            self._folder.release()
             raise
 
     def _build(self, resume: str | None, allow_changed: Sequence[str]) -> None:
         config = self.config
         presets, output = config.training_presets, config.output
-        # The main process fits the linear path while the others wait for it in their first collective.
-        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-        accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-        if accumulation != "1":
-            raise ValueError(
-                f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulation}: accumulation follows from "
-                "training_presets.batch_size and micro_batch_size; remove gradient_accumulation_steps from the accelerate "
-                "configuration."
-            )
-        # Said to both: by itself PartialState would not listen to the launcher's choice, nor see several processes
-        # where there is no GPU.
-        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        state = PartialState(cpu=cpu, **patience.to_kwargs())
-        device, launched = state.device, int(os.environ.get("WORLD_SIZE", "1"))
-        if state.num_processes != launched:
-            raise ValueError(
-                f"{launched} processes were launched but do not find each other (each sees {state.num_processes}): set "
-                "ACCELERATE_USE_CPU=true to train on the CPU, or launch one process."
-            )
-        precision, source = resolve_precision(presets.mixed_precision, device)
-        opened = on_main_process(state, lambda: self._open_run(resume))
+        state, precision, source = join_processes(presets.mixed_precision)
+        opened = on_main_process(state, lambda: self._folder.open(resume))
         self.run_dir, checkpoint, saved, notes = (opened[key] for key in ("run_dir", "checkpoint", "state", "notes"))
-        self.accelerator = accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=precision,
-            log_with="tensorboard",
-            project_config=ProjectConfiguration(project_dir=str(self.run_dir), logging_dir=str(self.run_dir)),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False)
-            ],
-        )
-        if accelerator.distributed_type in SHARDED:
-            raise ValueError(
-                f"the accelerate configuration asks for {accelerator.distributed_type.value}: a model of this size is "
-                "trained whole on every device (distributed_type: MULTI_GPU); sharding would only cost communication."
-            )
+        self.accelerator = accelerator = build_accelerator(state, precision, self.run_dir)
         setup_logging(accelerator, None)
         micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
@@ -146,7 +108,7 @@ class Trainer:
         if saved is not None:
             notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
         if config.hub.push:
-            hub.check_access(config.hub)
+            on_main_process(accelerator, lambda: hub.check_access(config.hub))
 
         with accelerator.main_process_first():  # the first may download, the others find it in the cache
             self.trunk = self._trunk(config.loss.trunk) if config.loss.needs_trunk else None
@@ -183,14 +145,14 @@ class Trainer:
             )
 
         # Everything that a user can get wrong has been checked; from here on files are written.
-        self.run_dir, claimed = on_main_process(accelerator, lambda: self._claim_run_dir(checkpoint))
+        self.run_dir, claimed = on_main_process(accelerator, lambda: self._folder.claim(checkpoint))
         notes += claimed
         places = accelerator.project_configuration
         places.project_dir = places.logging_dir = str(self.run_dir)
         setup_logging(accelerator, self.run_dir / "training.log")
         logger.info("run       %s", self.run_dir)
         logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
-        if precision == "bf16" and device.type == "cpu" and not cpu_computes_bf16():
+        if precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
             logger.warning(
                 "this CPU has no bfloat16 instructions: bf16 is emulated, slower than float32 (auto avoids it)"
             )
@@ -263,6 +225,7 @@ class Trainer:
                 "num_epochs": presets.num_epochs,
                 "steps_per_epoch": self.steps_per_epoch,
                 "model_dir": None,
+                "hardware": describe_hardware(accelerator.device, accelerator.num_processes, precision),
                 **self._standing,
             },
             resumed_at=None if checkpoint is None else (self.progress.step, self.progress.epoch),
@@ -294,67 +257,6 @@ class Trainer:
         images = self.num_train_images
         steps = None if images is None else images // self.config.training_presets.batch_size
         return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
-
-    def _open_run(self, resume: str | None) -> dict[str, Any]:
-        """Which folder the run has, and what it goes on from; on the main process."""
-        output, notes = self.config.output, []
-        runs_dir = Path(output.runs_dir)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-            before = restarted_run(runs_dir, output.run_name)
-            if before is not None and list_checkpoints(before):  # newer than what the command line may name
-                resume, notes = str(before), ["restarted by the launcher: going on by itself"]
-            elif resume is None:
-                notes = ["restarted by the launcher before the first checkpoint: starting anew"]
-        found = None if resume is None else find_run(resume, runs_dir, output.run_name)
-        if found is not None:
-            run_dir, named = found
-            self._lock = RunLock(run_dir)
-            notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(run_dir)]
-            checkpoint, passed_over = newest_valid(run_dir, named)
-            state = read_state(checkpoint)
-            best = state["progress"]["best"]
-            try:
-                if best is not None and step_folder(run_dir, best["step"]) != checkpoint:
-                    verify(step_folder(run_dir, best["step"]))
-            except InvalidCheckpointError as error:
-                notes.append(
-                    f"resume: the best model so far, step {best['step']}, is lost ({error}); the next one counts"
-                )
-                state["progress"]["best"] = None
-            return {"run_dir": run_dir, "checkpoint": checkpoint, "state": state, "notes": notes + passed_over}
-        if resume is not None:
-            notes.append(f"--resume auto: no checkpoint of {output.run_name} in {runs_dir}, starting anew")
-        return {"run_dir": self._new_run_dir(), "checkpoint": None, "state": None, "notes": notes}
-
-    def _new_run_dir(self) -> Path:
-        output = self.config.output
-        return Path(output.runs_dir) / f"{output.run_name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-
-    def _claim_run_dir(self, checkpoint: Path | None) -> tuple[Path, list[str]]:
-        """Make the run's folder this process's, and `checkpoint` its newest; on the main process.
-
-        Returns:
-            The folder, and sentences for the log.
-        """
-        run_dir, notes = self.run_dir, []
-        try:
-            while self._lock is None:
-                try:
-                    run_dir.mkdir(parents=True)
-                    self._lock = RunLock(run_dir)
-                except FileExistsError:  # another run of this name began in this second
-                    time.sleep(0.1)
-                    run_dir = self._new_run_dir()
-            if checkpoint is not None:
-                newer = set_aside_newer(run_dir, checkpoint)
-                notes = [f"resume: a newer checkpoint, which this run does not go on from, is now {n}" for n in newer]
-            write_json(run_dir / "config.json", self.config.to_dict())
-        except OSError as error:
-            raise ValueError(
-                f"the run's folder {run_dir} cannot be written ({error}): make room or give another place with "
-                "output.runs_dir."
-            ) from None
-        return run_dir, notes
 
     def _fit_linear_path(self) -> None:
         """Fit the linear path on the first images of the stream; on the main process alone."""
@@ -519,11 +421,7 @@ class Trainer:
             self.writer.wait()
             self.progress_line.close()
             self.tracker.close()
-            self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+            self._folder.release()
 
     @property
     def _standing(self) -> dict[str, Any]:
@@ -560,6 +458,10 @@ class Trainer:
                     self._save_grids(f"epoch_{progress.epoch:04d}")
                 if is_best or last or progress.epoch % output.checkpoint_every_epochs == 0:
                     self._save()
+                push_every = self.config.hub.push_every_epochs
+                if push_every is not None and not last and progress.epoch % push_every == 0:
+                    self._settle()  # what is sent is the best checkpoint's model
+                    self._publish()
             elif ended == SIGNALLED:
                 return None
             else:  # the time limit, in mid-epoch
@@ -877,19 +779,22 @@ class Trainer:
         logger.info("model        %s", model_dir)
         logger.info("grids        %s", self.run_dir / "samples")
         logger.info("TensorBoard  tensorboard --logdir %s", output.runs_dir)
-        if self.config.hub.push and self.accelerator.is_main_process:
-            try:
-                logger.info("published    %s", hub.push(model_dir, self.config.hub))
-            except (
-                Exception
-            ) as error:  # of the Hub or the network; the model is on disk, and the upload can be repeated
-                self.tracker.event(
-                    f"the upload failed ({type(error).__name__}: {error}); repeat it with: hf upload "
-                    f"{self.config.hub.repo_id} {model_dir}",
-                    "warning",
-                    **self.progress.where,
-                )
+        self._publish()
         self.accelerator.wait_for_everyone()
+
+    def _publish(self) -> None:
+        """Send the model and its card to the Hub, if the configuration says so; a failure costs nothing."""
+        if not self.config.hub.push or not self.accelerator.is_main_process:
+            return
+        try:
+            logger.info("published    %s", publish(self.run_dir, self.config.hub))
+        except Exception as error:  # of the Hub or the network; the model is on disk, and the upload can be repeated
+            self.tracker.event(
+                f"the upload failed ({type(error).__name__}: {error}); repeat it with: python -m training.publish "
+                f"{self.run_dir} --repo-id {self.config.hub.repo_id}",
+                "warning",
+                **self.progress.where,
+            )
 
     def _lpips_text(self, figures: dict[str, Any]) -> str:
         name = f"lpips_{self.lpips_trunk.name}"
