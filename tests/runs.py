@@ -139,6 +139,20 @@ def wait_for(child: int, seconds: float = 120.0) -> int:
     raise AssertionError(f"process {child} hangs")
 
 
+def wait_for_all(children: Sequence[int], seconds: float = 120.0) -> list[int]:
+    """`wait_for` each of several; where one hangs, none of them stays."""
+    codes: list[int] = []
+    try:
+        for child in children:
+            codes.append(wait_for(child, seconds))
+    except AssertionError:
+        for child in children[len(codes) + 1 :]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
+    return codes
+
+
 def run_ranks(
     config: Config,
     resume: str | None,
@@ -169,7 +183,7 @@ def run_ranks(
             probe.bind(("127.0.0.1", 0))
             group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         environments = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [wait_for(child) for child in [fork(job, log, **each) for each in environments]]
+    return wait_for_all([fork(job, log, **each) for each in environments])
 
 
 def metric_lines(run_dir: Path) -> list[dict[str, Any]]:

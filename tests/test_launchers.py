@@ -19,10 +19,11 @@ import psutil
 import pytest
 import tiny
 import torch
-from runs import differences, metric_lines, run_ranks
+from runs import differences, fork, metric_lines, run_ranks, wait_for_all
 from safetensors.torch import load_file, save_file
 
 from training import step as step_module
+from training.build import join_processes
 from training.checkpoint import MODEL_FILE, list_checkpoints, read_state, verify
 from training.config import Config, config_from_dict
 from training.trainer import Trainer
@@ -182,6 +183,27 @@ def test_accelerate_launch_hands_on_a_signal_and_the_number_of_processes_is_comp
     mine, its = (load_file(list_checkpoints(each)[-1] / MODEL_FILE) for each in (run_dir, undisturbed))
     for name, weight in its.items():
         torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_restarted_processes_meet_each_other_and_not_the_dead(session, tmp_path):
+    """torchrun keeps its store over a restart, with the addresses of the processes before; the first to look has luck
+    at best. Here the second process is late, so that the first one looks when only the old address is there."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    log = tmp_path / "log"
+
+    def meet(late: float) -> int:
+        time.sleep(late)
+        state, _, _ = join_processes("no")
+        total = torch.tensor(1.0)
+        torch.distributed.all_reduce(total)
+        return 0 if state.num_processes == int(total) == 2 else 1
+
+    for restart in range(6):  # which side connects to which is decided by their ports, so that luck is possible
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        group |= {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": str(restart)}
+        ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        children = [fork(lambda late=0.5 * rank: meet(late), log, **each) for rank, each in enumerate(ranks)]
+        assert wait_for_all(children, 60) == [0, 0], log.read_text()
 
 
 def poison(trainer: Trainer, folder: Path) -> None:

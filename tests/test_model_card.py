@@ -152,6 +152,7 @@ def test_celeba_brings_its_terms_and_its_limits(run, tmp_path):
 
 
 def test_hardware_time_and_energy_are_said_where_they_are_known(run, tmp_path):
+    change(run / "status.json", hardware=None)
     assert "Hardware" not in card_of(run, tmp_path / "card").text
     hardware = {"device": "Card X", "processes": 2, "precision": "bf16", "watts": 350.0}
     change(run / "status.json", hardware=hardware)

@@ -9,6 +9,7 @@ import datetime
 import inspect
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import (
@@ -20,6 +21,8 @@ from accelerate import (
 )
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import nn
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.config import COLLECTIVE_TIMEOUT_S, Config, unknown_key
@@ -48,7 +51,7 @@ def join_processes(mixed_precision: str) -> tuple[PartialState, str, str]:
         )
     # The main process fits the linear path while the others wait for it in their first collective.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    state = PartialState(cpu=_on_cpu(), **patience.to_kwargs())
+    state = PartialState(cpu=_on_cpu(), **patience.to_kwargs(), **_meeting_place())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
         raise ValueError(
@@ -56,6 +59,20 @@ def join_processes(mixed_precision: str) -> tuple[PartialState, str, str]:
             "ACCELERATE_USE_CPU=true to train on the CPU, or launch one process."
         )
     return state, *resolve_precision(mixed_precision, state.device)
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Arguments of `init_process_group` by which processes that torchrun has restarted find each other.
+
+    torchrun keeps the store of the first start, and in it the addresses of processes that are dead by now: who looks
+    before all others have put in theirs waits for the dead (pytorch/pytorch#135712). So each restart gets names of its
+    own. On several nodes the count of restarts may differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return {}
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": PrefixStore(f"restart_{restart}", store), "rank": rank, "world_size": world_size}
 
 
 def _on_cpu() -> bool:

@@ -11,8 +11,10 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.files import write_json
+from training.files import fsync_folder, write_bytes
 
 
 def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
@@ -31,29 +33,28 @@ def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
 def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
     """Write what `from_pretrained` loads, replacing `folder` when complete.
 
-    The model's source travels along, and `config.json` names it, so that
-    `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
-
     Args:
         model: Unwrapped, in float32.
-        folder: Destination; an older export there is replaced.
+        folder: Destination; an older export there is replaced, with the priors that were fitted to it.
+
+    Raises:
+        OSError: The disk is full or fails; an older export is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    type(model).register_for_auto_class("AutoModel")
-    model.save_pretrained(temporary, safe_serialization=True)
-    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
-    write_json(temporary / "config.json", config)
-    source = Path(inspect.getfile(type(model)))
-    shutil.copyfile(source, temporary / source.name)
-    if folder.exists():
-        # Two renames: a reader never meets half an export.
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    for path in (temporary, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, safe_serialization=True)
+        for name, content in model_files(model).items():
+            write_bytes(temporary / name, content)
+        fsync_folder(temporary)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(str(error)) from None
+        raise
+    if folder.exists():  # two renames: a reader never meets half an export
         os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
+    os.replace(temporary, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
