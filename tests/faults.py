@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, help="at least so many")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="faults_"))
+    folder = Path(tempfile.mkdtemp(prefix="faults_", dir=os.environ.get("TMPDIR")))
     began, kills = time.monotonic(), 0
     killer = Killer(folder, arguments.seed, folder / "faces")
     while kills < arguments.kills and not killer.failures:

@@ -122,6 +122,7 @@ def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
     except BaseException:
         traceback.print_exc()
         code = 99
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
