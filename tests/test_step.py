@@ -13,6 +13,7 @@ from scipy import stats
 from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import step as step_module
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
 from training.step import OutOfMemory, TrainStep, draw_step_noise, image_generator
@@ -213,6 +214,21 @@ def test_the_noise_is_standard_normal_and_the_windows_uniform():
 def test_a_window_of_the_whole_image_has_one_place():
     draw = draw_step_noise(SEED, 0, range(4), LATENT, 0)
     assert draw.tops == draw.lefts == [0] * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_updates_nothing_though_its_gradient_is(session, trunk, pixels, monkeypatch, value):
+    step = make_step(trunk)
+    real = step_module.vae_loss
+
+    def shifted(*args, **kwargs):
+        loss, parts = real(*args, **kwargs)
+        return loss + value, parts
+
+    monkeypatch.setattr(step_module, "vae_loss", shifted)
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    assert step(pixels, step=0, beta=0.01).skipped
+    assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
 
 
 # ---- out of memory ----

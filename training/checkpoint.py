@@ -16,6 +16,7 @@ for: what the state is (trainer.py), which checkpoint a resume takes (resume.py)
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -174,6 +175,7 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
                 **{each.__name__: each.__version__ for each in (torch, diffusers, accelerate, safetensors)},
             },
             "processes": snapshot.trainer_state.get("processes"),
+            "config_sha256": hashlib.sha256(json.dumps(snapshot.trainer_state.get("config")).encode()).hexdigest(),
             "files": files,
         }
         write_bytes(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())

@@ -187,7 +187,8 @@ class TrainStep:
                         crop=None if crop_px is None else (draws.tops, draws.lefts, crop_px),
                     )
                 share = len(piece) / count
-                self.accelerator.backward(loss * share)
+                # A loss that is not finite makes the gradient NaN, so that no process updates anything.
+                self.accelerator.backward(loss * (share + 0.0 * loss.detach()))
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value * share
         return totals
