@@ -53,7 +53,7 @@ def test_every_file_and_key_that_is_named_exists():
         assert (ROOT / path).is_file(), path
     keys = set(Config().flat())
     for key in re.findall(r"\b((?:data|loss|training_presets|output|hub)\.[a-z_]+)\b", text):
-        assert key in keys, key
+        assert key in keys or key.endswith((".py", ".md")), key
 
 
 @pytest.fixture(scope="module")
