@@ -67,7 +67,8 @@ class Bench:
         self.model.to(self.device, memory_format=self.format)
         if presets.compile:
             self.model.compile()
-        self.trunk = self.build_trunk(loss.trunk) if loss.needs_trunk else None
+        self.trunks = [self.build_trunk(name) for name, _ in loss.trunks]
+        trunk, lpips_trunk = [*self.trunks, None, None][:2]
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, self.model, self.parameters, self.device)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -80,12 +81,14 @@ class Bench:
             self.optimizer,
             self.parameters,
             ema=self.ema,
-            trunk=self.trunk,
+            trunk=trunk,
+            lpips_trunk=lpips_trunk,
             weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
             seed=presets.seed,
             latent_shape=(shape.latent_channels, shape.latent_size, shape.latent_size),
             micro_batch=batch,
             crop_px=loss.perceptual_crop_px,
+            lpips_crop_px=loss.lpips_crop_px,
             max_grad_norm=presets.max_grad_norm,
         )
         self.pixels = random_pixels(batch, self.side)
@@ -181,14 +184,19 @@ def _one_round(bench: Bench) -> dict[str, float]:
     for name in ("encoder", "decoder"):
         gradient = torch.full_like(kept[name], 1e-6)
         timed(f"{name} backward", lambda name=name, gradient=gradient: kept[name].backward(gradient))
-    if bench.trunk is not None:
-        crop = min(config.loss.perceptual_crop_px or bench.side, bench.side)
-        window = pixels[..., :crop, :crop].clone(memory_format=torch.contiguous_format)
+    if bench.trunks:
+        sides = [min(side or bench.side, bench.side) for _, side in config.loss.trunks]
+        windows = [pixels[..., :side, :side].clone(memory_format=torch.contiguous_format) for side in sides]
+
+        def features() -> list[torch.Tensor]:
+            return [tap for trunk, window in zip(bench.trunks, windows) for tap in trunk.features(window)]
+
         with bench.autocast():
             with torch.no_grad():
-                timed("target features", lambda: bench.trunk.features(window))
-            window.requires_grad_()
-            timed("reconstruction features", lambda: bench.trunk.features(window))
+                timed("target features", features)
+            for window in windows:
+                window.requires_grad_()
+            timed("reconstruction features", features)
         taps = kept["reconstruction features"]
         gradients = [torch.full_like(tap, 1e-6) for tap in taps]
         timed("features backward", lambda: torch.autograd.backward(taps, gradients))

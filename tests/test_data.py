@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import itertools
+import math
 import os
 import random
 import re
@@ -25,7 +26,7 @@ from PIL import Image
 from training import data, shards, sources
 from training.config import DataConfig
 from training.data import TrainStream, load_validation
-from training.images import BadImage, decode_image, denormalize, normalize
+from training.images import BadImage, decode_image, denormalize, move, normalize
 from training.sources import open_source
 
 SIDE = 24  # pixels; the least that decode_image takes is 16
@@ -640,3 +641,26 @@ def test_an_unreachable_hub_is_said_within_seconds():
     )
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("data.dataset='org/faces': cannot reach the Hub at http://127.0.0.1:9 (")
+
+
+def test_a_moved_image_is_the_image_at_moved_places():
+    side = 64
+    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
+    image = torch.stack([rows, columns, rows * columns])[None] * 0.5
+    halves = torch.full((1, 5), 0.5)  # no move
+    torch.testing.assert_close(move(image, halves), image, atol=1e-5, rtol=0)
+    turned, scaled, right = (halves.clone() for _ in range(3))
+    for numbers, place in ((turned, 0), (scaled, 1), (right, 2)):
+        numbers[0, place], numbers[0, 4] = 1.0, 1.0
+    inside = slice(12, -12)  # away from what is reflected
+    expected = {
+        "turned": (turned, math.cos(0.1) * columns - math.sin(0.1) * rows),
+        "scaled": (scaled, 1.1 * columns),
+        "right": (right, columns + (side / 16) * 2 / (side - 1)),
+    }
+    for name, (numbers, where) in expected.items():
+        found = move(image, numbers)[0, 1, inside, inside]
+        torch.testing.assert_close(found, 0.5 * where[inside, inside], atol=2e-3, rtol=0, msg=name)
+    pixels = torch.rand(3, 3, side, side).contiguous(memory_format=torch.channels_last) * 4 - 2
+    moved = move(pixels, torch.rand(3, 5))
+    assert moved.is_contiguous(memory_format=torch.channels_last) and moved.abs().max() <= 1

@@ -123,8 +123,8 @@ def test_ours_has_the_figures_of_validation(compared, models, images, session):
         batch=4,
         weights=LossWeights(mse=1, l1=0, perceptual=0, lpips=0),
         trunk=None,
-        lpips_trunk=trunk,
         crop_px=None,
+        reported=trunk,
     ).values
     for name, key in (("mse", "mse_-1_1"), ("psnr", "psnr"), ("ssim", "ssim"), ("lpips_st_alexnet",) * 2):
         assert found["reconstruction"][key]["mean"] == pytest.approx(values[name], rel=1e-5), name

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import linear_init
 from training.linear_init import (
     fit_linear_path,
     freeze_linear_path,
@@ -147,6 +148,40 @@ def test_images_that_are_their_own_mirror_images_have_no_antisymmetric_component
 
 
 # ---------------------------------------------------------------------- the fitted model
+
+
+def test_subspace_iteration_spans_what_all_eigenvectors_would(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    spectrum = torch.arange(1, 301, dtype=torch.float32) ** -1.0  # as flat as that of faces
+    samples = torch.randn(400, 300, generator=generator) * spectrum.sqrt()
+    exact, _ = principal_components(samples, 20)
+    monkeypatch.setattr(linear_init, "_EXACT_SIDE", 100)
+    monkeypatch.setattr(linear_init, "_SPARE", 30)
+    found, vectors = principal_components(samples, 20)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(20), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[:15], exact[:15], rtol=1e-3, atol=0)
+    assert found.sum() > 0.999 * exact.sum()
+
+
+def test_moved_copies_fit_other_images_better():
+    # A blob somewhere: few of them leave gaps between their places that copies close.
+    def blobs(count: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        places = 10 + 12 * torch.rand(2, count, 1, 1, generator=generator)
+        rows, columns = torch.arange(SIZE).view(1, -1, 1), torch.arange(SIZE).view(1, 1, -1)
+        blob = torch.exp(-((rows - places[0]) ** 2 + (columns - places[1]) ** 2) / 8)
+        return (255 * blob)[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
+
+    others = blobs(100, 1).float() / 127.5 - 1
+    errors = []
+    for copies in (0, 4):
+        model = model_for("vector", latent_channels=24)
+        fit_linear_path(model, blobs(24, 0), NOISE, copies)
+        small = F.avg_pool2d(others, 2)
+        errors.append(
+            (model.linear_path.decode(model.linear_path.encode(model.shrink(others))) - small).square().mean()
+        )
+    assert errors[1] < 0.8 * errors[0], errors
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

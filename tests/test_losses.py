@@ -196,6 +196,21 @@ class TestVaeLoss:
         assert calls == []
         assert not {name for name in parts if "lpips" in name or "perceptual" in name}
 
+    def test_lpips_may_read_another_network_through_another_window(self, batch, trunk):
+        torch.manual_seed(5)
+        other = PerceptualTrunk("st_vgg16", load_weights=False)
+        window = ([3, 0, 1, 2], [0, 4, 2, 1], 32)
+        weights = LossWeights(mse=0.5, l1=0.3, perceptual=0.7, lpips=1.1)
+        common = batch | {"weights": weights, "beta": 0.0, "trunk": trunk, "crop": CROP}
+        total, parts = vae_loss(**common, lpips_trunk=other, lpips_crop=window)
+        _, alone = vae_loss(**common)
+        seen = random_crops((batch["reconstruction"], batch["pixels"]), *window)
+        lpips = other.lpips(*(other.features(images) for images in seen)).mean()
+        assert parts["perceptual"] == alone["perceptual"] and parts["lpips"] != alone["lpips"]
+        torch.testing.assert_close(parts["lpips"], lpips.detach())
+        torch.testing.assert_close(total, parts["total"])
+        torch.testing.assert_close(parts["total"] - alone["total"], 1.1 * (parts["lpips"] - alone["lpips"]))
+
     def test_without_trunk(self, batch):
         total, parts = vae_loss(**batch, weights=ONLY_PIXELS, beta=0.5, trunk=None, crop=None)
         torch.testing.assert_close(total, 0.4 * parts["mse"] + 0.2 * parts["l1"] + 0.5 * parts["kl"])

@@ -59,7 +59,7 @@ def make_step(trunk, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=Fals
     return TrainStep(accelerator, *prepared, parameters, ema=averaged, **(settings | changes))
 
 
-def gradient(step: TrainStep, pixels: torch.Tensor, number: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradient(step: TrainStep, pixels: torch.Tensor, number: int = 6) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The gradient of step `number` as one vector, and the loss terms."""
     parts = step.gradients(pixels, step=number, beta=0.01)
     assert all(parameter.grad is not None for parameter in step.parameters)
@@ -169,23 +169,50 @@ def test_without_perceptual_terms_no_trunk_is_needed(session, pixels):
     assert parts["reconstruction"] == parts["mse"]
 
 
+def test_lpips_reads_its_own_network(session, trunk, pixels):
+    seen = []
+    torch.manual_seed(2)
+    other = PerceptualTrunk("st_vgg16", load_weights=False)
+    handles = [
+        network.layers[0].register_forward_hook(lambda _, x, __, name=name: seen.append((name, x[0].shape[-1])))
+        for name, network in (("perceptual", trunk), ("lpips", other))
+    ]
+    whole, _ = gradient(make_step(trunk, lpips_trunk=other, lpips_crop_px=36), pixels)
+    assert seen == [("perceptual", CROP)] * 2 + [("lpips", 36)] * 2
+    cut, _ = gradient(make_step(trunk, lpips_trunk=other, lpips_crop_px=36, micro_batch=3), pixels)
+    for handle in handles:
+        handle.remove()
+    assert relative(cut, whole) < 1e-5
+    assert relative(gradient(make_step(trunk), pixels)[0], whole) > 1e-3
+
+
+def test_moved_images_do_not_depend_on_how_the_batch_is_cut(session, trunk, pixels):
+    still, _ = gradient(make_step(trunk), pixels)
+    whole, _ = gradient(make_step(trunk, augment=True), pixels)
+    cut, _ = gradient(make_step(trunk, augment=True, micro_batch=3), pixels)
+    assert relative(cut, whole) < 1e-5
+    assert relative(still, whole) > 1e-3
+
+
 # ---- the random draws ----
 
 
 def test_draws_depend_on_the_place_in_the_global_batch_only():
-    whole = draw_step_noise(SEED, 7, range(8), (4, 2, 2), 9)
+    whole = draw_step_noise(SEED, 7, range(8), (4, 2, 2), 41, [32, 40])
     for cuts in ([range(3), range(3, 8)], [[index] for index in range(8)]):
-        parts = [draw_step_noise(SEED, 7, indices, (4, 2, 2), 9) for indices in cuts]
+        parts = [draw_step_noise(SEED, 7, indices, (4, 2, 2), 41, [32, 40]) for indices in cuts]
         assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
-        assert [top for part in parts for top in part.tops] == whole.tops
-        assert [left for part in parts for left in part.lefts] == whole.lefts
+        for place in (0, 1):
+            for corner in (0, 1):
+                drawn = [number for part in parts for number in part.windows[place][corner]]
+                assert drawn == whole.windows[place][corner]
 
 
 def test_draws_leave_torchs_own_generator_alone():
     torch.manual_seed(0)
     first = torch.rand(1)
     torch.manual_seed(0)
-    draw_step_noise(SEED, 7, range(3), (4, 2, 2), 9)
+    draw_step_noise(SEED, 7, range(3), (4, 2, 2), 41, [32])
     assert torch.equal(torch.rand(1), first)
 
 
@@ -196,7 +223,7 @@ def test_other_seeds_steps_and_images_draw_other_numbers():
 
 
 def test_the_noise_is_standard_normal_and_the_windows_uniform():
-    draws = [draw_step_noise(SEED, step, range(32), (64, 1, 1), 8) for step in range(30)]
+    draws = [draw_step_noise(SEED, step, range(32), (64, 1, 1), 40, [32, 32]) for step in range(30)]
     noise = torch.cat([draw.noise for draw in draws]).flatten(1).double()  # (960, 64)
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
     # Neighbours have nothing in common: correlations of 64 numbers are about 0 +- 1/8.
@@ -204,16 +231,16 @@ def test_the_noise_is_standard_normal_and_the_windows_uniform():
     correlation = (unit[1:] * unit[:-1]).mean(dim=1)
     assert abs(correlation.mean().item()) < 4 / 8 / math.sqrt(959)
     assert correlation.abs().max() < 5 / 8
-    for name in ("tops", "lefts"):
-        places = [place for draw in draws for place in getattr(draw, name)]
+    for window, corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        places = [place for draw in draws for place in draw.windows[window][corner]]
         counts = torch.bincount(torch.tensor(places), minlength=9)
         assert len(counts) == 9  # 0 to 8, both ends included
         assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
-def test_a_window_of_the_whole_image_has_one_place():
-    draw = draw_step_noise(SEED, 0, range(4), LATENT, 0)
-    assert draw.tops == draw.lefts == [0] * 4
+def test_a_window_no_smaller_than_the_image_is_the_image():
+    draw = draw_step_noise(SEED, 0, range(4), LATENT, 40, [None, 40, 41, 39])
+    assert draw.windows[:3] == (None, None, None) and draw.windows[3][2] == 39
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

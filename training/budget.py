@@ -64,14 +64,17 @@ def count_cost(config: Config) -> dict[str, Any]:
         gflop["decoder"], decoded = _count(lambda: model.decode(latents).sample)
         gflop["encoder backward"], _ = _count(encoded.sum().backward)
         gflop["decoder backward"], _ = _count(decoded.sum().backward)
-        if config.loss.needs_trunk:
-            trunk = PerceptualTrunk(config.loss.trunk, load_weights=False).to("meta")
-            crop = min(config.loss.perceptual_crop_px or side, side)
-            window = torch.zeros(1, 3, crop, crop, requires_grad=True)
+        trunks = [(PerceptualTrunk(name, load_weights=False), seen or side) for name, seen in config.loss.trunks]
+        if trunks:
+            windows = [torch.zeros(1, 3, min(seen, side), min(seen, side), requires_grad=True) for _, seen in trunks]
+
+            def features() -> list[torch.Tensor]:
+                return [tap for (trunk, _), window in zip(trunks, windows) for tap in trunk.features(window)]
+
             with torch.no_grad():
-                gflop["target features"], _ = _count(lambda: trunk.features(window))
-            gflop["reconstruction features"], features = _count(lambda: trunk.features(window))
-            gflop["features backward"], _ = _count(sum(tap.sum() for tap in features).backward)
+                gflop["target features"], _ = _count(features)
+            gflop["reconstruction features"], taps = _count(features)
+            gflop["features backward"], _ = _count(sum(tap.sum() for tap in taps).backward)
     held = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

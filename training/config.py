@@ -119,10 +119,13 @@ class LossConfig:
     lpips_weight: float = 0.2  # LPIPS (Zhang et al. 2018); one frozen trunk serves both perceptual terms
     # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
     trunk: str = "vgg16"
+    # Network of the LPIPS term where it is another; null: trunk. AlexNet reads a pixel for 1/18 of VGG16's arithmetic.
+    lpips_trunk: str | None = None
     # Folder with <trunk>_features.safetensors; null: torch's hub cache, else torchvision's download.
     trunk_weights: str | None = None
     # The trunk sees a random window of this side of each image (the same of both); null: the whole image.
     perceptual_crop_px: int | None = None
+    lpips_crop_px: int | None = None  # the same for lpips_trunk
 
     def __post_init__(self) -> None:
         for name in ("mse_weight", "l1_weight", "perceptual_weight", "lpips_weight"):
@@ -130,18 +133,29 @@ class LossConfig:
         total = self.mse_weight + self.l1_weight + self.perceptual_weight + self.lpips_weight
         _require(total > 0, "the sum of the loss weights", total, "give at least one term a weight above 0")
         _require(self.trunk in TRUNKS, "loss.trunk", self.trunk, f"use one of {', '.join(TRUNKS)}")
-        if self.perceptual_crop_px is not None:
-            _require(
-                self.perceptual_crop_px >= 32,
-                "loss.perceptual_crop_px",
-                self.perceptual_crop_px,
-                "use at least 32 pixels (the trunks need them), or null",
-            )
+        allowed = (None, *TRUNKS)
+        _require(self.lpips_trunk in allowed, "loss.lpips_trunk", self.lpips_trunk, f"use null or one of {TRUNKS}")
+        for key in ("perceptual_crop_px", "lpips_crop_px"):
+            side = getattr(self, key)
+            remedy = "use at least 32 pixels (the trunks need them), or null"
+            _require(side is None or side >= 32, f"loss.{key}", side, remedy)
+        _require(
+            self.lpips_crop_px is None or self.lpips_trunk is not None,
+            "loss.lpips_crop_px",
+            self.lpips_crop_px,
+            "set loss.lpips_trunk too; without it LPIPS reads the windows of loss.perceptual_crop_px",
+        )
 
     @property
     def needs_trunk(self) -> bool:
         """Whether a weighted term reads the perceptual trunk."""
         return self.perceptual_weight > 0 or self.lpips_weight > 0
+
+    @property
+    def trunks(self) -> list[tuple[str, int | None]]:
+        """The networks that the terms read, each with the side of its windows in pixels; None for the whole image."""
+        named = [(self.trunk, self.perceptual_crop_px), (self.lpips_trunk, self.lpips_crop_px)]
+        return [(name, side) for name, side in named if name is not None and self.needs_trunk]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +190,9 @@ class TrainingPresets(KLSchedule):
     channels_last: bool = True  # channels-last memory layout of the model and its images
     compile: bool = False  # torch.compile the model in place
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    augment: bool = False  # shift, turn and scale each training image a little; for small data sets
     linear_init_images: int = 8192  # training images from which the linear path is fitted before step 0
+    linear_init_copies: int = 0  # shifted, turned and scaled copies of each that it is fitted to as well
     # Posterior noise at the start: its share of the error that the linear path makes anyway.
     linear_noise_fraction: float = 0.05
     linear_lr_scale: float = 0.0  # learning rate of the linear path over the others'; 0: it stays fixed
@@ -191,6 +207,8 @@ class TrainingPresets(KLSchedule):
         for key in ("num_epochs", "batch_size", "plateau_patience", "max_skipped_in_a_row"):
             _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
         _require(self.linear_init_images >= 2, name + "linear_init_images", self.linear_init_images, "use at least 2")
+        copies = self.linear_init_copies
+        _require(copies >= 0, name + "linear_init_copies", copies, "use 0 or more")
         micro = self.micro_batch_size
         allowed = micro in (None, "auto") or (isinstance(micro, int) and micro >= 1)
         _require(allowed, name + "micro_batch_size", micro, 'use at least 1, "auto" or null')

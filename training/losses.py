@@ -17,6 +17,9 @@ from torch import Tensor
 
 from training.perceptual import PerceptualTrunk, full_precision
 
+# Tops and lefts, one of each an image, and the side, all in pixels (`random_crops`).
+Window = tuple[Sequence[int], Sequence[int], int]
+
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
@@ -117,6 +120,17 @@ def random_crops(pixels_pair: Sequence[Tensor], tops: Sequence[int], lefts: Sequ
     return crops
 
 
+def _features(
+    trunk: PerceptualTrunk, reconstruction: Tensor, pixels: Tensor, crop: Window | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Float32 features of the reconstructions, with gradient, and of their targets, without."""
+    if crop is not None:
+        reconstruction, pixels = random_crops((reconstruction, pixels), *crop)
+    with torch.no_grad():
+        target_features = [tap.float() for tap in trunk.features(pixels)]
+    return [tap.float() for tap in trunk.features(reconstruction)], target_features  # one conversion for both terms
+
+
 def vae_loss(
     reconstruction: Tensor,
     pixels: Tensor,
@@ -126,12 +140,14 @@ def vae_loss(
     weights: LossWeights,
     beta: float,
     trunk: PerceptualTrunk | None,
-    crop: tuple[Sequence[int], Sequence[int], int] | None,
+    crop: Window | None,
+    lpips_trunk: PerceptualTrunk | None = None,
+    lpips_crop: Window | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one batch, and its parts for the log.
 
-    The trunk runs once on the targets without gradient and once on the reconstructions with gradient to them,
-    and not at all when both its terms have weight 0.
+    A trunk runs once on the targets without gradient and once on the reconstructions with gradient to them,
+    and not at all when both perceptual terms have weight 0.
 
     Args:
         reconstruction: (N, 3, H, W), about [-1, 1], not clamped; any floating-point dtype.
@@ -143,6 +159,8 @@ def vae_loss(
         trunk: May be None when `weights.needs_trunk` is False.
         crop: (tops, lefts, size) of the window of each image that the trunk sees (`random_crops`), or None
             for the whole image. MSE and L1 always read the whole image.
+        lpips_trunk: Where LPIPS reads another network than the perceptual term.
+        lpips_crop: The window that this one sees.
 
     Returns:
         The total, a float32 scalar with gradient: the mean over images. And detached float32 scalars: raw
@@ -170,13 +188,12 @@ def vae_loss(
         terms["mse"] = difference.square().mean(dim=(1, 2, 3))
         terms["l1"] = difference.abs().mean(dim=(1, 2, 3))
     if weights.needs_trunk:
-        seen, seen_target = reconstruction, pixels
-        if crop is not None:
-            seen, seen_target = random_crops((reconstruction, pixels), *crop)
-        with torch.no_grad():
-            target_features = [tap.float() for tap in trunk.features(seen_target)]
-        features = [tap.float() for tap in trunk.features(seen)]  # one conversion for both terms
-        terms["perceptual"], terms["lpips"] = trunk.distances(features, target_features)
+        features = _features(trunk, reconstruction, pixels, crop)
+        if lpips_trunk is None:
+            terms["perceptual"], terms["lpips"] = trunk.distances(*features)
+        else:
+            terms["perceptual"] = trunk.feature_distance(*features)
+            terms["lpips"] = lpips_trunk.lpips(*_features(lpips_trunk, reconstruction, pixels, lpips_crop))
 
     with full_precision(pixels.device):
         parts = {name: term.mean() for name, term in terms.items()}

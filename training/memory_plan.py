@@ -197,24 +197,25 @@ def plan_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, prec
         ValueError: The model's section cannot be built.
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        return _walk(config, build_model(config), _fake_trunk(config), micro_batch, keeps_gradients, precision)
+        return _walk(config, build_model(config), _fake_trunks(config), micro_batch, keeps_gradients, precision)
 
 
-def _fake_trunk(config: Config) -> PerceptualTrunk | None:
-    if not config.loss.needs_trunk:
-        return None
-    with unset_fake_temporarily(), torch.device("meta"):
-        trunk = PerceptualTrunk(config.loss.trunk, load_weights=False)
-    for module in trunk.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-    return trunk
+def _fake_trunks(config: Config) -> list[PerceptualTrunk]:
+    trunks = []
+    for trunk_name, _ in config.loss.trunks:
+        with unset_fake_temporarily(), torch.device("meta"):
+            trunk = PerceptualTrunk(trunk_name, load_weights=False)
+        for module in trunk.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        trunks.append(trunk)
+    return trunks
 
 
 def _walk(
     config: Config,
     model: AutoencoderKLUltra,
-    trunk: PerceptualTrunk | None,
+    trunks: list[PerceptualTrunk],
     micro_batch: int,
     keeps_gradients: bool,
     precision: str,
@@ -228,7 +229,7 @@ def _walk(
     ledger = _Ledger()
     lasting: dict[str, list[Tensor]] = {
         "weights": [*model.parameters(), *model.buffers()],
-        "trunk weights": [] if trunk is None else list(trunk.buffers()),
+        "trunk weights": [buffer for trunk in trunks for buffer in trunk.buffers()],
         "optimizer moments": [torch.empty_like(parameter) for parameter in (*trained, *trained)],
         "averaged weights": [torch.empty_like(parameter) for parameter in trained] if averaged else [],
     }
@@ -243,8 +244,11 @@ def _walk(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter(p.grad, "gradients"))
 
     shape = model.config
-    side, crop_px, corners = shape.sample_size, loss.perceptual_crop_px, [0] * micro_batch
-    crop = None if crop_px is None or crop_px >= side else (corners, corners, crop_px)
+    side, corners = shape.sample_size, [0] * micro_batch
+    windows = [None if cut is None or cut >= side else (corners, corners, cut) for _, cut in loss.trunks]
+    perceptual = {"trunk": None, "crop": None}
+    for names, trunk, window in zip((("trunk", "crop"), ("lpips_trunk", "lpips_crop")), trunks, windows):
+        perceptual |= zip(names, (trunk, window))
     saving = "saved activations"
 
     def pack(tensor: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ def _walk(
         weights = LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight)
         mean, logvar = output.posterior.mean, output.posterior.logvar
         with autocast:
-            total, _ = vae_loss(output.sample, pixels, mean, logvar, weights=weights, beta=1.0, trunk=trunk, crop=crop)
+            total, _ = vae_loss(output.sample, pixels, mean, logvar, weights=weights, beta=1.0, **perceptual)
         kept_bytes = ledger.held["saved activations"] + ledger.held["saved in the losses"]
         saving = "saved activations"  # what gradient checkpointing computes again
         total.backward()

@@ -281,11 +281,12 @@ def _crop(record: RunRecord | None) -> str:
 def _training(record: RunRecord) -> str:
     presets, loss = record.config.training_presets, record.config.loss
     hours, seen = record.train_seconds / 3600, record.status.get("images_seen", 0)
+    networks = f"trunk {loss.trunk}" + ("" if loss.lpips_trunk is None else f", LPIPS {loss.lpips_trunk}")
     lines = [
         f"- {seen:,} images in {record.status.get('epoch')} epochs, batch {presets.batch_size}, {presets.optimizer}, learning "
         f"rate {presets.learning_rate:g}, seed {presets.seed}; every key is in `training_config.json`.",
         f"- Loss: {loss.mse_weight:g} MSE + {loss.l1_weight:g} L1 + {loss.perceptual_weight:g} perceptual + "
-        f"{loss.lpips_weight:g} LPIPS (trunk {loss.trunk}) + beta x KL, beta "
+        f"{loss.lpips_weight:g} LPIPS ({networks}) + beta x KL, beta "
         + ("held so that KL's share of the loss stays in a band." if presets.kl_control_enabled else "fixed."),
         f"- {hours:.2f} hours ({60 * hours:.1f} minutes) of training steps, without validation.",
     ]

@@ -18,8 +18,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from training.images import normalize
-from training.losses import LossWeights, vae_loss
+from training.images import move, normalize
+from training.losses import LossWeights, Window, vae_loss
 from training.perceptual import PerceptualTrunk
 
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring keys give unrelated seeds
@@ -47,16 +47,23 @@ class StepNoise:
 
     Attributes:
         noise: Standard normal numbers (N, C, h, w), float32, on the host.
-        tops, lefts: Corner of each image's perceptual window, N integers each, pixels.
+        windows: Of each window asked for, what `vae_loss` takes: corners, N integers each, and the side, pixels; None
+            for the whole image.
+        moves: Uniform numbers (N, 5) for `training.images.move`, on the host.
     """
 
     noise: Tensor
-    tops: list[int]
-    lefts: list[int]
+    windows: tuple[Window | None, ...]
+    moves: Tensor
 
 
 def draw_step_noise(
-    seed: int, step: int, indices: Sequence[int], latent_shape: Sequence[int], corner_range: int
+    seed: int,
+    step: int,
+    indices: Sequence[int],
+    latent_shape: Sequence[int],
+    side: int = 0,
+    window_sides: Sequence[int | None] = (),
 ) -> StepNoise:
     """Draw what images `indices` of global batch `step` need.
 
@@ -64,14 +71,23 @@ def draw_step_noise(
         seed, step: See `image_generator`.
         indices: Positions in the global batch.
         latent_shape: (C, h, w).
-        corner_range: Window corners are uniform in [0, corner_range].
+        side: Of the images, pixels.
+        window_sides: A window of each of these sides is drawn uniformly; None, or no less than `side`, is the whole
+            image.
     """
-    noises, corners = [], []
+    cut = [window if window is not None and window < side else None for window in window_sides]
+    noises, corners, moves = [], [], []
     for index in indices:
         generator = image_generator(seed, step, index)
-        corners.append(torch.randint(0, corner_range + 1, (2,), generator=generator).tolist())
+        ranges = [0 if window is None else side - window for window in cut]
+        corners.append([torch.randint(0, last + 1, (2,), generator=generator).tolist() for last in ranges])
         noises.append(torch.randn(*latent_shape, generator=generator))
-    return StepNoise(torch.stack(noises), [corner[0] for corner in corners], [corner[1] for corner in corners])
+        moves.append(torch.rand(5, generator=generator))
+    windows = tuple(
+        None if window is None else ([own[place][0] for own in corners], [own[place][1] for own in corners], window)
+        for place, window in enumerate(cut)
+    )
+    return StepNoise(torch.stack(noises), windows, torch.stack(moves))
 
 
 @dataclass
@@ -113,7 +129,9 @@ class TrainStep:
             the step again. Gradients are then exchanged after the last backward pass and not during it, because the
             processes must first agree that all of them got there.
         crop_px: Side of the perceptual window; None for the whole image.
+        lpips_trunk, lpips_crop_px: The same for LPIPS where it reads another network.
         max_grad_norm: Gradients are clipped to this norm.
+        augment: Shift, turn and scale each image a little (`training.images.move`).
     """
 
     def __init__(
@@ -131,7 +149,10 @@ class TrainStep:
         micro_batch: int,
         crop_px: int | None,
         max_grad_norm: float,
+        lpips_trunk: PerceptualTrunk | None = None,
+        lpips_crop_px: int | None = None,
         adapt_micro_batch: bool = False,
+        augment: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -144,8 +165,10 @@ class TrainStep:
         self.latent_shape = latent_shape
         self.micro_batch = micro_batch
         self.adapt_micro_batch = adapt_micro_batch
-        self.crop_px = crop_px
+        self.lpips_trunk = lpips_trunk
+        self.window_sides = (crop_px, lpips_crop_px)
         self.max_grad_norm = max_grad_norm
+        self.augment = augment
 
     def gradients(self, pixels_uint8: Tensor, *, step: int, beta: float) -> dict[str, Tensor]:
         """Leave the gradient of the mean loss in the parameters: the global batch's, or with `adapt_micro_batch`, this
@@ -161,19 +184,21 @@ class TrainStep:
         """
         device, count = self.accelerator.device, len(pixels_uint8)
         side = pixels_uint8.shape[-1]
-        crop_px = self.crop_px if self.crop_px is not None and self.crop_px < side else None
         first = self.accelerator.process_index * count
         totals: dict[str, Tensor] = {}
         for start in range(0, count, self.micro_batch):
             piece = pixels_uint8[start : start + self.micro_batch].to(device, non_blocking=True)
             indices = range(first + start, first + start + len(piece))
-            draws = draw_step_noise(self.seed, step, indices, self.latent_shape, side - (crop_px or side))
+            draws = draw_step_noise(self.seed, step, indices, self.latent_shape, side, self.window_sides)
+            crop, lpips_crop = draws.windows
             is_last = start + self.micro_batch >= count
             # Processes exchange gradients once, during the last piece.
             exchange = is_last and not self.adapt_micro_batch
             sync = contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model)
             with sync:
                 pixels = normalize(piece)
+                if self.augment:
+                    pixels = move(pixels, draws.moves)
                 output = self.model(pixels, noise=draws.noise.to(device, non_blocking=True))
                 with self.accelerator.autocast():  # for the trunk's convolutions; the terms themselves are float32
                     loss, parts = vae_loss(
@@ -184,7 +209,9 @@ class TrainStep:
                         weights=self.weights,
                         beta=beta,
                         trunk=self.trunk,
-                        crop=None if crop_px is None else (draws.tops, draws.lefts, crop_px),
+                        crop=crop,
+                        lpips_trunk=self.lpips_trunk,
+                        lpips_crop=lpips_crop,
                     )
                 share = len(piece) / count
                 # A loss that is not finite makes the gradient NaN, so that no process updates anything.

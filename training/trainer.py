@@ -111,11 +111,21 @@ class Trainer:
             on_main_process(accelerator, lambda: hub.check_access(config.hub))
 
         with accelerator.main_process_first():  # the first may download, the others find it in the cache
-            self.trunk = self._trunk(config.loss.trunk) if config.loss.needs_trunk else None
-            same = self.trunk is not None and output.eval_lpips_trunk == config.loss.trunk
-            self.lpips_trunk = self.trunk if same else self._trunk(output.eval_lpips_trunk)
-        for trunk, key in ((self.trunk, "loss.trunk"), (self.lpips_trunk, "output.eval_lpips_trunk")):
-            seen = min(config.loss.perceptual_crop_px or side, side) if key == "loss.trunk" else side
+            names = {output.eval_lpips_trunk, *(name for name, _ in config.loss.trunks)}
+            trunks = {name: self._trunk(name) for name in sorted(names)}
+        self.reported_trunk = trunks[output.eval_lpips_trunk]
+        self.trunks = {  # of the loss, as the training step and validation take them
+            "trunk": trunks[config.loss.trunk] if config.loss.needs_trunk else None,
+            "crop_px": config.loss.perceptual_crop_px,
+            "lpips_trunk": trunks.get(config.loss.lpips_trunk) if config.loss.needs_trunk else None,
+            "lpips_crop_px": config.loss.lpips_crop_px,
+        }
+        for key, trunk, seen in (
+            ("loss.trunk", self.trunks["trunk"], self.trunks["crop_px"]),
+            ("loss.lpips_trunk", self.trunks["lpips_trunk"], self.trunks["lpips_crop_px"]),
+            ("output.eval_lpips_trunk", self.reported_trunk, None),
+        ):
+            seen = min(seen or side, side)
             if trunk is not None and seen < trunk.min_size:
                 raise ValueError(
                     f"{key} {trunk.name} needs images or crops of {trunk.min_size} pixels, these have {seen}: use larger "
@@ -197,14 +207,14 @@ class Trainer:
             prepared_optimizer,
             self.parameters,
             ema=self.ema,
-            trunk=self.trunk,
             weights=self.weights,
             seed=presets.seed,
             latent_shape=(model_config.latent_channels, model_config.latent_size, model_config.latent_size),
             micro_batch=micro_batch,
             adapt_micro_batch=presets.micro_batch_size == "auto",
-            crop_px=loss.perceptual_crop_px,
+            augment=presets.augment,
             max_grad_norm=presets.max_grad_norm,
+            **self.trunks,
         )
         self.progress = Progress()
         self.health = Health(presets)
@@ -275,11 +285,13 @@ class Trainer:
         images = torch.cat([batch.pixels for batch in batches])
         if self.accelerator.device.type == "cuda":  # Apple's GPUs have no eigenvalue solver
             self.model.to(self.accelerator.device)
-        result = fit_linear_path(self.model, images, presets.linear_noise_fraction)
+        copies = presets.linear_init_copies
+        result = fit_linear_path(self.model, images, presets.linear_noise_fraction, copies)
         logger.info(
-            "linear path fitted on %d images in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a "
+            "linear path fitted on %d images%s in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a "
             "number",
             len(images),
+            f" and {copies} moved copies of each" if copies else "",
             time.monotonic() - started,
             result["components"],
             100 * result["kept_fraction"],
@@ -641,11 +653,10 @@ class Trainer:
                 self.validation_indices,
                 batch=self.train_step.micro_batch,
                 weights=self.weights,
-                trunk=self.trunk,
-                lpips_trunk=self.lpips_trunk,
-                crop_px=self.config.loss.perceptual_crop_px,
+                reported=self.reported_trunk,
+                **self.trunks,
             )
-        lpips = f"lpips_{self.lpips_trunk.name}"
+        lpips = f"lpips_{self.reported_trunk.name}"
         logger.info(
             "%s: validation PSNR %.2f dB, SSIM %.4f, %s %.4f, MSE %.5f on [-1, 1], reconstruction loss %.5f, "
             "KL %.3f nats a number, %d of %d units active",
@@ -797,7 +808,7 @@ class Trainer:
             )
 
     def _lpips_text(self, figures: dict[str, Any]) -> str:
-        name = f"lpips_{self.lpips_trunk.name}"
+        name = f"lpips_{self.reported_trunk.name}"
         return f"{name} {figures[f'validation/{name}']:.4f}"
 
 

@@ -55,8 +55,10 @@ def validate(
     batch: int,
     weights: LossWeights,
     trunk: PerceptualTrunk | None,
-    lpips_trunk: PerceptualTrunk | None,
     crop_px: int | None,
+    lpips_trunk: PerceptualTrunk | None = None,
+    lpips_crop_px: int | None = None,
+    reported: PerceptualTrunk | None = None,
 ) -> Validation:
     """Measure a model on this process's share of the validation images, reduced over all processes.
 
@@ -68,13 +70,13 @@ def validate(
         batch: Images in one forward pass.
         weights: Of the reconstruction loss.
         trunk: Of the reconstruction loss; None if no term needs it.
-        lpips_trunk: Of the reported LPIPS; None leaves it out.
-        crop_px: Side of the perceptual windows; None for the whole image.
+        crop_px: Side of its windows; None for the whole image.
+        lpips_trunk, lpips_crop_px: Of the loss's LPIPS where that is another network.
+        reported: Trunk of the LPIPS that is reported, on whole images; None leaves it out.
     """
     device, side = accelerator.device, images.shape[-1]
     was_training = model.training
     model.eval()
-    crop_px = crop_px if crop_px is not None and crop_px < side else None
     shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
     # Sums over images; float64 where there is one, so that the order of images does not show.
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -89,7 +91,7 @@ def validate(
             part, numbers = images.new_zeros(1, 3, side, side), []
         pixels = normalize(part.to(device))
         counted = len(numbers)
-        draws = draw_step_noise(_WINDOW_SEED, 0, numbers or [0], shape, side - (crop_px or side))
+        draws = draw_step_noise(_WINDOW_SEED, 0, numbers or [0], shape, side, (crop_px, lpips_crop_px))
         with accelerator.autocast():
             output = model(pixels)
             reconstruction, posterior = output.sample.float(), output.posterior
@@ -101,14 +103,16 @@ def validate(
                 weights=weights,
                 beta=0.0,
                 trunk=trunk,
-                crop=None if crop_px is None else (draws.tops, draws.lefts, crop_px),
+                crop=draws.windows[0],
+                lpips_trunk=lpips_trunk,
+                lpips_crop=draws.windows[1],
             )
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + torch.exp(0.5 * logvar) * draws.noise.to(device)
         weight = 1.0 if counted else 0.0
         sums["images"] += counted
         add("reconstruction_loss", parts["reconstruction"] * counted)
-        for name, value in image_metrics(reconstruction, pixels, lpips_trunk).items():
+        for name, value in image_metrics(reconstruction, pixels, reported).items():
             add(name, value.sum() * weight)
         add("mean", mean.sum(dim=0) * weight)
         add("mean_square", mean.square().sum(dim=0) * weight)
