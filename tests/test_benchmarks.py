@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,3 +118,17 @@ def test_what_a_user_got_wrong(benchmark, config_file, session, capsys, name, ar
         arguments = [*arguments, "--set", "loss.trunk=vgg16"]
     assert benchmark(name).main(["--config", config_file, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stock_model_is_trained_and_saved_at_the_stated_times(benchmark, config_file, session, tmp_path, capsys):
+    train_stock = benchmark("train_stock")
+    arguments = ["--config", config_file, "--output", str(tmp_path / "stock")]
+    assert train_stock.main([*arguments, "--minutes", "0.02", "0.00001"]) == 0
+    early, late = capsys.readouterr().out.splitlines()
+    assert "1e-05: " in early and " 1 steps" in early and "0.02: " in late
+    first, last = (AutoencoderKL.from_pretrained(tmp_path / "stock" / name) for name in ("1e-05", "0.02"))
+    assert first.config.sample_size == 32 and first.config.latent_channels == 4
+    moved = [not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters())]
+    assert sum(moved) > 0.9 * len(moved)
+    assert train_stock.main([*arguments, "--minutes", "0"]) == 2
+    assert capsys.readouterr().err == "error: --minutes [0.0]: use numbers above 0.\n"
