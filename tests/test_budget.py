@@ -275,3 +275,32 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
     assert main(["--config", str(file), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_the_resolution_schedule_is_averaged_over_the_epochs(tmp_path):
+    spatial = {
+        "sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "latent_numbers": 256,
+        "linear_size": None,
+    }  # fmt: skip
+    model = tiny.SETTINGS["model"] | spatial
+    half = count_cost(config_from_dict({"model": model | {"sample_size": 32, "latent_size": 4, "latent_numbers": 64}}))
+    whole = count_cost(config_from_dict({"model": model}))
+    presets = {"num_epochs": 10, "resolution_schedule": {"32": 4}}
+    mixed = count_cost(config_from_dict({"model": model, "training_presets": presets}))
+    assert whole["gflop_average"] == pytest.approx(whole["gflop_training"])
+    assert mixed["gflop_training"] == whole["gflop_training"]
+    assert mixed["gflop_average"] == pytest.approx(0.4 * half["gflop_training"] + 0.6 * whole["gflop_training"])
+    assert 0.2 < half["gflop_training"] / whole["gflop_training"] < 0.35
+
+
+def test_both_networks_of_the_loss_are_counted():
+    model = tiny.SETTINGS["model"]
+    one, other, both = (
+        count_cost(config_from_dict({"model": model, "loss": loss}))["gflop"]["target features"]
+        for loss in (
+            {"trunk": "st_alexnet"},
+            {"trunk": "st_vgg16", "perceptual_crop_px": 32},
+            {"trunk": "st_vgg16", "perceptual_crop_px": 32, "lpips_trunk": "st_alexnet"},
+        )
+    )
+    assert both == pytest.approx(one + other)

@@ -260,3 +260,34 @@ def test_no_torch_is_imported_for_it(arguments):
 
 def vars_of(section) -> dict:
     return {name: getattr(section, name) for name in section.__dataclass_fields__}
+
+
+def test_the_resolution_schedule_says_the_side_of_each_epoch():
+    presets = TrainingPresets(num_epochs=6, resolution_schedule={"64": 2, "128": 1})
+    assert [presets.resolution(epoch) for epoch in range(6)] == [64, 64, 128, None, None, None]
+    assert TrainingPresets().resolution(0) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"128": 6}, "leave some of the 6 epochs for the full resolution"),
+        ({"128": 0}, 'write {"pixels": epochs}'),
+        ({"128": 1.5}, 'write {"pixels": epochs}'),
+        ({"half": 2}, 'write {"pixels": epochs}'),
+        ({"16": 2}, 'write {"pixels": epochs}'),
+    ],
+)
+def test_a_resolution_schedule_that_cannot_be_is_refused(schedule, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        TrainingPresets(num_epochs=6, resolution_schedule=schedule)
+    assert "training_presets.resolution_schedule" in str(caught.value)
+
+
+def test_windows_of_lpips_need_its_network():
+    with pytest.raises(ValueError, match="loss.lpips_crop_px is 64: set loss.lpips_trunk too"):
+        LossConfig(lpips_crop_px=64)
+    with pytest.raises(ValueError, match="loss.lpips_trunk is 'alex': use null or one of"):
+        LossConfig(lpips_trunk="alex")
+    assert LossConfig(lpips_trunk="alexnet", perceptual_crop_px=48).trunks == [("vgg16", 48), ("alexnet", None)]
+    assert LossConfig(lpips_trunk="alexnet", perceptual_weight=0, lpips_weight=0).trunks == []

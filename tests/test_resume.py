@@ -16,6 +16,7 @@ from runs import EPOCHS, STEPS, assert_same_state, differences, run
 
 import train_vae
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.build import build_model
 from training.checkpoint import list_checkpoints
 from training.config import config_from_dict
 from training.signals import StopSignal
@@ -233,3 +234,44 @@ def test_a_second_signal_has_its_usual_effect():
         assert len(received) == 2
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_interrupted_before_and_after_the_resolution_changes_it_is_the_same_run(faces, tmp_path):
+    model = {
+        "sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "latent_numbers": 256,
+        "linear_size": 16, "linear_decode_size": 32,
+    }  # fmt: skip
+    presets = {"num_epochs": 3, "resolution_schedule": {"32": 1}, "augment": True, "linear_init_copies": 1}
+    whole_config, config = (
+        tiny.tiny_config(tmp_path / name, faces, model=model, training_presets=presets) for name in ("whole", "cut")
+    )
+    whole = run(whole_config)
+    first = run(config, stop_after={STEPS - 2: signal.SIGTERM})
+    second = run(config, "auto", stop_after={STEPS + 2: signal.SIGTERM})
+    third = run(config, "auto")
+    assert (first.code, second.code, third.code, whole.code) == (EXIT_STOPPED, EXIT_STOPPED, 0, 0)
+    assert_same_state(third, whole)
+    assert third.lines("train") == whole.lines("train")
+    # Validation sees whole images from the start, so that the plateau compares like with like.
+    assert third.lines("validation") == whole.lines("validation")
+
+
+def test_a_resolution_schedule_that_does_not_suit_the_model_is_refused(faces, tmp_path):
+    for model, schedule, message in (
+        ({}, {"32": 1}, "the vector layout takes 40 only"),
+        (
+            {
+                "sample_size": 64,
+                "latent_layout": "spatial",
+                "latent_channels": 4,
+                "latent_size": 8,
+                "latent_numbers": 256,
+            },
+            {"48": 1},
+            "must be smaller than sample_size 64, divide it, and be a multiple of the downsampling factor 8",
+        ),
+    ):
+        model |= {"linear_size": None}
+        config = tiny.tiny_config(tmp_path, faces, model=model, training_presets={"resolution_schedule": schedule})
+        with pytest.raises(ValueError, match=message):
+            build_model(config)

@@ -343,3 +343,38 @@ def test_the_micro_batch_is_found_before_training(session, trunk):
     assert (step.micro_batch, tried) == (4, [8, 4, 4])
     assert all(parameter.grad is None for parameter in step.parameters)
     assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
+
+
+def test_a_lower_resolution_is_training_on_averaged_images(session, trunk):
+    settings = {"sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "patch_size": 4}
+    model = AutoencoderKLUltra(**tiny.SETTINGS["model"] | settings | {"latent_numbers": 256, "linear_size": None})
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    parameters = list(model.parameters())
+    step = TrainStep(
+        accelerator,
+        *accelerator.prepare(model, torch.optim.Adam(parameters)),
+        parameters,
+        ema=None,
+        trunk=trunk,
+        weights=WEIGHTS,
+        seed=SEED,
+        latent_shape=(4, 8, 8),
+        micro_batch=2,
+        crop_px=32,
+        max_grad_norm=1.0,
+    )
+    # Blocks of four equal pixels, so that averaging is exact in bytes too.
+    small = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    found, parts = step.gradients(large, step=1, beta=0.01, resolution=32), None
+    lowered = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    step.optimizer.zero_grad()
+    step.latent_shape = (4, 4, 4)
+    parts = step.gradients(small, step=1, beta=0.01)
+    assert relative(lowered, torch.cat([parameter.grad.flatten() for parameter in parameters])) < 1e-5
+    assert found.keys() == parts.keys()
+    for name, value in parts.items():
+        torch.testing.assert_close(found[name], value, msg=name)

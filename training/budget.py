@@ -48,33 +48,20 @@ def count_cost(config: Config) -> dict[str, Any]:
 
     Returns:
         `parameters` (all), `trained_parameters`, `latent_shape`, `gflop`: part -> GFLOP for one image, and
-        `gflop_forward` and `gflop_training`, their sums over encoder and decoder, and over everything.
+        `gflop_forward` and `gflop_training`, their sums over encoder and decoder, and over everything; all at
+        `sample_size`. `gflop_average` is the mean of `gflop_training` over the epochs of the resolution schedule.
     """
     with torch.device("meta"):
         model = AutoencoderKLUltra(**config.model)
         freeze_linear_path(model, config.training_presets.linear_lr_scale)
         if config.training_presets.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        side = model.config.sample_size
-        pixels = torch.zeros(1, 3, side, side)
-        gflop: dict[str, float] = {}
-        gflop["encoder"], encoded = _count(lambda: model.encode(pixels).latent_dist.mean)
-        # A leaf, so that the two backward passes are counted apart; encoded.mean would join them.
-        latents = encoded.detach().requires_grad_()
-        gflop["decoder"], decoded = _count(lambda: model.decode(latents).sample)
-        gflop["encoder backward"], _ = _count(encoded.sum().backward)
-        gflop["decoder backward"], _ = _count(decoded.sum().backward)
-        trunks = [(PerceptualTrunk(name, load_weights=False), seen or side) for name, seen in config.loss.trunks]
-        if trunks:
-            windows = [torch.zeros(1, 3, min(seen, side), min(seen, side), requires_grad=True) for _, seen in trunks]
-
-            def features() -> list[torch.Tensor]:
-                return [tap for (trunk, _), window in zip(trunks, windows) for tap in trunk.features(window)]
-
-            with torch.no_grad():
-                gflop["target features"], _ = _count(features)
-            gflop["reconstruction features"], taps = _count(features)
-            gflop["features backward"], _ = _count(sum(tap.sum() for tap in taps).backward)
+        gflop = _count_parts(config, model, model.config.sample_size)
+        presets = config.training_presets
+        epochs = {int(side): count for side, count in presets.resolution_schedule.items()}
+        at_full = presets.num_epochs - sum(epochs.values())
+        spent = at_full * sum(gflop.values())
+        spent += sum(count * sum(_count_parts(config, model, side).values()) for side, count in epochs.items())
     held = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -83,7 +70,32 @@ def count_cost(config: Config) -> dict[str, Any]:
         "gflop": gflop,
         "gflop_forward": gflop["encoder"] + gflop["decoder"],
         "gflop_training": sum(gflop.values()),
+        "gflop_average": spent / presets.num_epochs,
     }
+
+
+def _count_parts(config: Config, model: AutoencoderKLUltra, side: int) -> dict[str, float]:
+    """GFLOP of each part of training on one image of a side, on the meta device."""
+    pixels = torch.zeros(1, 3, side, side)
+    gflop: dict[str, float] = {}
+    gflop["encoder"], encoded = _count(lambda: model.encode(pixels).latent_dist.mean)
+    # A leaf, so that the two backward passes are counted apart; encoded.mean would join them.
+    latents = encoded.detach().requires_grad_()
+    gflop["decoder"], decoded = _count(lambda: model.decode(latents).sample)
+    gflop["encoder backward"], _ = _count(encoded.sum().backward)
+    gflop["decoder backward"], _ = _count(decoded.sum().backward)
+    trunks = [(PerceptualTrunk(name, load_weights=False), min(seen or side, side)) for name, seen in config.loss.trunks]
+    if trunks:
+        windows = [torch.zeros(1, 3, seen, seen, requires_grad=True) for _, seen in trunks]
+
+        def features() -> list[torch.Tensor]:
+            return [tap for (trunk, _), window in zip(trunks, windows) for tap in trunk.features(window)]
+
+        with torch.no_grad():
+            gflop["target features"], _ = _count(features)
+        gflop["reconstruction features"], taps = _count(features)
+        gflop["features backward"], _ = _count(sum(tap.sum() for tap in taps).backward)
+    return gflop
 
 
 @functools.lru_cache(maxsize=64)
@@ -166,11 +178,13 @@ def plan_run(
     if num_train_images is not None:
         images = min(num_train_images, presets.max_images_per_epoch or num_train_images)
         steps = images // presets.batch_size
-        operations = cost["gflop_training"] * 1e9 * steps * presets.batch_size * presets.num_epochs
+        operations = cost["gflop_average"] * 1e9 * steps * presets.batch_size * presets.num_epochs
         peak = 1e12 * (card.float32_tflops if presets.mixed_precision == "no" else card.half_tflops)
         plan["epoch"] = {"images": images, "steps": steps, "epochs": presets.num_epochs, "total_flop": operations}
         plan["time"]["hours"] = operations / (peak * efficiency * num_processes) / 3600
-        plan["time"]["roofline_hours"] = step_seconds * steps * presets.num_epochs / 3600
+        # Memory traffic shrinks with the pixels, as arithmetic does.
+        share = cost["gflop_average"] / cost["gflop_training"]
+        plan["time"]["roofline_hours"] = share * step_seconds * steps * presets.num_epochs / 3600
     return plan
 
 
@@ -218,6 +232,8 @@ def _describe(plan: dict[str, Any], layout: str) -> str:
         f"epoch     {epoch['images']} images / {batch['batch_size']} = {epoch['steps']} steps; x {epoch['epochs']} epochs "
         f"= {epoch['steps'] * epoch['epochs']} steps, {epoch['total_flop'] / 1e15:.3g} PFLOP"
     )
+    if plan["gflop_average"] != plan["gflop_training"]:
+        lines.append(f"schedule  {plan['gflop_average']:.2f} GFLOP an image, averaged over the resolution schedule")
     reach = (
         "which leaves room for it" if time["roofline_hours"] <= time["hours"] else "so it is NOT within reach unfused"
     )

@@ -150,7 +150,7 @@ def build_model(config: Config) -> AutoencoderKLUltra:
     """The model of section `model`, on the CPU, with the seed's initial weights.
 
     Raises:
-        ValueError: Unknown key or impossible shape.
+        ValueError: Unknown key, impossible shape, or a resolution schedule that does not suit it.
     """
     known = [name for name in inspect.signature(AutoencoderKLUltra.__init__).parameters if name != "self"]
     for key in config.model:
@@ -158,9 +158,22 @@ def build_model(config: Config) -> AutoencoderKLUltra:
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
     torch.manual_seed(config.training_presets.seed)
     try:
-        return AutoencoderKLUltra(**config.model)
+        model = AutoencoderKLUltra(**config.model)
     except TypeError as error:
         raise ValueError(f"section model: a value has the wrong type ({error}).") from None
+    full, unit = model.config.sample_size, model.downsampling
+    for side in map(int, config.training_presets.resolution_schedule):
+        if model.config.latent_layout == "vector":
+            raise ValueError(
+                f"training_presets.resolution_schedule has images of {side} pixels, but the vector layout takes {full} "
+                "only: leave it empty, or set model.latent_layout=spatial."
+            )
+        if full % side or side % unit or side >= full:
+            raise ValueError(
+                f"training_presets.resolution_schedule has images of {side} pixels: the side must be smaller than "
+                f"sample_size {full}, divide it, and be a multiple of the downsampling factor {unit}."
+            )
+    return model
 
 
 def micro_batch_size(config: Config, processes: int) -> int:

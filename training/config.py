@@ -190,6 +190,9 @@ class TrainingPresets(KLSchedule):
     channels_last: bool = True  # channels-last memory layout of the model and its images
     compile: bool = False  # torch.compile the model in place
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    # Side in pixels -> epochs: the first epochs on images averaged down to that side, the rest at sample_size, such as
+    # {"128": 100}. Spatial layout only; a quarter of the pixels cost a quarter of the arithmetic.
+    resolution_schedule: dict = field(default_factory=dict)
     augment: bool = False  # shift, turn and scale each training image a little; for small data sets
     linear_init_images: int = 8192  # training images from which the linear path is fitted before step 0
     linear_init_copies: int = 0  # shifted, turned and scaled copies of each that it is fitted to as well
@@ -207,6 +210,18 @@ class TrainingPresets(KLSchedule):
         for key in ("num_epochs", "batch_size", "plateau_patience", "max_skipped_in_a_row"):
             _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
         _require(self.linear_init_images >= 2, name + "linear_init_images", self.linear_init_images, "use at least 2")
+        epochs_below = 0
+        for side, epochs in self.resolution_schedule.items():
+            key = f"{name}resolution_schedule"
+            whole = isinstance(side, str) and side.isdecimal() and int(side) >= 32
+            _require(whole and type(epochs) is int and epochs >= 1, key, {side: epochs}, 'write {"pixels": epochs}')
+            epochs_below += epochs
+        _require(
+            epochs_below < self.num_epochs,
+            name + "resolution_schedule",
+            self.resolution_schedule,
+            f"leave some of the {self.num_epochs} epochs for the full resolution",
+        )
         copies = self.linear_init_copies
         _require(copies >= 0, name + "linear_init_copies", copies, "use 0 or more")
         micro = self.micro_batch_size
@@ -250,6 +265,14 @@ class TrainingPresets(KLSchedule):
                 self.max_images_per_epoch,
                 f"use at least batch_size = {self.batch_size}",
             )
+
+    def resolution(self, epoch: int) -> int | None:
+        """Side of the images that an epoch, counted from 0, trains on, in pixels; None for the model's."""
+        for side, epochs in self.resolution_schedule.items():
+            if epoch < epochs:
+                return int(side)
+            epoch -= epochs
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

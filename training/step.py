@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.images import move, normalize
 from training.losses import LossWeights, Window, vae_loss
@@ -170,7 +171,9 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm
         self.augment = augment
 
-    def gradients(self, pixels_uint8: Tensor, *, step: int, beta: float) -> dict[str, Tensor]:
+    def gradients(
+        self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None
+    ) -> dict[str, Tensor]:
         """Leave the gradient of the mean loss in the parameters: the global batch's, or with `adapt_micro_batch`, this
         process's.
 
@@ -178,18 +181,21 @@ class TrainStep:
             pixels_uint8: This process's slice of the global batch, (N, 3, H, W), uint8; every process has N images.
             step: Optimizer updates before this one.
             beta: Weight of KL.
+            resolution: Average the images down to this side first, a divisor of theirs.
 
         Returns:
             Means over these images of the loss terms, float32 scalars on the device.
         """
         device, count = self.accelerator.device, len(pixels_uint8)
-        side = pixels_uint8.shape[-1]
+        shrink = 1 if resolution is None else pixels_uint8.shape[-1] // resolution
+        side = pixels_uint8.shape[-1] // shrink
+        latent_shape = (self.latent_shape[0], *(size // shrink for size in self.latent_shape[1:]))
         first = self.accelerator.process_index * count
         totals: dict[str, Tensor] = {}
         for start in range(0, count, self.micro_batch):
             piece = pixels_uint8[start : start + self.micro_batch].to(device, non_blocking=True)
             indices = range(first + start, first + start + len(piece))
-            draws = draw_step_noise(self.seed, step, indices, self.latent_shape, side, self.window_sides)
+            draws = draw_step_noise(self.seed, step, indices, latent_shape, side, self.window_sides)
             crop, lpips_crop = draws.windows
             is_last = start + self.micro_batch >= count
             # Processes exchange gradients once, during the last piece.
@@ -199,6 +205,8 @@ class TrainStep:
                 pixels = normalize(piece)
                 if self.augment:
                     pixels = move(pixels, draws.moves)
+                if shrink > 1:
+                    pixels = F.avg_pool2d(pixels, shrink)
                 output = self.model(pixels, noise=draws.noise.to(device, non_blocking=True))
                 with self.accelerator.autocast():  # for the trunk's convolutions; the terms themselves are float32
                     loss, parts = vae_loss(
@@ -234,12 +242,14 @@ class TrainStep:
         self._fitting_gradients(blank, step=0, beta=0.0)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _fitting_gradients(self, pixels_uint8: Tensor, *, step: int, beta: float) -> dict[str, Tensor]:
+    def _fitting_gradients(
+        self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None
+    ) -> dict[str, Tensor]:
         """`gradients` of the global batch, in pieces that fit."""
         while True:
             shortage = None
             try:
-                parts = self.gradients(pixels_uint8, step=step, beta=beta)
+                parts = self.gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -280,17 +290,17 @@ class TrainStep:
         for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients])):
             gradient.copy_(mean.view(gradient.shape))
 
-    def __call__(self, pixels_uint8: Tensor, *, step: int, beta: float) -> StepResult:
+    def __call__(self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None) -> StepResult:
         """Do one update.
 
         Args:
-            pixels_uint8, step, beta: See `gradients`.
+            pixels_uint8, step, beta, resolution: See `gradients`.
 
         Raises:
             OutOfMemory: The pieces do not fit, and may not or cannot be smaller.
         """
         micro_batch = self.micro_batch
-        parts = self._fitting_gradients(pixels_uint8, step=step, beta=beta)
+        parts = self._fitting_gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)
         # The gradient is the mean over processes, so its norm, and every decision on it, is the same on all of them.
         grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
         finite = grad_norm < float("inf")  # False for NaN

@@ -497,7 +497,9 @@ class Trainer:
                     clock = time.monotonic()
                 self._set_learning_rate()
                 beta = self.kl.beta(progress.epoch, progress.images_seen)
-                result = self.train_step(batch.pixels, step=progress.step, beta=beta)
+                result = self.train_step(
+                    batch.pixels, step=progress.step, beta=beta, resolution=presets.resolution(progress.epoch)
+                )
                 if result.halved:
                     self.tracker.event(
                         f"out of memory: from here on {self.train_step.micro_batch} images in a forward pass (gradients "
