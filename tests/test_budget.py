@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget import count_cost, describe_plan, main, plan_run
+from training.budget import count_cost, describe_plan, main, memory_of, plan_run, planned_micro_batch
 from training.config import config_from_dict, load_config
 from training.linear_init import freeze_linear_path
 from training.memory_plan import GIB
@@ -304,3 +304,14 @@ def test_both_networks_of_the_loss_are_counted():
         )
     )
     assert both == pytest.approx(one + other)
+
+
+def test_the_planned_micro_batch_fits_and_one_more_does_not(tmp_path):
+    settings = tiny.tiny_settings(tmp_path, tmp_path, training_presets={"batch_size": 64, "micro_batch_size": "auto"})
+    config = config_from_dict(settings)
+    for processes in (1, 2):
+        share = 64 // processes
+        held = {size: memory_of(config, size, processes).total_bytes for size in (1, 20, 21, share)}
+        assert planned_micro_batch(config, processes, (held[20] + held[21]) / 2) == 20
+        assert planned_micro_batch(config, processes, held[1] / 2) == 1
+        assert planned_micro_batch(config, processes, 2 * held[share]) == share

@@ -121,6 +121,23 @@ def memory_of(config: Config, micro_batch: int, processes: int) -> MemoryPlan:
     return _cached_memory(json.dumps(settings), micro_batch, keeps_gradients, precision)
 
 
+def planned_micro_batch(config: Config, processes: int, limit_bytes: float) -> int:
+    """The most images in one forward pass that the memory plan lets through.
+
+    Args:
+        config: The configuration.
+        processes: Of the run, one a device.
+        limit_bytes: Memory of a device.
+
+    Returns:
+        From 1, whether or not that fits, to a process's share of the batch.
+    """
+    local = config.training_presets.batch_size // processes
+    sizes = sorted({max(1, local // 2), max(2, local)})
+    most = largest_micro_batch(*(memory_of(config, size, processes) for size in sizes), limit_bytes)
+    return min(local, max(1, most))
+
+
 def plan_run(
     config: Config,
     num_processes: int,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import hub
-from training.budget import describe_plan
+from training.budget import describe_plan, planned_micro_batch
 from training.build import (
     build_accelerator,
     build_model,
@@ -224,6 +224,10 @@ class Trainer:
         if checkpoint is not None:
             self._load(checkpoint, saved)
         elif presets.micro_batch_size == "auto":
+            if accelerator.device.type == "cuda":  # the plan knows better than halving from the whole batch
+                own = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
+                limit = accelerator.gather(own).min().item()
+                self.train_step.micro_batch = planned_micro_batch(config, accelerator.num_processes, limit)
             self.train_step.find_micro_batch(presets.batch_size // accelerator.num_processes, side)
             logger.info("micro batch: %d images fit in a forward pass", self.train_step.micro_batch)
         self._saved_at = (self.progress.images_seen, time.monotonic())
