@@ -146,12 +146,19 @@ def fit_linear_path(
         )
     device = path.to_latents.weight.device
 
+    # Averages of averages are averages: all work is done at the finer of the two sizes where it has both.
+    sizes = model.config.linear_size, model.config.linear_decode_size
+    fine = max(sizes) if max(sizes) % min(sizes) == 0 else size
+
     def chunks():
         generator = torch.Generator().manual_seed(0)  # the same copies each time
         for copy in range(1 + copies):
             for part in images.split(_CHUNK):
-                pixels = part.to(device).float() / 127.5 - 1.0
+                pixels = F.avg_pool2d(part.to(device).float() / 127.5 - 1.0, size // fine)
                 yield move(pixels, torch.rand(len(pixels), 5, generator=generator)) if copy else pixels
+
+    def encoded(part: Tensor) -> Tensor:
+        return F.avg_pool2d(part, fine // sizes[0])
 
     def as_rows(maps: Tensor) -> Tensor:
         """(n, c, h, w) to (n h w, c)."""
@@ -160,7 +167,7 @@ def fit_linear_path(
     patch = path.encode_patch
     if len(images) < 2:
         raise ValueError(f"{len(images)} images cannot determine a linear path: give at least 2.")
-    rows = torch.cat([as_rows(F.pixel_unshuffle(model.shrink(part), patch)) for part in chunks()])
+    rows = torch.cat([as_rows(F.pixel_unshuffle(encoded(part), patch)) for part in chunks()])
     mean, variances, vectors = mirrored_components(rows.view(-1, 3, patch, patch), count)
     total = (rows - mean).square().sum(dim=1).mean()
     del rows
@@ -184,8 +191,8 @@ def fit_linear_path(
     }
     sums, squares, number = 0.0, torch.zeros(count, device=device), 0
     for part in chunks():
-        coefficients = as_rows(path.encode(model.shrink(part)))
-        targets = as_rows(F.pixel_unshuffle(F.avg_pool2d(part, model.enlarge_factor), painted))
+        coefficients = as_rows(path.encode(encoded(part)))
+        targets = as_rows(F.pixel_unshuffle(F.avg_pool2d(part, fine // sizes[1]), painted))
         targets = targets.view(-1, 3, painted, painted)
         for sign in (1, -1):
             half = (targets + sign * targets.flip(-1))[..., :width].flatten(1) / 2
