@@ -1,7 +1,7 @@
 """Rows to batches: global batches, decoding in threads, the flip, bad rows, and resume.
 
 `row_order` says which rows come when, `images` decodes them; pixels stay uint8 until they are on the device.
-Not here: other augmentation, the way to the device.
+Not here: other augmentation (`images.move`, applied on the device), the way to the device.
 
 The order of an epoch is a pure function of (seed, epoch). The numbers of processes and of decode threads and
 interruptions do not change it: the rows in order are cut into global batches, and every rank reads and decodes its

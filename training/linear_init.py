@@ -14,6 +14,7 @@ Moved copies do for small samples what mirror images do: a thousand components o
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -146,19 +147,18 @@ def fit_linear_path(
         )
     device = path.to_latents.weight.device
 
-    # Averages of averages are averages: all work is done at the finer of the two sizes where it has both.
-    sizes = model.config.linear_size, model.config.linear_decode_size
-    fine = max(sizes) if max(sizes) % min(sizes) == 0 else size
+    # Averages of averages are averages: what both sizes average anyway comes first, and moving costs the less.
+    shared = math.gcd(model.shrink_factor, model.enlarge_factor)
 
     def chunks():
         generator = torch.Generator().manual_seed(0)  # the same copies each time
         for copy in range(1 + copies):
             for part in images.split(_CHUNK):
-                pixels = F.avg_pool2d(part.to(device).float() / 127.5 - 1.0, size // fine)
+                pixels = F.avg_pool2d(part.to(device).float() / 127.5 - 1.0, shared)
                 yield move(pixels, torch.rand(len(pixels), 5, generator=generator)) if copy else pixels
 
     def encoded(part: Tensor) -> Tensor:
-        return F.avg_pool2d(part, fine // sizes[0])
+        return F.avg_pool2d(part, model.shrink_factor // shared)
 
     def as_rows(maps: Tensor) -> Tensor:
         """(n, c, h, w) to (n h w, c)."""
@@ -192,7 +192,7 @@ def fit_linear_path(
     sums, squares, number = 0.0, torch.zeros(count, device=device), 0
     for part in chunks():
         coefficients = as_rows(path.encode(encoded(part)))
-        targets = as_rows(F.pixel_unshuffle(F.avg_pool2d(part, fine // sizes[1]), painted))
+        targets = as_rows(F.pixel_unshuffle(F.avg_pool2d(part, model.enlarge_factor // shared), painted))
         targets = targets.view(-1, 3, painted, painted)
         for sign in (1, -1):
             half = (targets + sign * targets.flip(-1))[..., :width].flatten(1) / 2
