@@ -66,8 +66,9 @@ def test_a_run_ends_well_and_leaves_its_files(finished):
     assert (status["state"], status["reason"], status["pid"]) == ("finished", f"{EPOCHS} epochs", os.getpid())
     assert (status["step"], status["epoch"], status["images_seen"]) == (EPOCHS * STEPS, EPOCHS, EPOCHS * STEPS * 4)
     assert Path(status["model_dir"]) == Path(finished.config.output.model_dir) / "vae_tiny"
-    samples = {f"tiny_{kind}_epoch_{epoch:04d}.png" for kind in ("samples", "reconstructions") for epoch in (1, 2, 3)}
-    samples |= {"tiny_final_samples.png", "tiny_reconstructions_final.png"}
+    kinds = ("samples", "samples_gaussian", "reconstructions")
+    samples = {f"tiny_{kind}_epoch_{epoch:04d}.png" for kind in kinds for epoch in (1, 2, 3)}
+    samples |= {"tiny_final_samples.png", "tiny_final_samples_gaussian.png", "tiny_reconstructions_final.png"}
     assert {path.name for path in (finished.folder / "samples").iterdir()} == samples
     checkpoints = [path.name for path in list_checkpoints(finished.folder)]
     assert checkpoints == ["step_00000010", "step_00000015"]  # keep_checkpoints is 2
@@ -397,8 +398,8 @@ def test_a_run_that_recovers_after_a_roll_back_ends_well(faces, tmp_path):
         trainer = Trainer(config)
         gradients = trainer.train_step.gradients
 
-        def poisoned(pixels, *, step, beta):
-            parts = gradients(pixels, step=step, beta=beta)
+        def poisoned(pixels, *, step, **settings):
+            parts = gradients(pixels, step=step, **settings)
             if step >= 3 and not trainer.progress.rollbacks:
                 trainer.parameters[0].grad.fill_(math.nan)
             return parts

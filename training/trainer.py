@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.latent_prior import fit_gaussian
 from training import hub
 from training.budget import describe_plan, planned_micro_batch
 from training.build import (
@@ -56,13 +57,14 @@ from training.run_state import RunState
 from training.signals import StopSignal
 from training.step import OutOfMemory, TrainStep
 from training.tracking import Tracker, setup_logging
-from training.validation import Validation, reconstruction_grid, sample_grid, validate
+from training.validation import Validation, posterior_draws, reconstruction_grid, sample_grid, validate
 
 logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
 SIGNALLED = "a signal"
 REORDER = 1_000_003  # added to the seed by a roll-back: other images, other noise
+PRIOR_IMAGES = 2048  # validation images whose latents the grids' Gaussian prior is fitted to
 GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
@@ -735,22 +737,30 @@ class Trainer:
     def _save_grids(self, label: str) -> None:
         if not self.accelerator.is_main_process:
             return
-        name, step = self.config.output.run_name, self.progress.step
+        name, step, accelerator = self.config.output.run_name, self.progress.step, self.accelerator
+        count, seed, batch = (
+            self.config.output.num_samples,
+            self.config.training_presets.seed,
+            self.train_step.micro_batch,
+        )
         images = self.validation_images[:GRID_IMAGES]
         with self._averaged_weights() as model:
             model.eval()
-            samples = sample_grid(
-                self.accelerator,
-                model,
-                self.config.output.num_samples,
-                self.config.training_presets.seed,
-                self.train_step.micro_batch,
-            )
-            pairs = reconstruction_grid(self.accelerator, model, images)
+            standard = model.sample_latents(count, generator=torch.Generator().manual_seed(seed))
+            grids = {"samples": sample_grid(accelerator, model, standard, batch)}
+            # What N(0, 1) lacks shows beside a Gaussian of the latents of now. Of validation faces: there are enough of
+            # them in CelebA, and no training image has to be read again.
+            draws = posterior_draws(accelerator, model, self.validation_images[:PRIOR_IMAGES], seed, batch)
+            if len(draws) > 1 and draws.isfinite().all():
+                prior, _ = fit_gaussian(draws)
+                fitted = prior.sample(count, torch.Generator().manual_seed(seed)).view_as(standard)
+                grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
+            grids["reconstructions"] = reconstruction_grid(accelerator, model, images)
             model.train()
-        sampled = f"{name}_final_samples.png" if label == "final" else f"{name}_samples_{label}.png"
-        self.tracker.image("samples", samples, step, sampled)
-        self.tracker.image("reconstructions", pairs, step, f"{name}_reconstructions_{label}.png")
+        for kind, grid in grids.items():
+            final = label == "final" and kind != "reconstructions"
+            file = f"{name}_final_{kind}.png" if final else f"{name}_{kind}_{label}.png"
+            self.tracker.image(kind, grid, step, file)
 
     def _finish(self, reason: str) -> None:
         """Export the best model and say where everything is."""

@@ -163,18 +163,46 @@ def reconstruction_grid(accelerator: Accelerator, model: AutoencoderKLUltra, ima
 
 
 @torch.no_grad()
-def sample_grid(accelerator: Accelerator, model: AutoencoderKLUltra, count: int, seed: int, batch: int) -> Tensor:
-    """Decoded draws from the standard normal prior, the same latents for the same seed.
+def posterior_draws(
+    accelerator: Accelerator, model: AutoencoderKLUltra, images: Tensor, seed: int, batch: int
+) -> Tensor:
+    """A draw from the posterior of each image: what a prior is fitted to.
+
+    Args:
+        accelerator: For precision.
+        model: Unwrapped.
+        images: (n, 3, H, W), uint8.
+        seed: Of the draws.
+        batch: Images in one forward pass.
+
+    Returns:
+        Latents (n, C, h, w), float32, on the host.
+    """
+    generator, draws = torch.Generator().manual_seed(seed), []
+    for part in images.split(batch):
+        with accelerator.autocast():
+            posterior = model.encode(normalize(part.to(accelerator.device))).latent_dist
+        mean, deviation = posterior.mean.float().cpu(), posterior.std.float().cpu()
+        draws.append(mean + deviation * torch.randn(mean.shape, generator=generator))
+    return torch.cat(draws)
+
+
+@torch.no_grad()
+def sample_grid(accelerator: Accelerator, model: AutoencoderKLUltra, latents: Tensor, batch: int) -> Tensor:
+    """Decoded latents, in as many columns as rows.
+
+    Args:
+        accelerator: For precision.
+        model: Unwrapped.
+        latents: (n, C, h, w).
+        batch: Images in one forward pass.
 
     Returns:
         (3, height, width) in [0, 1], on the host.
     """
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(count, config.latent_channels, config.latent_size, config.latent_size, generator=generator)
     samples = []
     with accelerator.autocast():
         for part in latents.split(batch):
             samples.append(model.decode(part.to(accelerator.device)).sample.float().cpu())
     pixels = torch.cat(samples).clamp(-1, 1).add(1).div(2)
-    return make_grid(pixels, nrow=max(1, round(count**0.5)), padding=2)
+    return make_grid(pixels, nrow=max(1, round(len(latents) ** 0.5)), padding=2)
