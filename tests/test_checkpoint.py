@@ -514,7 +514,8 @@ def test_a_full_disk_costs_what_is_written_and_never_the_run(finished, faces, tm
     run_dir = copy_of(finished, tmp_path, steps=(10,))
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "samples").mkdir()
-    grids = ("tiny_samples_epoch_0003.png", "tiny_reconstructions_epoch_0003.png", "tiny_final_samples.png")
+    grids = [f"tiny_{kind}_epoch_0003.png" for kind in ("samples", "samples_gaussian", "reconstructions")]
+    grids += ["tiny_final_samples.png", "tiny_final_samples_gaussian.png"]
     for name in ("metrics.jsonl", "status.json.tmp", "training.log", *(f"samples/{grid}" for grid in grids)):
         (run_dir / name).symlink_to("/dev/full")  # writes fail with ENOSPC
     checkpoint_10 = tree(run_dir / "checkpoints" / "step_00000010")

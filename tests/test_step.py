@@ -59,7 +59,7 @@ def make_step(trunk, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=Fals
     return TrainStep(accelerator, *prepared, parameters, ema=averaged, **(settings | changes))
 
 
-def gradient(step: TrainStep, pixels: torch.Tensor, number: int = 6) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradient(step: TrainStep, pixels: torch.Tensor, number: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The gradient of step `number` as one vector, and the loss terms."""
     parts = step.gradients(pixels, step=number, beta=0.01)
     assert all(parameter.grad is not None for parameter in step.parameters)

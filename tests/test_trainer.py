@@ -148,7 +148,7 @@ def test_tensorboard_reads_it_all_back(finished):
         read = {event.step: event.value for event in events.Scalars("loss/total")}
         assert read[line["step"]] == pytest.approx(line["loss/total"], rel=1e-6)
     assert [event.step for event in events.Scalars("validation/psnr")] == [0, 5, 10, 15]
-    assert set(tags["images"]) == {"samples", "reconstructions"}
+    assert set(tags["images"]) == {"samples", "samples_gaussian", "reconstructions"}
     shapes = {(image.height, image.width) for image in events.Images("reconstructions")}
     assert shapes == {(86, 254)}
     histogram = events.Histograms("validation/kl_of_number")[-1].histogram_value

@@ -58,6 +58,11 @@ class StepNoise:
     moves: Tensor
 
 
+def _corner(last: int, generator: torch.Generator) -> list[int]:
+    """Top and left of a window, each uniform in [0, last]."""
+    return torch.randint(0, last + 1, (2,), generator=generator).tolist()
+
+
 def draw_step_noise(
     seed: int,
     step: int,
@@ -81,8 +86,10 @@ def draw_step_noise(
     for index in indices:
         generator = image_generator(seed, step, index)
         ranges = [0 if window is None else side - window for window in cut]
-        corners.append([torch.randint(0, last + 1, (2,), generator=generator).tolist() for last in ranges])
+        # What came later is drawn later, so that older runs go on with the numbers they began with.
+        own = [_corner(last, generator) for last in ranges[:1]]
         noises.append(torch.randn(*latent_shape, generator=generator))
+        corners.append(own + [_corner(last, generator) for last in ranges[1:]])
         moves.append(torch.rand(5, generator=generator))
     windows = tuple(
         None if window is None else ([own[place][0] for own in corners], [own[place][1] for own in corners], window)
