@@ -119,7 +119,7 @@ class LossConfig:
     lpips_weight: float = 0.2  # LPIPS (Zhang et al. 2018); one frozen trunk serves both perceptual terms
     # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
     trunk: str = "vgg16"
-    # Network of the LPIPS term where it is another; null: trunk. AlexNet reads a pixel for 1/18 of VGG16's arithmetic.
+    # Network of the LPIPS term where it is another; null: trunk. AlexNet reads a pixel for 1/24 of VGG16's arithmetic.
     lpips_trunk: str | None = None
     # Folder with <trunk>_features.safetensors; null: torch's hub cache, else torchvision's download.
     trunk_weights: str | None = None
