@@ -24,6 +24,7 @@ parameter-free shortcut (DC-AE, Chen et al. 2024, https://arxiv.org/abs/2410.107
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import math
@@ -90,6 +91,25 @@ class GroupNorm(nn.GroupNorm):
         """Normalise (N, C, H, W)."""
         with _outside_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class VectorConv2d(nn.Conv2d):
+    """A 1x1 convolution of maps of one position, as a matrix product.
+
+    All time goes into reading the weights, and kernels made for convolutions read them several times more slowly than
+    those made for matrices.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, 1, 1) to (N, C_out, 1, 1)."""
+        rows = F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
+        # One position lies alike in both memory formats. Only strides tell them apart, and what follows goes by them.
+        if self.weight.stride(-1) == 1:
+            return rows[..., None, None]
+        return rows[:, None, None].movedim(-1, 1)
 
 
 class ResBlock(nn.Module):
@@ -168,7 +188,7 @@ class Encoder(nn.Module):
             self.moments = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
         else:
             self.squeeze = nn.Conv2d(channels[-1], vector_width, 1)
-            self.moments = nn.Conv2d(vector_width * vector_map_size**2, 2 * latent_channels, 1)
+            self.moments = VectorConv2d(vector_width * vector_map_size**2, 2 * latent_channels)
         self.vector_map_size = vector_map_size
         if zero_start:
             nn.init.zeros_(self.moments.weight)
@@ -218,7 +238,7 @@ class Decoder(nn.Module):
             self.spread = None
             self.conv_in = nn.Conv2d(latent_channels, deepest, 3, padding=1)
         else:
-            self.spread = nn.Conv2d(latent_channels, deepest // 2 * vector_map_size**2, 1)
+            self.spread = VectorConv2d(latent_channels, deepest // 2 * vector_map_size**2)
             self.conv_in = nn.Conv2d(deepest // 2, deepest, 3, padding=1)
         # Stage i works at 1 / (patch_size x 2^i) of the image; the modules are listed from fine to coarse.
         self.stages = nn.ModuleList(
@@ -265,12 +285,13 @@ class LinearPath(nn.Module):
     whitening divides by standard deviations that bfloat16 would blur.
     """
 
-    def __init__(self, latent_channels: int, encode_patch: int, decode_patch: int) -> None:
+    def __init__(self, latent_channels: int, latent_size: int, encode_patch: int, decode_patch: int) -> None:
         super().__init__()
         self.encode_patch = encode_patch
         self.decode_patch = decode_patch
-        self.to_latents = nn.Conv2d(3 * encode_patch**2, latent_channels, 1)
-        self.to_pixels = nn.Conv2d(latent_channels, 3 * decode_patch**2, 1)
+        convolution = VectorConv2d if latent_size == 1 else functools.partial(nn.Conv2d, kernel_size=1)
+        self.to_latents = convolution(3 * encode_patch**2, latent_channels)
+        self.to_pixels = convolution(latent_channels, 3 * decode_patch**2)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -377,7 +398,7 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.linear_path = None
         if linear_size:
             self.linear_path = LinearPath(
-                latent_channels, linear_size // latent_size, linear_decode_size // latent_size
+                latent_channels, latent_size, linear_size // latent_size, linear_decode_size // latent_size
             )
         self.logvar_bias = nn.Parameter(torch.full((latent_channels,), float(logvar_init)))
 
