@@ -3,8 +3,8 @@
     python -m benchmarks.ceiling --config configs/ultra.json --batch 4 --json
     python -m benchmarks.ceiling --config configs/ultra.json --trunk-weights weights --loop-steps 8
 
-The ceiling is the best rate of a large convolution and a large matrix product in the same precision and threads, taken
-before and after the parts. Parts run one by one on the same data: forward and backward of encoder, decoder and trunk,
+The ceiling is the best rate of a large matrix product, a large convolution and its two gradients in the same precision
+and threads, taken before and after the parts. Parts run one by one on the same data: forward and backward of encoder, decoder and trunk,
 optimizer, averaged weights; what the whole step takes beyond their sum is losses, crops, noise and dispatch. `--loop-steps`
 runs the real training loop on drawn faces and measures the time between its steps, and the share that waits for data.
 Without --trunk-weights the trunk has random weights, which cost the same. What it is not for: quality, or the speed of
@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.profiler import ProfilerActivity, profile
 
 from training.budget import count_cost
@@ -128,11 +129,11 @@ def random_pixels(count: int, side: int) -> Tensor:
 
 
 def measure_ceiling(bench: Bench, seconds: float) -> dict[str, float]:
-    """Best GFLOP/s of a large matrix product and a large 3x3 convolution, in the run's precision.
+    """Best GFLOP/s of a large matrix product, a large 3x3 convolution and its two gradients, in the run's precision.
 
     Args:
         bench: Says device, precision and memory format.
-        seconds: Spent on each of the two.
+        seconds: Spent on each of the four.
     """
     on_cpu = bench.device.type == "cpu"
     dtype = HALF.get(bench.precision, torch.float32)
@@ -140,9 +141,12 @@ def measure_ceiling(bench: Bench, seconds: float) -> dict[str, float]:
     left, right = (torch.rand(count, count, device=bench.device, dtype=dtype) for _ in range(2))
     maps = torch.rand(images, 256, 64, 64, device=bench.device, dtype=dtype).to(memory_format=bench.format)
     kernel = torch.rand(256, 256, 3, 3, device=bench.device, dtype=dtype).to(memory_format=bench.format)
+    flop = 2 * 256**2 * 9 * images * 64**2
     work = {
         "matrix product": (lambda: left @ right, 2 * count**3),
-        "convolution": (lambda: torch.nn.functional.conv2d(maps, kernel, padding=1), 2 * 256**2 * 9 * images * 64**2),
+        "convolution": (lambda: torch.nn.functional.conv2d(maps, kernel, padding=1), flop),
+        "its input's gradient": (lambda: conv2d_input(maps.shape, kernel, maps, padding=1), flop),
+        "its weight's gradient": (lambda: conv2d_weight(maps, kernel.shape, maps, padding=1), flop),
     }
     rates = {}
     with torch.no_grad():
