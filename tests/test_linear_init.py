@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import linear_init
 from training.linear_init import (
     fit_linear_path,
     freeze_linear_path,
+    mirror_halves,
     mirrored_components,
     principal_components,
 )
@@ -127,9 +129,10 @@ def test_components_that_do_not_exist_are_not_found(n, d):
 def test_mirrored_components_against_explicit_mirror_images(n):
     images = some_images(n)
     small = F.avg_pool2d(images.float() / 127.5 - 1, 4)
-    mean, variances, vectors = mirrored_components(small, 30)
+    mean, total, variances, vectors = mirrored_components(small.split(30), n, 30)
     wanted_mean, wanted_variances, components = pca(patches(images, 8, 1))
     np.testing.assert_allclose(mean, wanted_mean, atol=1e-6)
+    np.testing.assert_allclose(total, wanted_variances.sum(), rtol=1e-5)
     np.testing.assert_allclose(variances, wanted_variances[:30], rtol=1e-4)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(30), atol=1e-5)
     np.testing.assert_allclose(projector(vectors), projector(components[:, :30]), atol=1e-3)
@@ -141,10 +144,36 @@ def test_mirrored_components_against_explicit_mirror_images(n):
 def test_images_that_are_their_own_mirror_images_have_no_antisymmetric_component():
     images = some_images(100)
     images = torch.cat([images[..., : SIZE // 2], images[..., : SIZE // 2].flip(-1)], dim=-1)
-    _, variances, vectors = mirrored_components(F.avg_pool2d(images.float() / 127.5 - 1, 4), 192)
+    _, _, variances, vectors = mirrored_components([F.avg_pool2d(images.float() / 127.5 - 1, 4)], 100, 192)
     assert len(variances) == 96
     mirrored = vectors.T.view(96, 3, 8, 8).flip(-1).reshape(96, -1)
     assert torch.allclose(mirrored, vectors.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_halves_of_a_patch_are_orthonormal_coordinates(side):
+    patches = torch.randn(7, 3, side, side, generator=torch.Generator().manual_seed(0))
+    even, odd = mirror_halves(patches)
+    again, turned = mirror_halves(patches.flip(-1))
+    torch.testing.assert_close(again, even)
+    torch.testing.assert_close(turned, -odd)
+    torch.testing.assert_close(even.square().sum(1) + odd.square().sum(1), patches.square().sum((1, 2, 3)))
+    _, _, variances, vectors = mirrored_components([patches], 7, 6)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(variances)), atol=1e-5)
+
+
+def test_patches_are_held_once():
+    """Moved copies of thousands of faces are gigabytes: the fit must not hold them several times."""
+    n, size = 4096, 3 * 16**2
+    chunks = (torch.randn(64, 3, 16, 16) for _ in range(n // 64))
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as run:
+        mirrored_components(chunks, n, 20)
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    assert 4 * n * size < most < 1.5 * 4 * n * size
 
 
 # ---------------------------------------------------------------------- the fitted model

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -78,44 +79,63 @@ def _largest_eigenvectors(matrix: Tensor, count: int) -> Tensor:
     return span @ rotation
 
 
-def mirrored_components(patches: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def mirror_halves(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """What mirroring keeps of patches (n, 3, p, p), and what it turns round, in orthonormal coordinates.
+
+    Returns:
+        Rows (n, 3 p ceil(p / 2)) and (n, 3 p floor(p / 2)).
+    """
+    side = patches.shape[-1]
+    left, right = patches[..., : side // 2], patches.flip(-1)[..., : side // 2]
+    centre = patches[..., side // 2 : side - side // 2]
+    even = torch.cat([(left + right) * 0.5**0.5, centre], dim=-1)
+    return even.flatten(1), ((left - right) * 0.5**0.5).flatten(1)
+
+
+def _whole_patches(halves: Tensor, side: int, sign: int) -> Tensor:
+    """Inverse of `mirror_halves` for rows of one half, symmetric (sign 1) or antisymmetric (-1): (n, 3, p, p)."""
+    columns = halves.unflatten(1, (3, side, halves.shape[1] // (3 * side)))
+    left = columns[..., : side // 2] * 0.5**0.5
+    centre = columns[..., side // 2 :] if sign > 0 else columns.new_zeros(*columns.shape[:3], side % 2)
+    return torch.cat([left, centre, sign * left.flip(-1)], dim=-1)
+
+
+def mirrored_components(chunks: Iterable[Tensor], number: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Principal components of patches and their mirror images.
 
     Args:
-        patches: (n, 3, p, p).
+        chunks: Patches, (n_i, 3, p, p), held once in all; the numbers n_i sum to `number`.
+        number: Of patches.
         count: Components wanted.
 
     Returns:
-        Mean (3p^2,), variances (k,) in falling order and orthonormal components (3p^2, k), in the order of
-        `pixel_unshuffle` with factor p: channel, row, column.
+        Mean (3p^2,), total variance (), variances of the components (k,) in falling order and the orthonormal
+        components (3p^2, k), in the order of `pixel_unshuffle` with factor p: channel, row, column.
     """
-
-    def mirror(rows: Tensor) -> Tensor:
-        return rows.view(-1, *patches.shape[1:]).flip(-1).reshape(len(rows), -1)
-
-    rows = patches.flatten(1)
-    mean = rows.mean(dim=0, keepdim=True)
-    mean = (mean + mirror(mean)) / 2
-    rows = rows - mean
-    mirrored = mirror(rows)
-    # A symmetric or antisymmetric patch is known by its left half: half the columns, each counting twice.
-    side = patches.shape[-1]
-    width = side // 2 if side % 2 == 0 else side
-    scale = (side / width) ** 0.5
+    held: list[Tensor] = []
+    filled = 0
+    for patches in chunks:
+        side, parts = patches.shape[-1], mirror_halves(patches)
+        held = held or [part.new_empty(number, part.shape[1]) for part in parts]
+        for rows, part in zip(held, parts):
+            rows[filled : filled + len(part)] = part
+        filled += len(patches)
+    even = held[0]
+    mean = even.mean(dim=0, keepdim=True)  # the mean of patches and mirror images has no antisymmetric half
+    even -= mean
+    total = sum(part.square().sum() for rows in held for part in rows.split(_CHUNK)) / number
     found_variances, found_vectors = [], []
-    for sign in (1, -1):
-        part = ((rows + sign * mirrored) / 2).view(patches.shape)[..., :width]
-        part_variances, halves = principal_components(part.flatten(1) * scale, count)
-        whole = halves.T.reshape(-1, *patches.shape[1:3], width) / scale
-        if width < side:
-            whole = torch.cat([whole, sign * whole.flip(-1)], dim=-1)
+    for sign, rows in zip((1, -1), held):
+        if rows.shape[1] == 0:  # patches of one pixel are their own mirror images
+            continue
+        part_variances, vectors = principal_components(rows, count)
         found_variances.append(part_variances)
-        found_vectors.append(whole.flatten(1).T)
+        found_vectors.append(_whole_patches(vectors.T, side, sign).flatten(1).T)
     variances, vectors = torch.cat(found_variances), torch.cat(found_vectors, dim=1)
     variances, order = variances.sort(descending=True)
     # Once more for both together: all of the smaller half may be rounding errors.
     found = min(count, int((variances > _SMALLEST_SHARE * variances[:1]).sum()))
-    return mean[0], variances[:found], vectors[:, order[:found]]
+    return _whole_patches(mean, side, 1).flatten(), total, variances[:found], vectors[:, order[:found]]
 
 
 @torch.no_grad()
@@ -167,10 +187,9 @@ def fit_linear_path(
     patch = path.encode_patch
     if len(images) < 2:
         raise ValueError(f"{len(images)} images cannot determine a linear path: give at least 2.")
-    rows = torch.cat([as_rows(F.pixel_unshuffle(encoded(part), patch)) for part in chunks()])
-    mean, variances, vectors = mirrored_components(rows.view(-1, 3, patch, patch), count)
-    total = (rows - mean).square().sum(dim=1).mean()
-    del rows
+    cut = (as_rows(F.pixel_unshuffle(encoded(part), patch)).view(-1, 3, patch, patch) for part in chunks())
+    patches_each = (size // model.shrink_factor // patch) ** 2
+    mean, total, variances, vectors = mirrored_components(cut, len(images) * (1 + copies) * patches_each, count)
     found = len(variances)
     if not found:
         raise ValueError(f"{len(images)} images without differences cannot determine a linear path: give others.")
