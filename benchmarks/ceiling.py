@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.profiler import ProfilerActivity, profile
@@ -38,7 +37,7 @@ from training.images import normalize
 from training.linear_init import freeze_linear_path
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
-from training.step import TrainStep
+from training.step import AveragedWeights, TrainStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +72,7 @@ class Bench:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, self.model, self.parameters, self.device)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.ema = EMAModel(self.parameters, decay=presets.ema_decay) if presets.ema_decay > 0 else None
+        self.ema = AveragedWeights(self.parameters, decay=presets.ema_decay) if presets.ema_decay > 0 else None
         shape = self.model.config
         self.side = shape.sample_size
         self.step = TrainStep(

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 
 from training.build import build_model, build_optimizer
 from training.checkpoint import Snapshot, verify, write_checkpoint
@@ -26,6 +25,7 @@ from training.config import load_config
 from training.export import model_files
 from training.linear_init import freeze_linear_path
 from training.run_state import RunState
+from training.step import AveragedWeights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    state = RunState(accelerator, model, optimizer, EMAModel(parameters))
+    state = RunState(accelerator, model, optimizer, AveragedWeights(parameters))
     copied, written, verified, size = [], [], [], 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for step in range(arguments.rounds):

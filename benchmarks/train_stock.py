@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from benchmarks.ceiling import add_common_arguments, read_config
@@ -31,7 +30,7 @@ from training.config import Config
 from training.data import TrainStream
 from training.losses import LossWeights
 from training.perceptual import PerceptualTrunk
-from training.step import TrainStep
+from training.step import AveragedWeights, TrainStep
 
 
 class StockModel(nn.Module):
@@ -69,7 +68,7 @@ def build_step(config: Config, contender: str) -> tuple[AutoencoderKL, TrainStep
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
     betas = (presets.adam_beta1, presets.adam_beta2)
     optimizer = kind(parameters, lr=presets.learning_rate, betas=betas, weight_decay=presets.weight_decay)
-    ema = EMAModel(parameters, decay=presets.ema_decay, use_ema_warmup=True, power=presets.ema_power)
+    ema = AveragedWeights(parameters, decay=presets.ema_decay, use_ema_warmup=True, power=presets.ema_power)
     trunks: list[PerceptualTrunk | None] = [
         PerceptualTrunk(name, loss.trunk_weights).to(accelerator.device, memory_format=layout)
         for name, _ in loss.trunks

@@ -41,7 +41,6 @@ def model_for(layout: str, **changes: object) -> AutoencoderKLUltra:
         decoder_channels=(16, 32),
         decoder_layers=(1, 1),
         vector_width=8,
-        norm_num_groups=8,
     ).eval()
 
 
@@ -280,7 +279,7 @@ def test_the_first_reconstruction_is_the_enlarged_linear_image(layout):
         output = model(pixels)
         linear_image = model.linear_path.decode(output.posterior.mean)
         enlarged = F.interpolate(linear_image, size=SIZE, mode="bicubic", align_corners=False)
-    assert torch.equal(output.sample, enlarged)
+    torch.testing.assert_close(output.sample, enlarged, rtol=0, atol=1e-6)
     error = (output.sample - pixels).square().mean()
     assert error < 0.6 * (pixels - pixels.mean(dim=0)).square().mean()
 

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 
+from training import perceptual
 from training.build import build_model, build_optimizer, micro_batch_size
 from training.config import Config, config_from_dict
 from training.devices import DEVICES, Device, find_device
@@ -25,7 +25,7 @@ from training.memory_plan import (
     plan_memory,
 )
 from training.perceptual import PerceptualTrunk
-from training.step import TrainStep
+from training.step import AveragedWeights, TrainStep
 
 SIDE = 64  # large enough for activations to outweigh the weights
 
@@ -66,7 +66,7 @@ def allocated(**presets) -> int:
         accelerator,
         *accelerator.prepare(model, build_optimizer(config, model, parameters, accelerator.device)),
         parameters,
-        ema=EMAModel(parameters, decay=0.9),
+        ema=AveragedWeights(parameters, decay=0.9),
         trunk=PerceptualTrunk(loss.trunk, load_weights=False),
         weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
         seed=0,
@@ -87,17 +87,26 @@ def allocated(**presets) -> int:
     return most
 
 
-# At 24 images the peak lies between two operations, where only tensors are held, and the two must agree to the last
-# tensor (8 bytes apart where this was written). At 8 images it lies inside a convolution, whose scratch memory (weights
-# in another order, up to 2 MB here whatever the batch) the plan knows as an assumption only.
-def test_the_peak_is_what_the_allocator_hands_out(session):
-    assert allocated(batch_size=24) == pytest.approx(moving(planned(24)), rel=1e-3)
+# The plan is a GPU's, where distances of features are not taken image by image. The peak lies inside a convolution, whose
+# scratch memory (weights in another order, up to 2 MB here whatever the batch) the plan knows as an assumption only.
+SCRATCH = 2_000_000
+
+
+@pytest.fixture(autouse=True)
+def whole_batches(monkeypatch):
+    monkeypatch.setattr(perceptual, "_slices", lambda *taps: [[tap] for tap in taps])
+
+
+@pytest.mark.parametrize("batch_size", [24, 48])
+def test_the_peak_is_what_the_allocator_hands_out(session, batch_size):
+    plan = moving(planned(batch_size))
+    assert 0.999 * plan <= allocated(batch_size=batch_size) <= plan + SCRATCH
 
 
 def test_gradient_checkpointing_holds_what_the_plan_says(session):
     plan = moving(planned(24, gradient_checkpointing=True))
     assert plan < 0.95 * moving(planned(24))
-    assert allocated(batch_size=24, gradient_checkpointing=True) == pytest.approx(plan, rel=0.01)
+    assert 0.99 * plan <= allocated(batch_size=24, gradient_checkpointing=True) <= plan + SCRATCH
 
 
 def test_lasting_parts_are_four_bytes_for_each_number():
@@ -139,7 +148,7 @@ def test_saved_activations_of_one_block_by_hand():
         values["loss"] |= {"perceptual_weight": 0, "lpips_weight": 0}
         sizes.append(plan_memory(config_from_dict(values), 4, keeps_gradients=False, precision="no").kept_bytes)
     map_bytes = 4 * 16 * 10 * 10 * 4  # images x channels x 10 x 10 x float32
-    statistics = 2 * 4 * 8 * 4  # mean and 1 / deviation: images x groups x float32
+    statistics = 2 * 4 * 10 * 10 * 4  # mean and 1 / deviation: images x positions x float32
     assert sizes[1] - sizes[0] == 4 * map_bytes + statistics
 
 

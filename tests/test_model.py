@@ -25,7 +25,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import autoencoder_kl_ultra
-from modeling.autoencoder_kl_ultra import LOGVAR_MAX, LOGVAR_MIN, AutoencoderKLUltra, ResBlock
+from modeling.autoencoder_kl_ultra import LOGVAR_MAX, LOGVAR_MIN, AutoencoderKLUltra, ChannelNorm, ResBlock
 
 SMALL = {
     "sample_size": 32,
@@ -35,7 +35,6 @@ SMALL = {
     "decoder_channels": (32, 64),
     "decoder_layers": (2, 1),
     "vector_width": 16,
-    "norm_num_groups": 8,
 }
 LAYOUTS = {
     "vector": {"latent_layout": "vector", "latent_numbers": 48, "latent_channels": 48, "latent_size": 1}
@@ -392,12 +391,35 @@ def test_large_images_in_tiles():
     assert len(sides) == 6
     assert max(sides) == 32
     assert tiled.shape == pixels.shape
-    # A tile has its own normalisation statistics and zero padding at its borders, so the result is only near;
-    # an image that has nothing to do with the whole would be at 1.4.
+    # A tile has zero padding at its borders, so the result is only near; an image that has nothing to do with the whole
+    # would be at 1.4.
     assert 0 < relative(model.encode(pixels).latent_dist.mean, latents) < 0.8
     assert 0 < relative(tiled, whole) < 0.8
     model.disable_tiling()
     assert torch.equal(reconstruct(model, pixels), whole)
+
+
+@pytest.mark.parametrize(("height", "width", "factor"), [(20, 28, 2), (5, 4, 4), (1, 7, 3)])
+def test_the_linear_image_is_enlarged_as_torch_does_it(height, width, factor):
+    model = fresh("spatial")
+    model.enlarge_factor = factor
+    image = torch.randn(2, 3, height, width)
+    expected = torch.nn.functional.interpolate(image, scale_factor=factor, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(model.enlarge(image), expected, rtol=0, atol=2e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.enlarge(image), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_norm_is_that_of_each_positions_channels(layout):
+    norm = ChannelNorm(8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    maps = (3 + 2 * torch.randn(2, 8, 5, 6)).to(memory_format=layout)
+    mean, deviation = maps.mean(dim=1, keepdim=True), maps.std(dim=1, keepdim=True, correction=0)
+    expected = (maps - mean) / deviation * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(maps), expected, rtol=1e-4, atol=1e-4)
+    assert norm(maps).is_contiguous(memory_format=layout), "no copy for the next convolution"
 
 
 @pytest.mark.parametrize("decode_size", [32, 16])
@@ -586,9 +608,8 @@ WRONG = [
         {"decoder_channels": (32, 64, 64), "decoder_layers": (1, 1, 1)},
         r"decoder_channels \(32, 64, 64\) .* the 2 stages",
     ),
-    ("vector", {"encoder_channels": (36, 64)}, "encoder_channels: 36 .* norm_num_groups 8 and 4: change"),
+    ("vector", {"encoder_channels": (38, 64)}, "encoder_channels: 38 is not a multiple of 4: change"),
     ("vector", {"decoder_channels": (33, 64)}, "decoder_channels: 33 is not a multiple"),
-    ("vector", {"encoder_channels": (33, 66), "norm_num_groups": 3}, "33 .* norm_num_groups 3 and 4"),
     ("vector", {"encoder_channels": (8, 64)}, "between 8 and 64 needs 4 x 8 = 32 to be a multiple of 64"),
     ("vector", {"sample_size": 36}, "sample_size 36 .* 4 x 2 = 8: change one"),
     ("spatial", {"patch_size": 2}, "32 / 4 = 8 positions wide, but latent_size is 4: change"),
@@ -601,7 +622,6 @@ WRONG = [
     ("vector", {"linear_size": "8"}, "linear_size is '8': whole numbers from 1 up"),
     ("vector", {"linear_size": 0}, "linear_size is 0"),
     ("vector", {"patch_size": 0}, "patch_size is 0: whole numbers from 1 up"),
-    ("vector", {"norm_num_groups": 0}, "norm_num_groups is 0"),
     ("vector", {"vector_width": 0}, "vector_width is 0"),
     ("vector", {"encoder_channels": (), "encoder_layers": ()}, r"encoder_channels is \(\)"),
 ]

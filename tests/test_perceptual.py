@@ -169,6 +169,35 @@ class TestFeatureDistance:
             scaled = trunk.feature_distance([100 * tap for tap in features], [3 * tap for tap in targets])
             torch.testing.assert_close(scaled, trunk.feature_distance(features, targets), atol=1e-6, rtol=1e-3)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients_to_both_sides_are_those_of_the_formulas(self, random_trunks, dtype):
+        trunk = random_trunks["alexnet"]
+        channels = ARCHITECTURES["alexnet"].channels
+        sides = [[torch.randn(3, size, 4, 5).relu().to(dtype) for size in channels] for _ in range(2)]
+        weights = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 4.0, -1.0])  # of each image's two distances
+
+        def gradients(distances) -> list[torch.Tensor]:
+            taps = [[tap.clone().requires_grad_() for tap in side] for side in sides]
+            plain, learned = distances(*taps)
+            (plain @ weights[0] + learned @ weights[1]).backward()
+            return [tap.grad for side in taps for tap in side]
+
+        def formulas(features, targets):  # on float32, by autograd
+            differences = [
+                F.normalize(f.float(), dim=1) - F.normalize(t.float(), dim=1) for f, t in zip(features, targets)
+            ]
+            heads = [getattr(trunk, f"head{index}").view(1, -1, 1, 1) for index in range(len(channels))]
+            plain = torch.stack([difference.abs().mean(dim=(1, 2, 3)) for difference in differences]).mean(dim=0)
+            learned = [(d.square() * head).sum(dim=1).mean(dim=(1, 2)) for d, head in zip(differences, heads)]
+            return plain, torch.stack(learned).sum(dim=0)
+
+        for own, reference in zip(gradients(trunk.distances), gradients(formulas), strict=True):
+            assert own.dtype == dtype
+            scale = reference.abs().max()
+            torch.testing.assert_close(
+                own / scale, reference / scale, rtol=0, atol=1e-5 if dtype.itemsize == 4 else 1e-2
+            )
+
     def test_both_distances_from_one_pass_equal_each_alone(self, random_trunks):
         trunk = random_trunks["alexnet"]
         images, others = image_pair()

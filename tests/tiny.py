@@ -27,7 +27,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_channels": [16, 32],
         "decoder_layers": [1, 1],
         "vector_width": 8,
-        "norm_num_groups": 8,
         "linear_size": 20,
         "linear_decode_size": 20,
     },

@@ -123,12 +123,12 @@ def random_crops(pixels_pair: Sequence[Tensor], tops: Sequence[int], lefts: Sequ
 def _features(
     trunk: PerceptualTrunk, reconstruction: Tensor, pixels: Tensor, crop: Window | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Float32 features of the reconstructions, with gradient, and of their targets, without."""
+    """Features of the reconstructions, with gradient, and of their targets, without."""
     if crop is not None:
         reconstruction, pixels = random_crops((reconstruction, pixels), *crop)
     with torch.no_grad():
-        target_features = [tap.float() for tap in trunk.features(pixels)]
-    return [tap.float() for tap in trunk.features(reconstruction)], target_features  # one conversion for both terms
+        target_features = trunk.features(pixels)
+    return trunk.features(reconstruction), target_features
 
 
 def vae_loss(

@@ -41,9 +41,9 @@ CONTEXT_BYTES = 0.75 * GIB
 FRAGMENTED_FRACTION = 0.1
 
 # Passes over 4-byte numbers, reads and writes, one for each trained parameter: clipping reads the gradient twice and
-# writes it; Adam reads weight, gradient and two moments and writes all but the gradient; the average is made by three
-# separate operations on weight and average.
-_UPDATE_PASSES = {"clipping": 3, "optimizer": 7, "average": 8}
+# writes it; Adam reads weight, gradient and two moments and writes all but the gradient; the average reads both
+# weights and writes one.
+_UPDATE_PASSES = {"clipping": 3, "optimizer": 7, "average": 3}
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, copy_into, host_copy, read_tensors
+from training.step import AveragedWeights
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
 
@@ -31,7 +31,7 @@ class RunState:
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedWeights | None
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

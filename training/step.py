@@ -115,6 +115,20 @@ class StepResult:
     halved: bool
 
 
+class AveragedWeights(EMAModel):
+    """diffusers' averaged weights, updated in one pass over each tensor instead of three.
+
+    A third of the memory traffic: the update is bound by nothing else.
+    """
+
+    @torch.no_grad()
+    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Move the average towards the parameters."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+
 class OutOfMemory(RuntimeError):
     """A forward and backward pass does not fit; nothing was updated, so that a checkpoint of this moment is whole."""
 
@@ -149,7 +163,7 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         *,
-        ema: EMAModel | None,
+        ema: AveragedWeights | None,
         trunk: PerceptualTrunk | None,
         weights: LossWeights,
         seed: int,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
@@ -55,7 +54,7 @@ from training.run_folder import RunFolder
 from training.run_record import describe_hardware
 from training.run_state import RunState
 from training.signals import StopSignal
-from training.step import OutOfMemory, TrainStep
+from training.step import AveragedWeights, OutOfMemory, TrainStep
 from training.tracking import Tracker, setup_logging
 from training.validation import Validation, posterior_draws, reconstruction_grid, sample_grid, validate
 
@@ -188,7 +187,7 @@ class Trainer:
         prepared_model, prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
         self.ema = None
         if presets.ema_decay > 0:
-            self.ema = EMAModel(
+            self.ema = AveragedWeights(
                 self.parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power
             )
             self.ema.to(accelerator.device)
