@@ -81,7 +81,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(session, trunk, pi
             for name, value in parts.items():
                 assert cut_parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
     # Rounding can carry a unit of the trunk over the bend of its ReLU, which changes that step's gradient by more.
-    assert sorted(errors)[3] <= 1e-6
+    assert sorted(errors)[3] <= 1e-5
     assert max(errors) <= 1e-3
 
 
@@ -173,16 +173,16 @@ def test_without_perceptual_terms_no_trunk_is_needed(session, pixels):
     assert parts["reconstruction"] == parts["mse"]
 
 
-def test_lpips_reads_its_own_network(session, trunk, pixels):
+def test_lpips_reads_a_second_network(session, trunk, pixels):
     seen = []
     torch.manual_seed(2)
     other = PerceptualTrunk("st_vgg16", load_weights=False)
     handles = [
         network.layers[0].register_forward_hook(lambda _, x, __, name=name: seen.append((name, x[0].shape[-1])))
-        for name, network in (("perceptual", trunk), ("lpips", other))
+        for name, network in (("first", trunk), ("second", other))
     ]
     whole, _ = gradient(make_step(trunk, lpips_trunk=other, lpips_crop_px=36), pixels)
-    assert seen == [("perceptual", CROP)] * 2 + [("lpips", 36)] * 2
+    assert seen == [("first", CROP)] * 2 + [("second", 36)] * 2
     cut, _ = gradient(make_step(trunk, lpips_trunk=other, lpips_crop_px=36, micro_batch=3), pixels)
     for handle in handles:
         handle.remove()

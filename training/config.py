@@ -119,13 +119,14 @@ class LossConfig:
     lpips_weight: float = 0.2  # LPIPS (Zhang et al. 2018); one frozen trunk serves both perceptual terms
     # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
     trunk: str = "vgg16"
-    # Network of the LPIPS term where it is another; null: trunk. AlexNet reads a pixel for 1/24 of VGG16's arithmetic.
+    # A second network for LPIPS: the term is the mean of both networks' figures, so that what one of them overlooks the
+    # other sees. AlexNet reads a pixel for 1/24 of VGG16's arithmetic. null: trunk alone.
     lpips_trunk: str | None = None
     # Folder with <trunk>_features.safetensors; null: torch's hub cache, else torchvision's download.
     trunk_weights: str | None = None
     # The trunk sees a random window of this side of each image (the same of both); null: the whole image.
     perceptual_crop_px: int | None = None
-    lpips_crop_px: int | None = None  # the same for lpips_trunk
+    lpips_crop_px: int | None = None  # the same for lpips_trunk, which has windows of its own
 
     def __post_init__(self) -> None:
         for name in ("mse_weight", "l1_weight", "perceptual_weight", "lpips_weight"):
@@ -143,7 +144,7 @@ class LossConfig:
             self.lpips_crop_px is None or self.lpips_trunk is not None,
             "loss.lpips_crop_px",
             self.lpips_crop_px,
-            "set loss.lpips_trunk too; without it LPIPS reads the windows of loss.perceptual_crop_px",
+            "set loss.lpips_trunk too; without it all terms read the windows of loss.perceptual_crop_px",
         )
 
     @property

@@ -159,7 +159,7 @@ def vae_loss(
         trunk: May be None when `weights.needs_trunk` is False.
         crop: (tops, lefts, size) of the window of each image that the trunk sees (`random_crops`), or None
             for the whole image. MSE and L1 always read the whole image.
-        lpips_trunk: Where LPIPS reads another network than the perceptual term.
+        lpips_trunk: A second network, whose LPIPS is averaged with that of `trunk`.
         lpips_crop: The window that this one sees.
 
     Returns:
@@ -189,11 +189,10 @@ def vae_loss(
         terms["l1"] = difference.abs().mean(dim=(1, 2, 3))
     if weights.needs_trunk:
         features = _features(trunk, reconstruction, pixels, crop)
-        if lpips_trunk is None:
-            terms["perceptual"], terms["lpips"] = trunk.distances(*features)
-        else:
-            terms["perceptual"] = trunk.feature_distance(*features)
-            terms["lpips"] = lpips_trunk.lpips(*_features(lpips_trunk, reconstruction, pixels, lpips_crop))
+        terms["perceptual"], terms["lpips"] = trunk.distances(*features)
+        if lpips_trunk is not None:
+            second = lpips_trunk.lpips(*_features(lpips_trunk, reconstruction, pixels, lpips_crop))
+            terms["lpips"] = (terms["lpips"] + second) / 2
 
     with full_precision(pixels.device):
         parts = {name: term.mean() for name, term in terms.items()}

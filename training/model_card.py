@@ -281,7 +281,7 @@ def _crop(record: RunRecord | None) -> str:
 def _training(record: RunRecord) -> str:
     presets, loss = record.config.training_presets, record.config.loss
     hours, seen = record.train_seconds / 3600, record.status.get("images_seen", 0)
-    networks = f"trunk {loss.trunk}" + ("" if loss.lpips_trunk is None else f", LPIPS {loss.lpips_trunk}")
+    networks = f"trunk {loss.trunk}" + ("" if loss.lpips_trunk is None else f", LPIPS also of {loss.lpips_trunk}")
     lines = [
         f"- {seen:,} images in {record.status.get('epoch')} epochs, batch {presets.batch_size}, {presets.optimizer}, learning "
         f"rate {presets.learning_rate:g}, seed {presets.seed}; every key is in `training_config.json`.",

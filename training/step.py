@@ -151,7 +151,7 @@ class TrainStep:
             the step again. Gradients are then exchanged after the last backward pass and not during it, because the
             processes must first agree that all of them got there.
         crop_px: Side of the perceptual window; None for the whole image.
-        lpips_trunk, lpips_crop_px: The same for LPIPS where it reads another network.
+        lpips_trunk, lpips_crop_px: The same for the second network of LPIPS, if there is one.
         max_grad_norm: Gradients are clipped to this norm.
         augment: Shift, turn and scale each image a little (`training.images.move`).
     """

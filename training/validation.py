@@ -71,7 +71,7 @@ def validate(
         weights: Of the reconstruction loss.
         trunk: Of the reconstruction loss; None if no term needs it.
         crop_px: Side of its windows; None for the whole image.
-        lpips_trunk, lpips_crop_px: Of the loss's LPIPS where that is another network.
+        lpips_trunk, lpips_crop_px: The same for the second network of the loss's LPIPS, if there is one.
         reported: Trunk of the LPIPS that is reported, on whole images; None leaves it out.
     """
     device, side = accelerator.device, images.shape[-1]
