@@ -60,6 +60,10 @@ class VelocityField(nn.Module):
     began. White latents are nearly that, so the network learns the difference and starts at zero: before training,
     this is the Gaussian prior.
 
+    What they differ in most is scale: a plain background has small coefficients, a busy one large ones (Wainwright and
+    Simoncelli 2000, "Scale mixtures of Gaussians and the statistics of natural images"). So the network sees squares
+    beside positions, and answers with a gain for each number beside a velocity.
+
     Args:
         numbers: Of one latent.
         width: Of the residual stream.
@@ -70,10 +74,10 @@ class VelocityField(nn.Module):
         super().__init__()
         self.time_proj = Timesteps(_TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(_TIME_CHANNELS, width)
-        self.linear_in = nn.Linear(numbers, width)
+        self.linear_in = nn.Linear(2 * numbers, width)
         self.blocks = nn.ModuleList(VelocityBlock(width) for _ in range(blocks))
         self.norm_out = nn.LayerNorm(width)
-        self.linear_out = nn.Linear(width, numbers)
+        self.linear_out = nn.Linear(width, 2 * numbers)
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
 
@@ -81,10 +85,12 @@ class VelocityField(nn.Module):
         """Positions (n, numbers) and times (n,) in [0, 1] to velocities (n, numbers)."""
         variance = (t.square() + (1 - t).square())[:, None]  # of x_t, if x_1 is white
         time = self.time_embedding(self.time_proj(1000 * t))  # the embedding's frequencies are made for 0 to 1,000
-        h = self.linear_in(x / variance.sqrt())
+        white = x / variance.sqrt()
+        h = self.linear_in(torch.cat([white, white.square() - 1], dim=1))
         for block in self.blocks:
             h = block(h, time)
-        return (2 * t[:, None] - 1) / variance * x + self.linear_out(self.norm_out(h))
+        velocity, gain = self.linear_out(self.norm_out(h)).chunk(2, dim=1)
+        return (2 * t[:, None] - 1) / variance * x + velocity + gain * white
 
 
 class LatentPrior(ModelMixin, ConfigMixin):

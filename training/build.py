@@ -81,13 +81,15 @@ def _on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def build_accelerator(state: PartialState, precision: str, run_dir: Path) -> Accelerator:
+def build_accelerator(state: PartialState, precision: str, run_dir: Path, one_piece: bool) -> Accelerator:
     """The accelerator of a run.
 
     Args:
         state: Of the processes.
         precision: "no", "bf16" or "fp16".
         run_dir: Where TensorBoard events go.
+        one_piece: Whether every forward pass is followed by an exchange of gradients. Only then is the graph the same
+            in all of them, and DDP need not look for what was used.
 
     Raises:
         ValueError: The launcher asks for a way of sharding the model.
@@ -98,7 +100,7 @@ def build_accelerator(state: PartialState, precision: str, run_dir: Path) -> Acc
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=False, broadcast_buffers=False)
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=one_piece, broadcast_buffers=False)
         ],
     )
     if accelerator.distributed_type in SHARDED:

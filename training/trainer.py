@@ -101,9 +101,10 @@ class Trainer:
         state, precision, source = join_processes(presets.mixed_precision)
         opened = on_main_process(state, lambda: self._folder.open(resume))
         self.run_dir, checkpoint, saved, notes = (opened[key] for key in ("run_dir", "checkpoint", "state", "notes"))
-        self.accelerator = accelerator = build_accelerator(state, precision, self.run_dir)
+        micro_batch = micro_batch_size(config, state.num_processes)
+        one_piece = presets.micro_batch_size != "auto" and micro_batch * state.num_processes == presets.batch_size
+        self.accelerator = accelerator = build_accelerator(state, precision, self.run_dir, one_piece)
         setup_logging(accelerator, None)
-        micro_batch = micro_batch_size(config, accelerator.num_processes)
         self.model = build_model(config)
         side = self.model.config.sample_size
         if saved is not None:
