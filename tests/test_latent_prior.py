@@ -188,6 +188,26 @@ def test_the_flow_draws_moons_where_the_gaussian_draws_a_blob():
     assert flow < 0.5 * blob and flow < 0.05 * standard, (flow, blob, standard)
 
 
+def test_the_flow_draws_plain_and_busy_faces_where_the_gaussian_knows_their_mean_only():
+    """Coefficients that are small together in one half of the faces, and large together in the other."""
+
+    def scaled(count: int, seed: int) -> torch.Tensor:
+        random = seeded(seed)
+        scale = torch.tensor([0.4, 1.36])[torch.randint(0, 2, (count, 1), generator=random)]
+        return scale * torch.randn(count, 24, generator=random)
+
+    def spread(rows: torch.Tensor) -> float:
+        return rows.square().mean(dim=1).log().std().item()
+
+    train, held_out, fresh = scaled(2000, 0), scaled(1000, 1), scaled(1000, 2)
+    gaussian, _ = fit_gaussian(train)
+    prior, _ = fit_flow(
+        gaussian, exact_faces(train), exact_faces(held_out), steps=300, width=48, blocks=1, learning_rate=3e-3
+    )
+    assert spread(gaussian.sample(1000, seeded(3))) < 0.3 * spread(fresh)
+    assert spread(prior.sample(1000, seeded(3))) == pytest.approx(spread(fresh), rel=0.2)
+
+
 def test_a_flow_that_learns_nothing_true_of_others_stays_the_gaussian():
     """Three faces known by heart, and held-out ones that are plain normal: step 0 is kept."""
     gaussian, _ = fit_gaussian(torch.randn(2000, 8, generator=seeded()))

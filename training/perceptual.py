@@ -261,12 +261,14 @@ class _TapDistances(torch.autograd.Function):
     def forward(ctx, tap_a: Tensor, tap_b: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (N, C, h, w) of both sides and the head (C,) to (N,) and (N,), float32."""
         ctx.save_for_backward(tap_a, tap_b, head)
+        positions = tap_a.shape[2] * tap_a.shape[3]
         plain, learned = [], []
         for a, b in zip(*_slices(tap_a, tap_b)):
             difference = _unit_length(a)[0].sub_(_unit_length(b)[0])
-            # Averaging over positions before weighting spares a map of the tap's size.
-            learned.append((difference.square().mean(dim=(2, 3)) * head).sum(dim=1))
-            plain.append(difference.abs_().mean(dim=(1, 2, 3)))
+            plain.append(torch.linalg.vector_norm(difference, 1, dim=(1, 2, 3)) / difference[0].numel())
+            # Summing over positions before weighting spares a map of the tap's size.
+            squares = torch.linalg.vector_norm(difference, dim=(2, 3)).square() / positions
+            learned.append((squares * head).sum(dim=1))
         return torch.cat(plain), torch.cat(learned)
 
     @staticmethod
@@ -274,26 +276,26 @@ class _TapDistances(torch.autograd.Function):
     def backward(ctx, plain: Tensor, learned: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """The chain rule through x / |x|, whose derivative takes the part along x out of a gradient."""
         tap_a, tap_b, head = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
         positions = tap_a.shape[2] * tap_a.shape[3]
-        gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+        gradients = [
+            torch.empty_like(tap) if wanted else None for tap, wanted in zip((tap_a, tap_b), ctx.needs_input_grad)
+        ]
         start = 0
         for a, b in zip(*_slices(tap_a, tap_b)):
             rows = slice(start, start + len(a))
             start += len(a)
             (unit_a, scale_a), (unit_b, scale_b) = _unit_length(a), _unit_length(b)
             difference = unit_a - unit_b
-            slope = difference.sign() * (plain[rows] / (positions * tap_a.shape[1]))[:, None, None, None]
+            slope = difference.sign().mul_((plain[rows] / (positions * tap_a.shape[1]))[:, None, None, None])
             slope.addcmul_(difference, (2 / positions * learned[rows, None] * head)[:, :, None, None])
-            for side, sign, unit, scale in ((0, 1, unit_a, scale_a), (1, -1, unit_b, scale_b)):
-                if wanted[side]:
+            for gradient, sign, unit, scale in (
+                (gradients[0], 1, unit_a, scale_a),
+                (gradients[1], -1, unit_b, scale_b),
+            ):
+                if gradient is not None:
                     along = (slope * unit).sum(dim=1, keepdim=True)
-                    gradients[side].append(((slope - unit * along) * (sign * scale)).to(tap_a.dtype))
-        return (
-            torch.cat(gradients[0]) if wanted[0] else None,
-            torch.cat(gradients[1]) if wanted[1] else None,
-            None,
-        )
+                    torch.mul(torch.addcmul(slope, unit, along, value=-1), sign * scale, out=gradient[rows])
+        return (*gradients, None)
 
 
 def _slices(*taps: Tensor) -> list[Sequence[Tensor]]:
@@ -314,9 +316,9 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
 
 def _unit_length(tap: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C, h, w) in float32, scaled to length 1 along C, and the scales (N, 1, h, w)."""
-    tap = tap.float()
-    scale = torch.rsqrt(tap.square().sum(dim=1, keepdim=True) + NORM_EPS)
-    return tap * scale, scale
+    length = torch.linalg.vector_norm(tap, dim=1, keepdim=True, dtype=torch.float32)
+    scale = torch.rsqrt(length.square() + NORM_EPS)
+    return tap * scale, scale  # the product is float32 though the tap may not be
 
 
 def _load_weights(
