@@ -14,7 +14,7 @@ import http.client
 import importlib.util
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,14 +261,12 @@ class _TapDistances(torch.autograd.Function):
     def forward(ctx, tap_a: Tensor, tap_b: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (N, C, h, w) of both sides and the head (C,) to (N,) and (N,), float32."""
         ctx.save_for_backward(tap_a, tap_b, head)
-        positions = tap_a.shape[2] * tap_a.shape[3]
         plain, learned = [], []
         for a, b in zip(*_slices(tap_a, tap_b)):
             difference = _unit_length(a)[0].sub_(_unit_length(b)[0])
             plain.append(torch.linalg.vector_norm(difference, 1, dim=(1, 2, 3)) / difference[0].numel())
-            # Summing over positions before weighting spares a map of the tap's size.
-            squares = torch.linalg.vector_norm(difference, dim=(2, 3)).square() / positions
-            learned.append((squares * head).sum(dim=1))
+            # Averaging over positions before weighting spares a map of the tap's size.
+            learned.append((difference.square_().mean(dim=(2, 3)) * head).sum(dim=1))
         return torch.cat(plain), torch.cat(learned)
 
     @staticmethod
@@ -294,17 +292,18 @@ class _TapDistances(torch.autograd.Function):
             ):
                 if gradient is not None:
                     along = (slope * unit).sum(dim=1, keepdim=True)
-                    torch.mul(torch.addcmul(slope, unit, along, value=-1), sign * scale, out=gradient[rows])
+                    gradient[rows] = torch.addcmul(slope, unit, along, value=-1).mul_(sign * scale)
         return (*gradients, None)
 
 
-def _slices(*taps: Tensor) -> list[Sequence[Tensor]]:
-    """Taps image by image on a CPU, where a slice then stays in its cache; else whole, for few launches.
+def _slices(*taps: Tensor) -> list[Iterable[Tensor]]:
+    """Taps whole, for few launches; on a CPU in float32 and image by image, where a slice stays in its cache.
 
     Fake tensors say that they are on a CPU, and plan the memory of a GPU.
     """
-    whole = taps[0].device.type != "cpu" or isinstance(taps[0], FakeTensor)
-    return [tap.split(len(tap) if whole else 1) for tap in taps]
+    if taps[0].device.type != "cpu" or isinstance(taps[0], FakeTensor):
+        return [[tap] for tap in taps]
+    return [(image.float() for image in tap.split(1)) for tap in taps]
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
