@@ -112,10 +112,11 @@ class VectorConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, 1, 1) to (N, C_out, 1, 1)."""
-        rows = F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
-        # One position lies alike in both memory formats. Only strides tell them apart, and what follows goes by them.
+        # One position lies alike in both memory formats. Only strides tell them apart, and what follows goes by them:
+        # the next layer, and DDP, which wants gradients in the strides of their weights.
         if self.weight.stride(-1) == 1:
-            return rows[..., None, None]
+            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
+        rows = F.linear(x.flatten(1), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return rows[:, None, None].movedim(-1, 1)
 
 

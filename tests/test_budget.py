@@ -25,6 +25,11 @@ def conv(channels_in: int, channels_out: int, kernel: int, size: int) -> float:
     return 2 * channels_in * channels_out * kernel**2 * size**2 / 1e9
 
 
+def enlarging(small: int, large: int) -> float:
+    """GFLOP of enlarging an image by two matrix products: its rows, then its columns."""
+    return 3 * 2 * (large * small * small + large * small * large) / 1e9
+
+
 # The tiny configuration: 40 pixels, patches of 4, so stages at 10 and 5; vector width 8; latent 16; linear 20 -> 20.
 ENCODER = (
     conv(3 * 4**2, 16, 3, 10)
@@ -45,6 +50,7 @@ DECODER = (
     + conv(3 * 2**2, 16, 1, 10)  # the linear image, half the size of the image, into each stage
     + conv(3 * 4**2, 32, 1, 5)
     + conv(16, 3 * 20**2, 1, 1)  # the linear path
+    + enlarging(20, 40)
 )
 # Shift-tolerant AlexNet on a window of 32: kernels 11, 5, 3, 3, 3; strides become dense layers and blurs.
 TRUNK = (
@@ -115,11 +121,12 @@ def operations_by_shapes(config) -> dict[str, float]:
         freeze_linear_path(model, config.training_presets.linear_lr_scale)
         side = model.config.sample_size
         model(torch.zeros(1, 3, side, side))
-        found = {"model": forward, "model backward": backward}
+        enlarge = enlarging(model.config.linear_decode_size, side) if model.linear_path is not None else 0.0
+        found = {"model": forward + enlarge, "model backward": backward + enlarge}
         forward = backward = 0.0
-        if config.loss.needs_trunk:
-            trunk = watch(PerceptualTrunk(config.loss.trunk, load_weights=False).to("meta"))
-            crop = min(config.loss.perceptual_crop_px or side, side)
+        for name, crop in config.loss.trunks:
+            trunk = watch(PerceptualTrunk(name, load_weights=False).to("meta"))
+            crop = min(crop or side, side)
             with torch.no_grad():
                 trunk.features(torch.zeros(1, 3, crop, crop))
             trunk.features(torch.zeros(1, 3, crop, crop, requires_grad=True))

@@ -422,6 +422,15 @@ def test_the_norm_is_that_of_each_positions_channels(layout):
     assert norm(maps).is_contiguous(memory_format=layout), "no copy for the next convolution"
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_lie_in_memory_as_their_weights_do(layout):
+    """Strides of axes of length 1 included: DDP compares them, and copies each step what differs."""
+    model = awake("vector").to(memory_format=layout)
+    model(faces(2).to(memory_format=layout), sample_posterior=True).sample.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
+
+
 @pytest.mark.parametrize("decode_size", [32, 16])
 def test_tiling_the_linear_path_is_exact(decode_size):
     model = fresh("spatial", linear_decode_size=decode_size)
