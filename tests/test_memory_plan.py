@@ -87,26 +87,24 @@ def allocated(**presets) -> int:
     return most
 
 
-# The plan is a GPU's, where distances of features are not taken image by image. The peak lies inside a convolution, whose
-# scratch memory (weights in another order, up to 2 MB here whatever the batch) the plan knows as an assumption only.
-SCRATCH = 2_000_000
-
-
 @pytest.fixture(autouse=True)
 def whole_batches(monkeypatch):
+    """The plan is a GPU's, where distances of features are not taken image by image."""
     monkeypatch.setattr(perceptual, "_slices", lambda *taps: [[tap] for tap in taps])
 
 
+# The peak lies between two operations, where only tensors are held, and the two must agree to the last tensor (504 and
+# 984 bytes apart where this was written). At 8 images it lies inside a convolution, whose scratch memory (weights in
+# another order, up to 2 MB here whatever the batch) the plan knows as an assumption only.
 @pytest.mark.parametrize("batch_size", [24, 48])
 def test_the_peak_is_what_the_allocator_hands_out(session, batch_size):
-    plan = moving(planned(batch_size))
-    assert 0.999 * plan <= allocated(batch_size=batch_size) <= plan + SCRATCH
+    assert allocated(batch_size=batch_size) == pytest.approx(moving(planned(batch_size)), rel=1e-3)
 
 
 def test_gradient_checkpointing_holds_what_the_plan_says(session):
     plan = moving(planned(24, gradient_checkpointing=True))
     assert plan < 0.95 * moving(planned(24))
-    assert 0.99 * plan <= allocated(batch_size=24, gradient_checkpointing=True) <= plan + SCRATCH
+    assert allocated(batch_size=24, gradient_checkpointing=True) == pytest.approx(plan, rel=0.01)
 
 
 def test_lasting_parts_are_four_bytes_for_each_number():

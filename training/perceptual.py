@@ -253,8 +253,8 @@ class _TapDistances(torch.autograd.Function):
     """Both distances of one tap, with their gradient in closed form.
 
     Autograd would keep, and go over, a dozen float32 copies of maps that are as large as the image's largest
-    activations: a third of a training step on a CPU that multiplies matrices in bfloat16. Here the maps are kept in
-    the dtype that they came in, and what is float32 lives for one slice of the batch.
+    activations. Here the maps are kept in the dtype that they came in, and what is float32 lives for one slice of the
+    batch.
     """
 
     @staticmethod
