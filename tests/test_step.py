@@ -122,6 +122,33 @@ def test_the_gradient_equals_that_of_the_plain_formula(session, trunk, pixels):
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
 
 
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_what_the_next_step_draws_is_drawn_before_this_ones_result_is_read(
+    session, trunk, pixels, micro_batch, monkeypatch
+):
+    drawn = []
+
+    def recorded(seed, step, indices, *rest):
+        drawn.append((step, indices))
+        return draw_step_noise(seed, step, indices, *rest)
+
+    step = make_step(trunk, micro_batch=micro_batch)
+    monkeypatch.setattr(step_module, "draw_step_noise", recorded)
+    pieces = [range(start, min(start + micro_batch, 8)) for start in range(0, 8, micro_batch)]
+    gradient(step, pixels, number=5)
+    assert drawn == [*((5, piece) for piece in pieces), (6, pieces[0])]
+    drawn.clear()
+    step.optimizer.zero_grad()
+    found, _ = gradient(step, pixels, number=6)
+    assert drawn == [*((6, piece) for piece in pieces[1:]), (7, pieces[0])]
+    drawn.clear()
+    step.optimizer.zero_grad()
+    gradient(step, pixels[:2], number=2)  # back, and with fewer images
+    assert drawn == [(2, range(2)), (3, range(2))]
+    alone, _ = gradient(make_step(trunk, micro_batch=micro_batch), pixels, number=6)
+    assert torch.equal(found, alone)
+
+
 @pytest.mark.parametrize("beta", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(session, trunk, pixels, beta):
     step = make_step(trunk, ema=True)

@@ -1,8 +1,8 @@
 """One optimizer update: forward and backward over the pieces of a batch, clipping, Adam, the averaged weights.
 
-Everything random in a step is a pure function of (seed, step, position in the global batch): the posterior's noise
-and the windows of the perceptual terms. So the mathematics of a step does not depend on how the batch is cut into
-processes and pieces, and a resume needs no random state. What this file is not for: when a step happens (trainer.py),
+Everything random in a step is a pure function of (seed, step, position in the global batch): the posterior's
+noise, the windows of the perceptual terms, the moves of `augment`. So the mathematics of a step does not depend on
+how the batch is cut into processes and pieces, and a resume needs no random state. What this file is not for: when a step happens (trainer.py),
 which images it gets (data.py), which beta (kl.py).
 """
 
@@ -189,6 +189,7 @@ class TrainStep:
         self.adapt_micro_batch = adapt_micro_batch
         self.lpips_trunk = lpips_trunk
         self.window_sides = (crop_px, lpips_crop_px)
+        self._ahead: dict[tuple, StepNoise] = {}  # what the next step draws first
         self.max_grad_norm = max_grad_norm
         self.augment = augment
 
@@ -216,7 +217,7 @@ class TrainStep:
         for start in range(0, count, self.micro_batch):
             piece = pixels_uint8[start : start + self.micro_batch].to(device, non_blocking=True)
             indices = range(first + start, first + start + len(piece))
-            draws = draw_step_noise(self.seed, step, indices, latent_shape, side, self.window_sides)
+            draws = self._draws(step, indices, latent_shape, side)
             crop, lpips_crop = draws.windows
             is_last = start + self.micro_batch >= count
             # Processes exchange gradients once, during the last piece.
@@ -228,7 +229,7 @@ class TrainStep:
                     pixels = move(pixels, draws.moves)
                 if shrink > 1:
                     pixels = F.avg_pool2d(pixels, shrink)
-                output = self.model(pixels, noise=draws.noise.to(device, non_blocking=True))
+                output = self.model(pixels, noise=self._to_device(draws.noise))
                 with self.accelerator.autocast():  # for the trunk's convolutions; the terms themselves are float32
                     loss, parts = vae_loss(
                         output.sample,
@@ -247,7 +248,20 @@ class TrainStep:
                 self.accelerator.backward(loss * (share + 0.0 * loss.detach()))
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value * share
+        # While the device is still at work, and not after this step's result, when the device waits for the host.
+        following = range(first, first + min(self.micro_batch, count))
+        self._ahead = {(step + 1, following, latent_shape, side): self._draws(step + 1, following, latent_shape, side)}
         return totals
+
+    def _draws(self, step: int, indices: range, latent_shape: tuple[int, ...], side: int) -> StepNoise:
+        """`draw_step_noise`, unless it was drawn ahead."""
+        draws = self._ahead.pop((step, indices, latent_shape, side), None)
+        return draws or draw_step_noise(self.seed, step, indices, latent_shape, side, self.window_sides)
+
+    def _to_device(self, numbers: Tensor) -> Tensor:
+        """A copy that the host does not wait for: of memory that is not page-locked, it waits for all work before."""
+        device = self.accelerator.device
+        return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
     def find_micro_batch(self, local_batch: int, side: int) -> None:
         """Halve the micro batch until a forward and backward pass fits on every process.
