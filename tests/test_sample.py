@@ -13,6 +13,7 @@ from test_latent_prior import model, seeded
 
 from modeling import AutoencoderKLUltra
 from training import fit_prior, sample
+from training.images import move
 from training.sample import compare, decode_latents, encode_faces, interpolate, nearest_distances, slerp
 
 TRAIN, VALIDATION = 72, 6
@@ -68,6 +69,21 @@ def test_copies_of_training_faces_are_counted_and_new_faces_are_not():
     assert report["stolen"]["copies"] >= 3
 
 
+def test_moved_copies_come_after_all_others_and_every_second_one_is_mirrored():
+    made = model()
+    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=seeded())
+    plain, faces = (encode_faces(made, images.split(8), mirrored=True, copies=copies) for copies in (0, 2))
+    assert len(faces.mean) == len(faces.std) == len(faces.thumbnails) == 80
+    assert torch.equal(faces.mean[:40], plain.mean)
+    random, pixels = seeded(), images[:8] / 127.5 - 1
+    with torch.no_grad():
+        for start, seen in ((40, pixels), (60, pixels.flip(-1))):
+            moved = move(seen, torch.rand(8, 5, generator=random))
+            wanted = made.encode(moved).latent_dist.mean.flatten(1)
+            torch.testing.assert_close(faces.mean[start : start + 8], wanted)
+            assert (moved - seen).abs().mean() > 0.01
+
+
 # ---- the command lines ----
 
 
@@ -89,14 +105,17 @@ def fitted(tmp_path_factory, photographs):
     folder = tmp_path_factory.mktemp("fitted") / "model"
     model().save_pretrained(folder)
     arguments = [str(folder), "--data", f"imagefolder:{photographs}", "--flow-steps", "5", "--num-samples", "6"]
-    assert fit_prior.main([*arguments, "--frechet", "st_alexnet"]) == 0
+    assert fit_prior.main([*arguments, "--frechet", "st_alexnet", "--temperature", "1", "0.5"]) == 0
     return folder, json.loads((folder / "prior_report.json").read_text())
 
 
 def test_the_command_fits_writes_and_compares(fitted):
     folder, report = fitted
     assert list(report["fits"]) == ["gaussian", "mixture", "flow"]
-    assert list(report["nearest"]) == ["copies", "held-out", "standard", "gaussian", "mixture", "flow"]
+    kinds = [title for name in ("standard", "gaussian", "mixture", "flow") for title in (name, f"{name} at 0.5")]
+    assert list(report["nearest"]) == ["copies", "held-out", *kinds]
+    near = report["nearest"]
+    assert near["gaussian at 0.5"]["latent_median"] < near["gaussian"]["latent_median"]
     for name, values in report["nearest"].items():
         assert values["images"] == {"copies": 64, "held-out": VALIDATION}.get(name, 6)
         assert all(math.isfinite(value) for value in values.values()) and values["frechet"] > 0
@@ -195,6 +214,8 @@ def test_a_prior_that_was_not_fitted_is_an_error_with_the_remedy(tmp_path, capsy
         (["--data", "imagefolder:/nowhere"], "not a folder"),
         (["--data", "parquet"], "data.data_files"),
         (["--data", "synthetic_faces", "--num-samples", "1"], "--num-samples is 1"),
+        (["--data", "synthetic_faces", "--copies", "-1"], "--copies is -1"),
+        (["--data", "synthetic_faces", "--temperature", "1", "-0.5"], "--temperature [1.0, -0.5]"),
         (["--data", "synthetic_faces", "--held-out", "x.parquet"], "goes with --data parquet"),
         (["--data", "synthetic_faces", "--set", "data.crop_px=20"], "give --config"),
     ],

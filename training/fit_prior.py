@@ -7,9 +7,9 @@
 Writes MODEL/priors/<name>/, which `from_pretrained` finds, and prior_report.json: how samples of each prior compare with
 faces. Not for the shape of the priors (modeling/latent_prior.py) or for looking at samples (training/sample.py).
 
-Every prior is fitted to draws from the posteriors of training faces and their mirror images: these are what the decoder
-was trained on. The posterior's noise is drawn anew in every step of the flow, which keeps it from learning faces by
-heart.
+Every prior is fitted to draws from the posteriors of training faces and their mirror images, and with `--copies` of
+moved copies (training_presets.augment): these are what the decoder was trained on. The posterior's noise is drawn anew
+in every step of the flow, which keeps it from learning faces by heart.
 """
 
 from __future__ import annotations
@@ -235,9 +235,15 @@ def _parser() -> argparse.ArgumentParser:
         "--max-images", type=int, default=20_000, metavar="N", help="training images to encode (20,000)"
     )
     parser.add_argument("--no-mirror", action="store_true", help="do not encode mirror images")
+    parser.add_argument(
+        "--copies", type=int, default=0, metavar="N", help="moved copies of each training image to encode too (0)"
+    )
     parser.add_argument("--priors", nargs="+", choices=FITTED_PRIORS, default=list(FITTED_PRIORS), help="default: all")
     parser.add_argument("--flow-steps", type=int, default=1500, metavar="N", help="updates of the flow (1,500)")
     parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="of each prior, to compare (128)")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="at which to compare (1)"
+    )
     parser.add_argument("--frechet", default="st_vgg16", metavar="NETWORK", help="features (st_vgg16), or none")
     parser.add_argument("--trunk-weights", metavar="DIR", help="folder of weights, as loss.trunk_weights")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images in a forward pass (16)")
@@ -309,6 +315,10 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("max_images", "flow_steps", "num_samples", "batch_size"):
         if getattr(arguments, name) < 2:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give at least 2.")
+    if arguments.copies < 0:
+        raise ValueError(f"--copies is {arguments.copies}: give 0 or more.")
+    if not all(0 <= temperature < float("inf") for temperature in arguments.temperature):
+        raise ValueError(f"--temperature {arguments.temperature}: use numbers of 0 or more.")
     folder = Path(arguments.model)
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -324,10 +334,10 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
         features = lambda pixels: network(pixels, None if trunk is None else trunk.features(pixels))  # noqa: E731
     mirrored, count = not arguments.no_mirror, arguments.num_samples
     batches = _training_batches(data, side, arguments.max_images, batch)
-    faces = encode_faces(model, batches, mirrored, features, count)
+    faces = encode_faces(model, batches, mirrored, features, count, arguments.copies)
     held_pixels, _ = load_validation(data, resolution=side, rank=0, world_size=1)
     held_out = encode_faces(model, held_pixels.split(batch), mirrored)
-    note = ", half of mirror images" * mirrored
+    note = ", half of mirror images" * mirrored + f", {arguments.copies} moved copies of each" * (arguments.copies > 0)
     print(f"{len(faces.mean)} training latents and {len(held_out.mean)} held-out ones{note}", flush=True)
 
     gaussian, shrinkage = fit_gaussian(faces.draw(torch.Generator().manual_seed(seed)), faces.thumbnails)
@@ -351,7 +361,9 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
         "held-out": held_out.draw(generator)[: len(held_pixels)].view(shape),
     }
     for name in ["standard", *arguments.priors]:
-        drawn[name] = model.sample_latents(count, name, torch.Generator().manual_seed(seed))
+        for temperature in arguments.temperature:
+            title = name if temperature == 1 else f"{name} at {temperature:g}"
+            drawn[title] = model.sample_latents(count, name, torch.Generator().manual_seed(seed), temperature)
     near = compare(model, drawn, faces, features, batch)
     report = {"fits": fits, "features": arguments.frechet, "nearest": near}
     write_json(folder / "prior_report.json", report)
@@ -364,9 +376,9 @@ def _short(value: Any) -> str:
 
 def _table(report: dict[str, Any]) -> str:
     columns = ["images", "latent_min", "latent_median", "pixel_min", "pixel_median", "copies", "frechet"]
-    lines = [f"{'':10}" + "".join(f"{name:>15}" for name in columns)]
+    lines = [f"{'':16}" + "".join(f"{name:>15}" for name in columns)]
     for name, values in report["nearest"].items():
-        lines.append(f"{name:10}" + "".join(f"{_short(values.get(column, '-')):>15}" for column in columns))
+        lines.append(f"{name:16}" + "".join(f"{_short(values.get(column, '-')):>15}" for column in columns))
     return "\n".join(lines)
 
 
@@ -377,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("Distance to the nearest training face (or mirror image); Frechet distance to training faces.")
+    print("Distance to the nearest training face (mirror image, moved copy); Frechet distance to training faces.")
     print(_table(report))
     return 0
 
