@@ -1,4 +1,4 @@
-# make quickstart   environment, installation, a small training on the embedded faces, on CPU
+# make quickstart   environment, installation, a small training on drawn faces, on CPU
 # make test         environment, installation, all tests
 # make lint         ruff
 # A machine that already has an environment: make test VENV=/path/to/it

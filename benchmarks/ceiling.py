@@ -256,7 +256,7 @@ def measure_loop(config: Config, batch: int, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         values = config.to_dict()
         # The steps themselves do not count, so the trunks that need no download serve.
-        values["loss"] |= {"trunk": "st_alexnet", "trunk_weights": None}
+        values["loss"] |= {"trunk": "st_alexnet", "trunk_weights": None, "lpips_trunk": None, "lpips_crop_px": None}
         values["model"] = values["model"] | {"linear_size": None}  # spares fitting it
         values["data"] = {
             "dataset": "synthetic_faces",

@@ -1,9 +1,10 @@
 """LatentPrior: what the latents of faces are distributed like, as a small diffusers model of its own.
 
 For drawing new latents for a trained decoder, and `fit_gaussian`, the one fit that needs torch only. The others, and the
-command that fits, are in training/fit_prior.py; the mission's N(0, I) needs no file. This one file needs torch and diffusers only and is saved beside each prior, so that
-`AutoModel.from_pretrained("FOLDER/priors/gaussian", trust_remote_code=True)` loads it without this project (from the Hub:
-`subfolder="priors/gaussian"`); `AutoencoderKLUltra.sample(num_images, prior="gaussian")` does that by itself.
+command that fits, are in training/fit_prior.py; N(0, I) needs no file. This one file needs torch and diffusers only and is
+saved beside each prior, so that `AutoModel.from_pretrained("FOLDER/priors/gaussian", trust_remote_code=True)` loads it
+without this project (from the Hub: `subfolder="priors/gaussian"`); `AutoencoderKLUltra.sample(num_images,
+prior="gaussian")` does that by itself.
 
 All kinds treat a latent as a flat vector z of `numbers` numbers and share an affine map from white numbers u,
 

@@ -25,7 +25,9 @@ def benchmark(monkeypatch):
 def config_file(tmp_path):
     # 32 pixels: the least that the trunk and the stock model with its 16-fold reduction can take.
     model = {"sample_size": 32, "linear_size": 16, "linear_decode_size": 16}
-    settings = tiny.tiny_settings(tmp_path, tmp_path, model=model)
+    # Two networks, as in ultra.json; torchvision's AlexNet would have to be downloaded, and none of this may ask for it.
+    loss = {"lpips_trunk": "alexnet", "lpips_crop_px": 32}
+    settings = tiny.tiny_settings(tmp_path, tmp_path, model=model, loss=loss)
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps(settings))
     return str(file)

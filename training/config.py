@@ -169,7 +169,7 @@ class TrainingPresets(KLSchedule):
     # processes; "auto": the most that fits, found by trial and halved when memory runs out in mid-run.
     micro_batch_size: int | str | None = None
     learning_rate: float = 5e-5  # after its warm-up and before the first plateau
-    optimizer: str = "adam"  # "adam" (weight decay as an L2 term, the mission's) or "adamw" (decoupled)
+    optimizer: str = "adam"  # "adam" (weight decay as an L2 term) or "adamw" (decoupled)
     weight_decay: float = 1e-5  # of all trained weights; how it acts depends on optimizer
     adam_beta1: float = 0.9  # decay of the average of gradients, per step
     adam_beta2: float = 0.999  # decay of the average of squared gradients, per step
@@ -178,8 +178,9 @@ class TrainingPresets(KLSchedule):
     # Steps in a row without a finite gradient, none of which changes anything, before the run goes back to its last
     # checkpoint with another order of images; the second time it gives up.
     max_skipped_in_a_row: int = 20
-    # ReduceLROnPlateau on the validation reconstruction loss with fixed weights, which beta does not move.
-    plateau_patience: int = 10  # epochs without improvement before the rate is multiplied by plateau_factor
+    # Epochs in which the validation reconstruction loss with fixed weights, which beta does not move, does not improve
+    # before ReduceLROnPlateau multiplies the learning rate by plateau_factor.
+    plateau_patience: int = 10
     plateau_factor: float = 0.5  # what the learning rate is multiplied by on a plateau
     plateau_threshold: float = 1e-4  # relative improvement that counts, here and for the best model
     min_learning_rate: float = 1e-7  # the learning rate is never reduced below this

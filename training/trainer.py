@@ -429,6 +429,7 @@ class Trainer:
             if self.accelerator.num_processes == 1:  # several would have to be in step; they have their last checkpoint
                 self._save()
                 self._settle()
+            logger.error("%s", error)
             self.tracker.update_status(state="failed", reason=str(error), **self._standing)
             raise ValueError(f"{error} Then go on with --resume auto.") from None
         except BaseException as error:
