@@ -25,9 +25,7 @@ def benchmark(monkeypatch):
 def config_file(tmp_path):
     # 32 pixels: the least that the trunk and the stock model with its 16-fold reduction can take.
     model = {"sample_size": 32, "linear_size": 16, "linear_decode_size": 16}
-    # Two networks, as in ultra.json; torchvision's AlexNet would have to be downloaded, and none of this may ask for it.
-    loss = {"lpips_trunk": "alexnet", "lpips_crop_px": 32}
-    settings = tiny.tiny_settings(tmp_path, tmp_path, model=model, loss=loss)
+    settings = tiny.tiny_settings(tmp_path, tmp_path, model=model)
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps(settings))
     return str(file)
@@ -36,7 +34,9 @@ def config_file(tmp_path):
 def test_the_parts_of_a_step_and_its_loop(benchmark, config_file, session, capsys):
     ceiling = benchmark("ceiling")
     arguments = ["--config", config_file, "--batch", "2", "--rounds", "2", "--seconds", "0", "--json"]
-    assert ceiling.main([*arguments, "--loop-steps", "3"]) == 0
+    # Two networks, as in ultra.json; torchvision's AlexNet would have to be downloaded, and none of this may ask for it.
+    two = ["--set", "loss.lpips_trunk=alexnet", "--set", "loss.lpips_crop_px=32"]
+    assert ceiling.main([*arguments, *two, "--loop-steps", "3"]) == 0
     result = json.loads(capsys.readouterr().out)
     parts = result["parts"]
     assert list(parts) == [
