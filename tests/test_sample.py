@@ -13,7 +13,6 @@ from test_latent_prior import model, seeded
 
 from modeling import AutoencoderKLUltra
 from training import fit_prior, sample
-from training.images import move
 from training.sample import compare, decode_latents, encode_faces, interpolate, nearest_distances, slerp
 
 TRAIN, VALIDATION = 72, 6
@@ -67,21 +66,6 @@ def test_copies_of_training_faces_are_counted_and_new_faces_are_not():
     assert report["copies"]["copies"] == 9 and report["copies"]["latent_median"] == 0
     assert report["stolen"]["latent_min"] == 0 and report["new"]["latent_min"] > 0
     assert report["stolen"]["copies"] >= 3
-
-
-def test_moved_copies_come_after_all_others_and_every_second_one_is_mirrored():
-    made = model()
-    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=seeded())
-    plain, faces = (encode_faces(made, images.split(8), mirrored=True, copies=copies) for copies in (0, 2))
-    assert len(faces.mean) == len(faces.std) == len(faces.thumbnails) == 80
-    assert torch.equal(faces.mean[:40], plain.mean)
-    random, pixels = seeded(), images[:8] / 127.5 - 1
-    with torch.no_grad():
-        for start, seen in ((40, pixels), (60, pixels.flip(-1))):
-            moved = move(seen, torch.rand(8, 5, generator=random))
-            wanted = made.encode(moved).latent_dist.mean.flatten(1)
-            torch.testing.assert_close(faces.mean[start : start + 8], wanted)
-            assert (moved - seen).abs().mean() > 0.01
 
 
 # ---- the command lines ----
@@ -214,7 +198,6 @@ def test_a_prior_that_was_not_fitted_is_an_error_with_the_remedy(tmp_path, capsy
         (["--data", "imagefolder:/nowhere"], "not a folder"),
         (["--data", "parquet"], "data.data_files"),
         (["--data", "synthetic_faces", "--num-samples", "1"], "--num-samples is 1"),
-        (["--data", "synthetic_faces", "--copies", "-1"], "--copies is -1"),
         (["--data", "synthetic_faces", "--temperature", "1", "-0.5"], "--temperature [1.0, -0.5]"),
         (["--data", "synthetic_faces", "--held-out", "x.parquet"], "goes with --data parquet"),
         (["--data", "synthetic_faces", "--set", "data.crop_px=20"], "give --config"),

@@ -7,9 +7,9 @@
 Writes MODEL/priors/<name>/, which `from_pretrained` finds, and prior_report.json: how samples of each prior compare with
 faces. Not for the shape of the priors (modeling/latent_prior.py) or for looking at samples (training/sample.py).
 
-Every prior is fitted to draws from the posteriors of training faces and their mirror images, and with `--copies` of
-moved copies (training_presets.augment): these are what the decoder was trained on. The posterior's noise is drawn anew
-in every step of the flow, which keeps it from learning faces by heart.
+Every prior is fitted to draws from the posteriors of training faces and their mirror images: these are what the decoder
+was trained on. The posterior's noise is drawn anew in every step of the flow, which keeps it from learning faces by
+heart.
 """
 
 from __future__ import annotations
@@ -235,9 +235,6 @@ def _parser() -> argparse.ArgumentParser:
         "--max-images", type=int, default=20_000, metavar="N", help="training images to encode (20,000)"
     )
     parser.add_argument("--no-mirror", action="store_true", help="do not encode mirror images")
-    parser.add_argument(
-        "--copies", type=int, default=0, metavar="N", help="moved copies of each training image to encode too (0)"
-    )
     parser.add_argument("--priors", nargs="+", choices=FITTED_PRIORS, default=list(FITTED_PRIORS), help="default: all")
     parser.add_argument("--flow-steps", type=int, default=1500, metavar="N", help="updates of the flow (1,500)")
     parser.add_argument("--num-samples", type=int, default=128, metavar="N", help="of each prior, to compare (128)")
@@ -315,8 +312,6 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("max_images", "flow_steps", "num_samples", "batch_size"):
         if getattr(arguments, name) < 2:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give at least 2.")
-    if arguments.copies < 0:
-        raise ValueError(f"--copies is {arguments.copies}: give 0 or more.")
     if not all(0 <= temperature < float("inf") for temperature in arguments.temperature):
         raise ValueError(f"--temperature {arguments.temperature}: use numbers of 0 or more.")
     folder = Path(arguments.model)
@@ -334,10 +329,10 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
         features = lambda pixels: network(pixels, None if trunk is None else trunk.features(pixels))  # noqa: E731
     mirrored, count = not arguments.no_mirror, arguments.num_samples
     batches = _training_batches(data, side, arguments.max_images, batch)
-    faces = encode_faces(model, batches, mirrored, features, count, arguments.copies)
+    faces = encode_faces(model, batches, mirrored, features, count)
     held_pixels, _ = load_validation(data, resolution=side, rank=0, world_size=1)
     held_out = encode_faces(model, held_pixels.split(batch), mirrored)
-    note = ", half of mirror images" * mirrored + f", {arguments.copies} moved copies of each" * (arguments.copies > 0)
+    note = ", half of mirror images" * mirrored
     print(f"{len(faces.mean)} training latents and {len(held_out.mean)} held-out ones{note}", flush=True)
 
     gaussian, shrinkage = fit_gaussian(faces.draw(torch.Generator().manual_seed(seed)), faces.thumbnails)
@@ -389,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("Distance to the nearest training face (mirror image, moved copy); Frechet distance to training faces.")
+    print("Distance to the nearest training face (or mirror image); Frechet distance to training faces.")
     print(_table(report))
     return 0
 

@@ -26,7 +26,7 @@ from torchvision.utils import make_grid, save_image
 
 from modeling.autoencoder_kl_ultra import FITTED_PRIORS, AutoencoderKLUltra
 from training.frechet import frechet_distance
-from training.images import BadImage, decode_image, move, normalize
+from training.images import BadImage, decode_image, normalize
 
 _THUMBNAIL = 32  # pixels a side, at which images are compared: no texture, but who it is and what is behind
 _FRAMES = 9  # of an interpolation, both ends included
@@ -60,9 +60,8 @@ def encode_faces(
     mirrored: bool,
     features: Callable[[Tensor], Tensor] | None = None,
     num_features: int = 0,
-    copies: int = 0,
 ) -> Faces:
-    """Encode images, and moved copies of them.
+    """Encode images once.
 
     Args:
         model: In evaluation mode.
@@ -70,25 +69,19 @@ def encode_faces(
         mirrored: Encode the mirror images too; they follow in the same order after all others.
         features: Of images (n, 3, S, S) in [-1, 1]; computed for the first `num_features`, unmirrored.
         num_features: See there.
-        copies: Of each image, shifted, turned and scaled at random (`training.images.move`), every second one mirrored
-            if `mirrored`; they follow after all others.
     """
-    rounds: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(1 + mirrored + copies)]
+    sides: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]
     found: list[Tensor] = []
-    generator = torch.Generator().manual_seed(0)
     for batch in batches:
         pixels = normalize(batch.to(model.device))
-        for number, encoded in enumerate(rounds):
-            seen = pixels.flip(-1) if mirrored and number % 2 else pixels
-            if number > mirrored:
-                seen = move(seen, torch.rand(len(seen), 5, generator=generator))
-            posterior = model.encode(seen).latent_dist
+        for side in range(1 + mirrored):
+            posterior = model.encode(pixels.flip(-1) if side else pixels).latent_dist
             parts = (posterior.mean.flatten(1).float(), posterior.std.flatten(1).float())
-            encoded.append((*parts, thumbnails(seen).cpu()))
+            sides[side].append((*parts, thumbnails(pixels.flip(-1) if side else pixels).cpu()))
         missing = num_features - sum(map(len, found))
         if features is not None and missing > 0:
             found.append(features(pixels[:missing]).cpu())
-    mean, std, small = (torch.cat(parts) for parts in zip(*(piece for encoded in rounds for piece in encoded)))
+    mean, std, small = (torch.cat(parts) for parts in zip(*sides[0], *sides[1]))
     return Faces(mean, std, small, torch.cat(found).numpy() if found else None)
 
 
@@ -136,7 +129,7 @@ def compare(
         model: In evaluation mode.
         drawn: Name -> latents (n, C, h, w). "copies" are draws from posteriors of training faces: what comes as near
             as the farthest of them is counted as a copy.
-        faces: The training faces, with the mirror images and moved copies that a prior was fitted to.
+        faces: The training faces, with mirror images if these were trained on.
         features: Of images in [-1, 1], for the Frechet distance to `faces.features`; None leaves it out.
         batch_size: Images decoded at once.
 
