@@ -10,7 +10,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from training import perceptual
+from training import losses, perceptual
 from training.build import build_model, build_optimizer, micro_batch_size
 from training.config import Config, config_from_dict
 from training.devices import DEVICES, Device, find_device
@@ -89,8 +89,9 @@ def allocated(**presets) -> int:
 
 @pytest.fixture(autouse=True)
 def whole_batches(monkeypatch):
-    """The plan is a GPU's, where distances of features are not taken image by image."""
-    monkeypatch.setattr(perceptual, "_slices", lambda *taps: [[tap] for tap in taps])
+    """The plan is a GPU's, where distances are not taken image by image."""
+    for module in (losses, perceptual):
+        monkeypatch.setattr(module, "cache_slices", lambda *maps: [[each] for each in maps])
 
 
 # The peak lies between two operations, where only tensors are held, and the two must agree to the last tensor (504 and

@@ -91,35 +91,40 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(session, trunk, pi
 
 
 def test_the_gradient_equals_that_of_the_plain_formula(session, trunk, pixels):
-    ours, parts = gradient(make_step(trunk, micro_batch=3), pixels)
+    beta, errors = 0.01, []
+    for number in (5, 6, 7):
+        ours, parts = gradient(make_step(trunk, micro_batch=3), pixels, number)
 
-    model, beta = awake_model(), 0.01
-    images = pixels.float() / 127.5 - 1
-    draws = [image_generator(SEED, 5, index) for index in range(len(images))]
-    corners = [torch.randint(0, SIDE - CROP + 1, (2,), generator=draw).tolist() for draw in draws]
-    noise = torch.stack([torch.randn(LATENT, generator=draw) for draw in draws])
-    posterior = model.encode(images).latent_dist
-    made = model.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise).sample
-    seen, wanted = [], []
-    for index, (top, left) in enumerate(corners):
-        windows = (index, slice(None), slice(top, top + CROP), slice(left, left + CROP))
-        seen.append(made[windows])
-        wanted.append(images[windows])
-    features, targets = trunk.features(torch.stack(seen)), trunk.features(torch.stack(wanted))
-    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
-    terms = {
-        "mse": nn.functional.mse_loss(made, images),
-        "l1": nn.functional.l1_loss(made, images),
-        "perceptual": trunk.feature_distance(features, targets).mean(),
-        "lpips": trunk.lpips(features, targets).mean(),
-    }
-    loss = 0.4 * terms["mse"] + 0.2 * (terms["l1"] + terms["perceptual"] + terms["lpips"])
-    (loss + beta * kl).backward()
-    theirs = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+        model = awake_model()
+        images = pixels.float() / 127.5 - 1
+        draws = [image_generator(SEED, number, index) for index in range(len(images))]
+        corners = [torch.randint(0, SIDE - CROP + 1, (2,), generator=draw).tolist() for draw in draws]
+        noise = torch.stack([torch.randn(LATENT, generator=draw) for draw in draws])
+        posterior = model.encode(images).latent_dist
+        made = model.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise).sample
+        seen, wanted = [], []
+        for index, (top, left) in enumerate(corners):
+            windows = (index, slice(None), slice(top, top + CROP), slice(left, left + CROP))
+            seen.append(made[windows])
+            wanted.append(images[windows])
+        features, targets = trunk.features(torch.stack(seen)), trunk.features(torch.stack(wanted))
+        kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
+        terms = {
+            "mse": nn.functional.mse_loss(made, images),
+            "l1": nn.functional.l1_loss(made, images),
+            "perceptual": trunk.feature_distance(features, targets).mean(),
+            "lpips": trunk.lpips(features, targets).mean(),
+        }
+        loss = 0.4 * terms["mse"] + 0.2 * (terms["l1"] + terms["perceptual"] + terms["lpips"])
+        (loss + beta * kl).backward()
+        theirs = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
 
-    assert relative(ours, theirs) <= 1e-5
-    for name, value in {**terms, "kl": kl, "reconstruction": loss, "total": loss + beta * kl}.items():
-        assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
+        errors.append(relative(ours, theirs))
+        for name, value in {**terms, "kl": kl, "reconstruction": loss, "total": loss + beta * kl}.items():
+            assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+    # As above: rounding can carry a unit over its bend in one of the steps, and not in all.
+    assert min(errors) <= 1e-6 and max(errors) <= 1e-4, errors
 
 
 @pytest.mark.parametrize("micro_batch", [8, 3])
@@ -215,10 +220,13 @@ def test_lpips_reads_a_second_network(session, trunk, pixels):
     ]
     whole, _ = gradient(make_step(trunk, lpips_trunk=other, lpips_crop_px=36), pixels)
     assert seen == [("first", CROP)] * 2 + [("second", 36)] * 2
-    cut, _ = gradient(make_step(trunk, lpips_trunk=other, lpips_crop_px=36, micro_batch=3), pixels)
     for handle in handles:
         handle.remove()
-    assert relative(cut, whole) < 1e-5
+    errors = []
+    for number in (5, 6, 7):
+        both = [make_step(trunk, lpips_trunk=other, lpips_crop_px=36, micro_batch=size) for size in (8, 3)]
+        errors.append(relative(*(gradient(step, pixels, number)[0] for step in both)))
+    assert min(errors) <= 1e-6 and max(errors) <= 1e-4, errors  # the bend of a ReLU, as above
     assert relative(gradient(make_step(trunk), pixels)[0], whole) > 1e-3
 
 

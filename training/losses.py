@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from training.perceptual import PerceptualTrunk, full_precision
+from training.perceptual import PerceptualTrunk, cache_slices, full_precision
 
 # Tops and lefts, one of each an image, and the side, all in pixels (`random_crops`).
 Window = tuple[Sequence[int], Sequence[int], int]
@@ -131,6 +131,38 @@ def _features(
     return trunk.features(reconstruction), target_features
 
 
+class _PixelDistances(torch.autograd.Function):
+    """Mean squared and mean absolute difference, with their gradient in closed form: a third of the passes over the
+    pixels that autograd makes."""
+
+    @staticmethod
+    def forward(ctx, reconstruction: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) of both sides to (N,) and (N,), float32."""
+        ctx.save_for_backward(reconstruction, pixels)
+        squared, absolute = [], []
+        for a, b in zip(*cache_slices(reconstruction, pixels)):
+            difference = a.float() - b.float()
+            absolute.append(difference.abs().mean(dim=(1, 2, 3)))
+            squared.append(difference.square_().mean(dim=(1, 2, 3)))
+        return torch.cat(squared), torch.cat(absolute)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, squared: Tensor, absolute: Tensor) -> tuple[Tensor, Tensor | None]:
+        """2 x difference and its sign, over the numbers of an image."""
+        reconstruction, pixels = ctx.saved_tensors
+        numbers = reconstruction[0].numel()
+        squared, absolute = ((each / numbers)[:, None, None, None] for each in (2 * squared, absolute))
+        gradient = torch.empty_like(reconstruction)
+        start = 0
+        for a, b in zip(*cache_slices(reconstruction, pixels)):
+            rows = slice(start, start + len(a))
+            start += len(a)
+            difference = a.float() - b.float()
+            gradient[rows] = torch.addcmul(difference.sign().mul_(absolute[rows]), difference, squared[rows])
+        return gradient, -gradient if ctx.needs_input_grad[1] else None
+
+
 def vae_loss(
     reconstruction: Tensor,
     pixels: Tensor,
@@ -184,9 +216,7 @@ def vae_loss(
         )
     terms: dict[str, Tensor] = {}  # (N,) each
     with full_precision(pixels.device):
-        difference = reconstruction.float() - pixels.float()
-        terms["mse"] = difference.square().mean(dim=(1, 2, 3))
-        terms["l1"] = difference.abs().mean(dim=(1, 2, 3))
+        terms["mse"], terms["l1"] = _PixelDistances.apply(reconstruction, pixels)
     if weights.needs_trunk:
         features = _features(trunk, reconstruction, pixels, crop)
         terms["perceptual"], terms["lpips"] = trunk.distances(*features)

@@ -224,6 +224,10 @@ def _walk(
     freeze_linear_path(model, presets.linear_lr_scale)
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if presets.channels_last:  # Module.to cannot exchange parameters without contents
+        maps = [*model.parameters(), *(buffer for trunk in trunks for buffer in trunk.buffers())]
+        for tensor in (each for each in maps if each.ndim == 4):
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     averaged = presets.ema_decay > 0
     ledger = _Ledger()

@@ -163,7 +163,8 @@ class PerceptualTrunk(nn.Module):
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
-        self.register_buffer("scale", 2 * std, persistent=False)
+        # The first layer divides by the standard deviations, so that no pass over the pixels does.
+        self.layers[0].weight.data /= (2 * std).to(device)
         for module in self.layers.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 delattr(module, key)
@@ -199,7 +200,7 @@ class PerceptualTrunk(nn.Module):
                 f"{pixels.shape[2]} x {pixels.shape[3]}: enlarge the image or the perceptual crop, or choose "
                 "another trunk"
             )
-        activations = (pixels.float() - self.shift) / self.scale
+        activations = pixels.float() - self.shift
         features = []
         for index, layer in enumerate(self.layers):
             activations = layer(activations)
@@ -260,50 +261,61 @@ class _TapDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tap_a: Tensor, tap_b: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (N, C, h, w) of both sides and the head (C,) to (N,) and (N,), float32."""
-        ctx.save_for_backward(tap_a, tap_b, head)
-        plain, learned = [], []
-        for a, b in zip(*_slices(tap_a, tap_b)):
-            difference = _unit_length(a)[0].sub_(_unit_length(b)[0])
-            plain.append(torch.linalg.vector_norm(difference, 1, dim=(1, 2, 3)) / difference[0].numel())
-            # Averaging over positions before weighting spares a map of the tap's size.
-            learned.append((difference.square_().mean(dim=(2, 3)) * head).sum(dim=1))
+        plain, learned, scales = [], [], []
+        for a, b in zip(*cache_slices(tap_a, tap_b)):
+            scales.append((_to_unit_length(a), _to_unit_length(b)))
+            difference = (a * scales[-1][0]).sub_(b * scales[-1][1]).permute(0, 2, 3, 1)
+            learned.append(difference.square().flatten(0, 2).mv(head).unflatten(0, (len(a), -1)).mean(dim=1))
+            plain.append(difference.abs_().flatten(1).mean(dim=1))
+        scale_a, scale_b = (torch.cat(scale) for scale in zip(*scales))
+        ctx.save_for_backward(tap_a, tap_b, scale_a, scale_b, head)
         return torch.cat(plain), torch.cat(learned)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, plain: Tensor, learned: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """The chain rule through x / |x|, whose derivative takes the part along x out of a gradient."""
-        tap_a, tap_b, head = ctx.saved_tensors
+        tap_a, tap_b, scales_a, scales_b, head = ctx.saved_tensors
         positions = tap_a.shape[2] * tap_a.shape[3]
         gradients = [
             torch.empty_like(tap) if wanted else None for tap, wanted in zip((tap_a, tap_b), ctx.needs_input_grad)
         ]
         start = 0
-        for a, b in zip(*_slices(tap_a, tap_b)):
+        for a, b in zip(*cache_slices(tap_a, tap_b)):
             rows = slice(start, start + len(a))
             start += len(a)
-            (unit_a, scale_a), (unit_b, scale_b) = _unit_length(a), _unit_length(b)
+            scale_a, scale_b = scales_a[rows], scales_b[rows]
+            unit_a, unit_b = a * scale_a, b * scale_b
             difference = unit_a - unit_b
             slope = difference.sign().mul_((plain[rows] / (positions * tap_a.shape[1]))[:, None, None, None])
             slope.addcmul_(difference, (2 / positions * learned[rows, None] * head)[:, :, None, None])
-            for gradient, sign, unit, scale in (
-                (gradients[0], 1, unit_a, scale_a),
-                (gradients[1], -1, unit_b, scale_b),
-            ):
-                if gradient is not None:
-                    along = (slope * unit).sum(dim=1, keepdim=True)
-                    gradient[rows] = torch.addcmul(slope, unit, along, value=-1).mul_(sign * scale)
+            if gradients[1] is not None:
+                gradients[1][rows] = _across(slope, unit_b).mul_(-scale_b)
+            if gradients[0] is not None:
+                gradients[0][rows] = _across(slope, unit_a).mul_(scale_a)
         return (*gradients, None)
 
 
-def _slices(*taps: Tensor) -> list[Iterable[Tensor]]:
-    """Taps whole, for few launches; on a CPU in float32 and image by image, where a slice stays in its cache.
+def _to_unit_length(tap: Tensor) -> Tensor:
+    """What scales (N, C, h, w) to length 1 along C: (N, 1, h, w), float32."""
+    length = torch.linalg.vector_norm(tap, dim=1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(length.square() + NORM_EPS)
+
+
+def _across(slope: Tensor, unit: Tensor) -> Tensor:
+    """`slope` without its part along `unit`, whose length along axis 1 is 1."""
+    along = (slope * unit).sum(dim=1, keepdim=True)
+    return torch.addcmul(slope, unit, along, value=-1)
+
+
+def cache_slices(*maps: Tensor) -> list[Iterable[Tensor]]:
+    """Maps (N, C, h, w) whole, for few launches; on a CPU image by image and in float32: a slice stays in its cache.
 
     Fake tensors say that they are on a CPU, and plan the memory of a GPU.
     """
-    if taps[0].device.type != "cpu" or isinstance(taps[0], FakeTensor):
-        return [[tap] for tap in taps]
-    return [(image.float() for image in tap.split(1)) for tap in taps]
+    if maps[0].device.type != "cpu" or isinstance(maps[0], FakeTensor):
+        return [[each] for each in maps]
+    return [(image.float() for image in each.split(1)) for each in maps]
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -311,13 +323,6 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
-
-
-def _unit_length(tap: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, h, w) in float32, scaled to length 1 along C, and the scales (N, 1, h, w)."""
-    length = torch.linalg.vector_norm(tap, dim=1, keepdim=True, dtype=torch.float32)
-    scale = torch.rsqrt(length.square() + NORM_EPS)
-    return tap * scale, scale  # the product is float32 though the tap may not be
 
 
 def _load_weights(
