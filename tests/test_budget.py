@@ -114,7 +114,11 @@ def operations_by_shapes(config) -> dict[str, float]:
         cost = 2 * output.numel() * kernel / 1e9
         forward += cost
         if torch.is_grad_enabled():
-            backward += cost * (trained + inputs[0].requires_grad)
+            backward += cost * trained
+            if isinstance(layer, torch.nn.Conv2d) and layer.stride[0] > 1:  # computed with its kernel in whole strides
+                side, stride = layer.kernel_size[0], layer.stride[0]
+                cost *= (-(-side // stride) * stride / side) ** 2
+            backward += cost * inputs[0].requires_grad
 
     def watch(module):
         for layer in module.modules():

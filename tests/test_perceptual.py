@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from training import perceptual
-from training.perceptual import ARCHITECTURES, IMAGENET_STD, PerceptualTrunk
+from training.perceptual import ARCHITECTURES, IMAGENET_STD, PerceptualTrunk, _StridedConv2d
 
 NAMES = list(ARCHITECTURES)
 LPIPS_NETS = {"vgg16": "vgg", "alexnet": "alex", "squeezenet": "squeeze"}
@@ -415,3 +415,22 @@ class TestWeights:
         monkeypatch.delitem(sys.modules, "stlpips_pytorch", raising=False)
         with pytest.raises(ValueError, match="pip install stlpips-pytorch"):
             PerceptualTrunk("st_vgg16")
+
+
+@pytest.mark.parametrize("size", [(41, 44), (35, 47), (64, 31)])
+@pytest.mark.parametrize("kernel, stride, padding", [(11, 4, 2), (3, 2, 0), (4, 2, 1)])
+def test_a_strided_layers_gradient_is_autograds(kernel, stride, padding, size):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 5, kernel, stride, padding).double().requires_grad_(False)
+    pixels = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
+    made = layer(pixels)
+    (theirs,) = torch.autograd.grad(made, pixels, gradient := torch.randn_like(made))
+    layer.__class__ = _StridedConv2d
+    assert torch.equal(layer(pixels), made)
+    (ours,) = torch.autograd.grad(layer(pixels), pixels, gradient)
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_strided_layers_are_those_of_alexnet_and_squeezenet(random_trunks):
+    strided = {name for name in NAMES if any(isinstance(x, _StridedConv2d) for x in random_trunks[name].layers)}
+    assert strided == {"alexnet", "squeezenet"}

@@ -147,6 +147,9 @@ class PerceptualTrunk(nn.Module):
         with torch.device("meta"):  # on the CPU torchvision would fill 124 M classifier weights of VGG16
             layers = architecture.build(name)
         self.layers = layers[: architecture.taps[-1] + 1]  # nothing reads what comes after the last tap
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
+                layer.__class__ = _StridedConv2d
         device = torch.get_default_device()
         self.layers.to_empty(device=device)
         if load_weights:
@@ -248,6 +251,38 @@ class PerceptualTrunk(nn.Module):
             ]
             plain, learned = zip(*pairs)
             return torch.stack(plain).mean(dim=0), torch.stack(learned).sum(dim=0)
+
+
+class _StridedConv2d(nn.Conv2d):
+    """A frozen convolution with a stride, whose gradient to the pixels is a dense convolution and a pixel shuffle.
+
+    Kernels made for strided gradients onto three channels take three times as long (AlexNet's first layer here).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, h, w)."""
+        return _StridedConvolution.apply(x, self.weight, self.bias, self.stride[0], self.padding[0])
+
+
+class _StridedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.stride, ctx.padding, ctx.sizes, ctx.dtype = stride, padding, x.shape[2:], x.dtype
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,), stride = ctx.saved_tensors, ctx.stride
+        # The kernel on pixels folded into channels, stride x stride at a time: filled up with zeros to whole folds.
+        missing = -weight.shape[-1] % stride
+        kernel = F.pad(weight, (0, missing, 0, missing)).unflatten(3, (-1, stride)).unflatten(2, (-1, stride))
+        kernel = kernel.permute(0, 1, 3, 5, 2, 4).flatten(1, 3).to(gradient.dtype)
+        spread = F.pixel_shuffle(F.conv_transpose2d(gradient, kernel), stride)
+        # It begins with the padding, and ends where the last window does.
+        ends = [size + ctx.padding - reached for size, reached in zip(ctx.sizes, spread.shape[2:])]
+        return F.pad(spread, (-ctx.padding, ends[1], -ctx.padding, ends[0])).to(ctx.dtype), None, None, None, None
 
 
 class _TapDistances(torch.autograd.Function):
