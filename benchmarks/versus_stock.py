@@ -7,7 +7,8 @@ Contenders: `ours`, the real TrainStep of --config with all its terms and averag
 AutoencoderKL in Stable Diffusion's widths; `stock_1024`, the smallest AutoencoderKL of stock widths with 1,024 numbers.
 The stock models are trained as published trainers do it: L1, KL, and two separate passes of VGG16 over whole images, one
 for LPIPS and one for a feature loss; our optimizer, clipping and memory format, and no average, which they often have.
-All see the same pixels at the same batch, precision and threads, in turns (A B C A B C). Without --trunk-weights the
+All see the same pixels at the same batch, precision and threads, in turns (A B C A B C); where the
+stock models do not fit, they take the batch in pieces (`--micro-batch`), and ours takes it whole. Without --trunk-weights the
 trunks have random weights, which cost the same. What it is not for: what each reaches in quality.
 """
 
@@ -71,10 +72,10 @@ def stock_loss(model: nn.Module, lpips_trunk: PerceptualTrunk, feature_trunk: Pe
 
 
 class StockStep:
-    """Updates of a stock model on the pixels of a `Bench`."""
+    """Updates of a stock model on the pixels of a `Bench`, `micro_batch` of them in one forward pass."""
 
-    def __init__(self, name: str, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, name: str, bench: Bench, micro_batch: int) -> None:
+        self.bench, self.micro_batch = bench, micro_batch
         self.model = build_stock(name).to(bench.device, memory_format=bench.format).train()
         self.parameters = list(self.model.parameters())
         presets = bench.config.training_presets
@@ -87,10 +88,11 @@ class StockStep:
     def update(self) -> None:
         """One whole training step."""
         bench = self.bench
-        pixels = normalize(bench.pixels.to(bench.device))
-        with bench.autocast():
-            loss = stock_loss(self.model, *self.trunks, pixels)
-        bench.accelerator.backward(loss)
+        for piece in bench.pixels.split(self.micro_batch):
+            pixels = normalize(piece.to(bench.device))
+            with bench.autocast():
+                loss = stock_loss(self.model, *self.trunks, pixels)
+            bench.accelerator.backward(loss * (len(piece) / bench.batch))
         bench.accelerator.clip_grad_norm_(self.parameters, bench.config.training_presets.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -142,15 +144,16 @@ def images_per_second(update: Callable[[], None], bench: Bench, seconds: float, 
 
 
 def compare(
-    config: Config, names: Sequence[str], *, batch: int, rounds: int, seconds: float, min_steps: int, ceiling_seconds: float,
-    trunk_weights: str | None,
+    config: Config, names: Sequence[str], *, batch: int, micro_batch: int | None, rounds: int, seconds: float,
+    min_steps: int, ceiling_seconds: float, trunk_weights: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the contenders in turns.
 
     Args:
         config: Of our step; its precision, memory format, optimizer and image size hold for all.
         names: Contenders; "ours" must be among them.
-        batch: Images of a step, in one forward pass.
+        batch: Images of a step.
+        micro_batch: Most images in one forward pass of a stock model; None for the whole batch.
         rounds: Turns of each.
         seconds, min_steps: Least length of a turn.
         ceiling_seconds: Of each measurement of the machine's ceiling.
@@ -162,7 +165,7 @@ def compare(
     bench = Bench(config, batch, trunk_weights)
     updates: dict[str, Callable[[], None]] = {}
     for name in names:
-        updates[name] = bench.update if name == "ours" else StockStep(name, bench).update
+        updates[name] = bench.update if name == "ours" else StockStep(name, bench, micro_batch or batch).update
     before = measure_ceiling(bench, ceiling_seconds)
     for name, update in updates.items():
         began = time.perf_counter()
@@ -195,7 +198,7 @@ def compare(
             "ours_is_faster_range": [min(ratios), max(ratios)],
         }
     return {
-        "environment": {**environment(bench), "rounds": rounds},
+        "environment": {**environment(bench), "stock_micro_batch": micro_batch or batch, "rounds": rounds},
         "ceiling_gflop_per_second": {"best": ceiling, "before": before, "after": after},
         "contenders": contenders,
     }
@@ -222,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_common_arguments(parser)
     parser.add_argument("--contenders", nargs="+", choices=("ours", *STOCK), default=["ours", *STOCK])
     parser.add_argument("--batch", type=int, default=1, help="images of a step, of all contenders")
+    parser.add_argument("--micro-batch", type=int, help="most images in one forward pass of a stock model")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender; medians and spread are shown")
     parser.add_argument("--seconds", type=float, default=10.0, help="least length of a turn")
     parser.add_argument("--min-steps", type=int, default=2, help="least number of steps of a turn")
@@ -231,12 +235,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(arguments)
         if "ours" not in arguments.contenders:
             raise ValueError("--contenders lacks ours, which the others are compared with: add it.")
-        if arguments.min_steps < 1:
-            raise ValueError(f"--min-steps is {arguments.min_steps}: use at least 1.")
+        for name in ("min_steps", "micro_batch"):
+            value = getattr(arguments, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: use at least 1.")
         result = compare(
             config,
             arguments.contenders,
             batch=arguments.batch,
+            micro_batch=arguments.micro_batch,
             rounds=arguments.rounds,
             seconds=arguments.seconds,
             min_steps=arguments.min_steps,

@@ -90,6 +90,26 @@ def test_ours_beside_a_stock_model(benchmark, config_file, session, capsys):
     assert "stock_1024" in capsys.readouterr().out
 
 
+def test_pieces_of_a_stock_models_batch_give_the_gradient_of_the_whole(benchmark, config_file, session):
+    versus, ceiling = benchmark("versus_stock"), benchmark("ceiling")
+    bench = ceiling.Bench(ceiling.load_config(config_file), 3, None)
+    norms = []
+    bench.accelerator.clip_grad_norm_ = lambda parameters, _: norms.append(
+        torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    )
+    for micro_batch in (3, 2):
+        torch.manual_seed(0)
+        step = versus.StockStep("stock_1024", bench, micro_batch)
+        passes = []
+        step.model.encoder.register_forward_hook(lambda _, inputs, __, passes=passes: passes.append(len(inputs[0])))
+        # The sampled latents are the only thing that pieces draw differently.
+        step.model.quant_conv.weight.data[4:] = 0
+        step.model.quant_conv.bias.data[4:] = -30
+        step.update()
+        assert passes == ([3] if micro_batch == 3 else [2, 1])
+    assert norms[1].item() == pytest.approx(norms[0].item(), rel=1e-4)
+
+
 def test_the_stock_models_are_those_that_people_use(benchmark):
     versus = benchmark("versus_stock")
     sd, small = versus.count_stock("stock_sd", 256), versus.count_stock("stock_1024", 256)
@@ -112,6 +132,7 @@ def test_the_stock_models_are_those_that_people_use(benchmark):
         ("ceiling", ["--set", "loss.trunks=vgg16"], "unknown configuration key loss.trunks"),
         ("versus_stock", ["--contenders", "stock_sd"], "--contenders lacks ours"),
         ("versus_stock", ["--min-steps", "0"], "--min-steps is 0: use at least 1"),
+        ("versus_stock", ["--micro-batch", "0"], "--micro-batch is 0: use at least 1"),
         ("versus_stock", ["--trunk-weights", "/nowhere"], "'/nowhere', which is not a folder"),
     ],
 )

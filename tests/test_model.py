@@ -25,7 +25,15 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import autoencoder_kl_ultra
-from modeling.autoencoder_kl_ultra import LOGVAR_MAX, LOGVAR_MIN, AutoencoderKLUltra, ChannelNorm, ResBlock
+from modeling.autoencoder_kl_ultra import (
+    LOGVAR_MAX,
+    LOGVAR_MIN,
+    AutoencoderKLUltra,
+    ChannelNorm,
+    Downsample,
+    ResBlock,
+    Upsample,
+)
 
 SMALL = {
     "sample_size": 32,
@@ -641,3 +649,23 @@ def test_shapes_that_cannot_be_are_refused_with_the_arithmetic(kind, changes, me
     with pytest.raises(ValueError, match=message) as caught:
         AutoencoderKLUltra(**settings(kind, **changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "channels", [(8, 16), (8, 8), (4, 16), (12, 16)]
+)  # coarse: groups and repetitions of 2, 4, 1, 3
+def test_resampling_is_a_convolution_beside_shuffled_channels(channels, memory_format):
+    """DC-AE's resampling, in the words of its paper; the layers compute it in another order."""
+    fine, coarse = channels
+    torch.manual_seed(0)
+    down, up = Downsample(fine, coarse), Upsample(coarse, fine)
+    assert down.state_dict().keys() == up.state_dict().keys() == {"conv.weight", "conv.bias"}
+    x = torch.randn(2, fine, 6, 4).to(memory_format=memory_format)
+    grouped = F.pixel_unshuffle(x, 2).unflatten(1, (coarse, -1)).mean(dim=2)
+    assert torch.allclose(down(x), F.pixel_unshuffle(down.conv(x), 2) + grouped, atol=1e-6)
+    x = torch.randn(2, coarse, 3, 2).to(memory_format=memory_format)
+    repeated = x.repeat_interleave(4 * fine // coarse, dim=1)
+    made = up(x)
+    assert torch.allclose(made, F.pixel_shuffle(up.conv(x) + repeated, 2), atol=1e-6)
+    assert made.is_contiguous(memory_format=memory_format)
