@@ -7,9 +7,9 @@ Contenders: `ours`, the real TrainStep of --config with all its terms and averag
 AutoencoderKL in Stable Diffusion's widths; `stock_1024`, the smallest AutoencoderKL of stock widths with 1,024 numbers.
 The stock models are trained as published trainers do it: L1, KL, and two separate passes of VGG16 over whole images, one
 for LPIPS and one for a feature loss; our optimizer, clipping and memory format, and no average, which they often have.
-All see the same pixels at the same batch, precision and threads, in turns (A B C A B C); where the
-stock models do not fit, they take the batch in pieces (`--micro-batch`), and ours takes it whole. Without --trunk-weights the
-trunks have random weights, which cost the same. What it is not for: what each reaches in quality.
+All see the same pixels at the same batch, precision and threads, in turns (A B C A B C). Where the stock models do not fit
+into memory, they take the batch in pieces (`--micro-batch`), and ours takes it whole. Without --trunk-weights the trunks have
+random weights, which cost the same. What it is not for: what each reaches in quality.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class PerceptualTrunk(nn.Module):
         self.layers = layers[: architecture.taps[-1] + 1]  # nothing reads what comes after the last tap
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
-                layer.__class__ = _StridedConv2d
+                layer.__class__ = _StridedConv2d  # the same layer with another backward pass
         device = torch.get_default_device()
         self.layers.to_empty(device=device)
         if load_weights:
@@ -265,6 +265,8 @@ class _StridedConv2d(nn.Conv2d):
 
 
 class _StridedConvolution(torch.autograd.Function):
+    """What `_StridedConv2d` computes; weight and bias get no gradient, being a trunk's."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(weight)
