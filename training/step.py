@@ -1,9 +1,9 @@
 """One optimizer update: forward and backward over the pieces of a batch, clipping, Adam, the averaged weights.
 
-Everything random in a step is a pure function of (seed, step, position in the global batch): the posterior's
-noise, the windows of the perceptual terms, the moves of `augment`. So the mathematics of a step does not depend on
-how the batch is cut into processes and pieces, and a resume needs no random state. What this file is not for: when a step happens (trainer.py),
-which images it gets (data.py), which beta (kl.py).
+Everything random in a step is a pure function of (seed, step, position in the global batch): the posterior's noise, the
+windows of the perceptual terms, the moves of `augment`. So the mathematics of a step does not depend on how the batch is
+cut into processes and pieces, and a resume needs no random state. What this file is not for: when a step happens
+(trainer.py), which images it gets (data.py), which beta (kl.py).
 """
 
 from __future__ import annotations
