@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dry_run(config: Config) -> None:
-    from training.budget import describe_plan, known_train_images
-    from training.build import build_model, micro_batch_size
+    from training.budget.plan import describe_plan, known_train_images
+    from training.builders import build_model, micro_batch_size
 
     build_model(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
 
     # Imported late: --help and a misspelt key need not wait for torch.
-    from training.images import DataError
+    from training.data.images import DataError
     from training.trainer import Trainer
 
     try:

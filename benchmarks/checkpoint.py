@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from training.build import build_model, build_optimizer
-from training.checkpoint import Snapshot, verify, write_checkpoint
+from training.builders import build_model, build_optimizer
+from training.checkpoint.format import Snapshot, verify, write_checkpoint
+from training.checkpoint.state import RunState
 from training.config import load_config
-from training.export import model_files
-from training.linear_init import freeze_linear_path
-from training.run_state import RunState
-from training.step import AveragedWeights
+from training.pca_init import freeze_pca_branch
+from training.publish.export import model_files
+from training.step import EMAWeights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(arguments.config)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = build_model(config).to(accelerator.device)
-    freeze_linear_path(model, config.training_presets.linear_lr_scale)
+    freeze_pca_branch(model, config.training_presets.pca_lr_scale)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config, model, parameters, accelerator.device)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    state = RunState(accelerator, model, optimizer, AveragedWeights(parameters))
+    state = RunState(accelerator, model, optimizer, EMAWeights(parameters))
     copied, written, verified, size = [], [], [], 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for step in range(arguments.rounds):

@@ -34,7 +34,7 @@ from PIL import Image
 from torchvision import transforms
 
 from training.config import DataConfig
-from training.data import TrainStream
+from training.data.stream import TrainStream
 
 BATCH = 64
 RESUME_ROW = 100_000

@@ -6,17 +6,17 @@ This one file is all that `from_pretrained` needs (torch and diffusers only), so
 
 How the model is built
 ----------------------
-*Linear path.* Whitened principal components of the image at `linear_size` pixels, cut into as many patches as the
+*Linear path.* Whitened principal components of the image at `pca_size` pixels, cut into as many patches as the
 latent map has positions: one patch for the `vector` layout (the whole face), one per position for the `spatial`
-layout; and the least-squares way back from them to the image at `linear_decode_size` pixels. `training.linear_init`
+layout; and the least-squares way back from them to the image at `pca_decode_size` pixels. `training.pca_init`
 sets it from images; until then it is zero.
 
 *Convolutions.* They learn what the linear path cannot, on both sides, and start at zero:
 
-    posterior mean   = linear_path.encode(shrink(pixels)) + encoder(pixels)
+    posterior mean   = pca_branch.encode(shrink(pixels)) + encoder(pixels)
     reconstruction   = enlarge(linear image) + decoder(latents, linear image)
 
-where linear image = linear_path.decode(latents). No block runs at full resolution: `patch_size` folds pixels into
+where linear image = pca_branch.decode(latents). No block runs at full resolution: `patch_size` folds pixels into
 channels (pixel unshuffle) on the way in and unfolds them on the way out. Resampling is a convolution beside a
 parameter-free shortcut (DC-AE, Chen et al. 2024, https://arxiv.org/abs/2410.10733, section 3.2).
 """
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
         patch_size: int,
         latent_channels: int,
         vector_map_size: int | None,
-        linear_folds: tuple[int, ...],
+        pca_folds: tuple[int, ...],
         zero_start: bool,
     ) -> None:
         super().__init__()
@@ -264,9 +264,9 @@ class Decoder(nn.Module):
             nn.Sequential(*(ResBlock(width) for _ in range(count))) for width, count in zip(channels, layers)
         )
         self.upsamples = nn.ModuleList(Upsample(b, a) for a, b in zip(channels[:-1], channels[1:]))
-        self.linear_folds = linear_folds
-        self.linear_ins = nn.ModuleList(
-            nn.Conv2d(3 * fold**2, width, 1) if fold else nn.Identity() for width, fold in zip(channels, linear_folds)
+        self.pca_folds = pca_folds
+        self.pca_projections = nn.ModuleList(
+            nn.Conv2d(3 * fold**2, width, 1) if fold else nn.Identity() for width, fold in zip(channels, pca_folds)
         )
         self.norm_out = ChannelNorm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
@@ -275,16 +275,16 @@ class Decoder(nn.Module):
             nn.init.zeros_(self.conv_out.bias)
         self.gradient_checkpointing = False
 
-    def forward(self, latents: Tensor, linear_image: Tensor | None) -> Tensor:
+    def forward(self, latents: Tensor, pca_image: Tensor | None) -> Tensor:
         """See the class."""
         h = latents
         if self.spread is not None:
             h = F.silu(F.pixel_shuffle(self.spread(h), self.vector_map_size))
         h = self.conv_in(h)
         for index in reversed(range(len(self.stages))):
-            if self.linear_folds[index]:
-                folded = F.pixel_unshuffle(linear_image, self.linear_folds[index]).to(h.dtype)
-                h = h + self.linear_ins[index](folded)
+            if self.pca_folds[index]:
+                folded = F.pixel_unshuffle(pca_image, self.pca_folds[index]).to(h.dtype)
+                h = h + self.pca_projections[index](folded)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(self.stages[index], h)
             else:
@@ -295,7 +295,7 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(h, self.patch_size)
 
 
-class LinearPath(nn.Module):
+class PCABranch(nn.Module):
     """Patches of a small image -> whitened principal components -> patches of a larger small image.
 
     Both directions are affine maps of a patch's values, so 1x1 convolutions over pixel-unshuffled pixels. The
@@ -332,18 +332,18 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     Args:
         sample_size: Side of the square images it is trained on, pixels.
-        latent_numbers: What the latent is said to hold; checked against latent_channels x latent_size^2.
+        latent_dim: What the latent is said to hold; checked against latent_channels x latent_size^2.
         latent_layout: "vector" (one position; fixed image size) or "spatial" (a map; any multiple of the
             downsampling factor).
         latent_channels: Channels of the latent.
         latent_size: Side of the latent map at `sample_size`; 1 for "vector".
         patch_size: Pixels folded into channels before the first convolution, one side.
-        encoder_channels, encoder_layers: Width and residual blocks of each encoder stage, fine to coarse; stage i
+        encoder_block_out_channels, encoder_layers_per_block: Width and residual blocks of each encoder stage, fine to coarse; stage i
             works at sample_size / (patch_size x 2^i).
-        decoder_channels, decoder_layers: The same for the decoder, also listed from fine to coarse.
+        decoder_block_out_channels, decoder_layers_per_block: The same for the decoder, also listed from fine to coarse.
         vector_width: "vector" only: channels of the coarsest map before it is flattened into the moments.
-        linear_size: Side of the image that the linear path reads, pixels; None for no linear path.
-        linear_decode_size: Side of the image that the linear path paints, pixels; ignored without a linear path.
+        pca_size: Side of the image that the linear path reads, pixels; None for no linear path.
+        pca_decode_size: Side of the image that the linear path paints, pixels; ignored without a linear path.
         logvar_init: Posterior log-variance before training (until the linear path's fit chooses one for each
             channel).
         scaling_factor, shift_factor: (latents - shift_factor) x scaling_factor has mean 0 and variance 1 over the
@@ -351,7 +351,7 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_mean, latents_std: The same for each channel, measured after training; None before.
 
     Raises:
-        ValueError: The shape does not hold `latent_numbers`, or sizes do not divide; with the arithmetic.
+        ValueError: The shape does not hold `latent_dim`, or sizes do not divide; with the arithmetic.
     """
 
     _supports_gradient_checkpointing = True
@@ -362,18 +362,18 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
     def __init__(
         self,
         sample_size: int = 256,
-        latent_numbers: int = 1024,
+        latent_dim: int = 1024,
         latent_layout: str = "vector",
         latent_channels: int = 1024,
         latent_size: int = 1,
         patch_size: int = 4,
-        encoder_channels: tuple[int, ...] = (64, 128, 256, 512),
-        encoder_layers: tuple[int, ...] = (1, 1, 1, 1),
-        decoder_channels: tuple[int, ...] = (96, 192, 256, 512),
-        decoder_layers: tuple[int, ...] = (2, 1, 1, 1),
+        encoder_block_out_channels: tuple[int, ...] = (64, 128, 256, 512),
+        encoder_layers_per_block: tuple[int, ...] = (1, 1, 1, 1),
+        decoder_block_out_channels: tuple[int, ...] = (96, 192, 256, 512),
+        decoder_layers_per_block: tuple[int, ...] = (2, 1, 1, 1),
         vector_width: int = 64,
-        linear_size: int | None = 64,
-        linear_decode_size: int = 128,
+        pca_size: int | None = 64,
+        pca_decode_size: int = 128,
         logvar_init: float = -6.0,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
@@ -384,35 +384,35 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._check(**{name: self.config[name] for name in self.config if not name.startswith("_")})
         # How many pixels share a position of the latent map / of the coarsest feature map, one side.
         self.downsampling = sample_size // latent_size
-        coarsest = sample_size // (patch_size * 2 ** (len(encoder_channels) - 1))
+        coarsest = sample_size // (patch_size * 2 ** (len(encoder_block_out_channels) - 1))
         vector_map_size = coarsest if latent_layout == "vector" else None
-        self.shrink_factor = sample_size // linear_size if linear_size else None
-        self.enlarge_factor = sample_size // linear_decode_size if linear_size else None
+        self.shrink_factor = sample_size // pca_size if pca_size else None
+        self.enlarge_factor = sample_size // pca_decode_size if pca_size else None
 
         self.encoder = Encoder(
-            tuple(encoder_channels),
-            tuple(encoder_layers),
+            tuple(encoder_block_out_channels),
+            tuple(encoder_layers_per_block),
             patch_size,
             latent_channels,
             vector_map_size,
             vector_width,
-            zero_start=linear_size is not None,
+            zero_start=pca_size is not None,
         )
-        strides = [patch_size * 2**index for index in range(len(decoder_channels))]
-        folds = tuple(stride // self.enlarge_factor if linear_size else 0 for stride in strides)
+        strides = [patch_size * 2**index for index in range(len(decoder_block_out_channels))]
+        folds = tuple(stride // self.enlarge_factor if pca_size else 0 for stride in strides)
         self.decoder = Decoder(
-            tuple(decoder_channels),
-            tuple(decoder_layers),
+            tuple(decoder_block_out_channels),
+            tuple(decoder_layers_per_block),
             patch_size,
             latent_channels,
             vector_map_size,
-            linear_folds=folds,
-            zero_start=linear_size is not None,
+            pca_folds=folds,
+            zero_start=pca_size is not None,
         )
-        self.linear_path = None
-        if linear_size:
-            self.linear_path = LinearPath(
-                latent_channels, latent_size, linear_size // latent_size, linear_decode_size // latent_size
+        self.pca_branch = None
+        if pca_size:
+            self.pca_branch = PCABranch(
+                latent_channels, latent_size, pca_size // latent_size, pca_decode_size // latent_size
             )
         self.logvar_bias = nn.Parameter(torch.full((latent_channels,), float(logvar_init)))
 
@@ -458,18 +458,18 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
     @staticmethod
     def _check(
         sample_size: int,
-        latent_numbers: int,
+        latent_dim: int,
         latent_layout: str,
         latent_channels: int,
         latent_size: int,
         patch_size: int,
-        encoder_channels: tuple[int, ...],
-        encoder_layers: tuple[int, ...],
-        decoder_channels: tuple[int, ...],
-        decoder_layers: tuple[int, ...],
+        encoder_block_out_channels: tuple[int, ...],
+        encoder_layers_per_block: tuple[int, ...],
+        decoder_block_out_channels: tuple[int, ...],
+        decoder_layers_per_block: tuple[int, ...],
         vector_width: int,
-        linear_size: int | None,
-        linear_decode_size: int,
+        pca_size: int | None,
+        pca_decode_size: int,
         **_others: object,
     ) -> None:
         """Refuse a shape that cannot be, with the arithmetic and the remedy."""
@@ -479,20 +479,20 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
             "latent_size": latent_size,
             "patch_size": patch_size,
             "vector_width": vector_width,
-            "encoder_channels": encoder_channels,
-            "decoder_channels": decoder_channels,
+            "encoder_block_out_channels": encoder_block_out_channels,
+            "decoder_block_out_channels": decoder_block_out_channels,
         }
-        if linear_size is not None:
-            sizes |= {"linear_size": linear_size, "linear_decode_size": linear_decode_size}
+        if pca_size is not None:
+            sizes |= {"pca_size": pca_size, "pca_decode_size": pca_decode_size}
         for name, value in sizes.items():
-            values = value if name.endswith("r_channels") else [value]
+            values = value if name.endswith("block_out_channels") else [value]
             if not values or not all(type(number) is int and number >= 1 for number in values):
                 raise ValueError(f"{name} is {value!r}: whole numbers from 1 up are needed.")
         held = latent_channels * latent_size**2
         shape = f"{latent_channels} x {latent_size} x {latent_size} = {held}"
-        if held != latent_numbers:
+        if held != latent_dim:
             raise ValueError(
-                f"latent_channels x latent_size x latent_size = {shape}, but latent_numbers is {latent_numbers}: "
+                f"latent_channels x latent_size x latent_size = {shape}, but latent_dim is {latent_dim}: "
                 "change one of them so that they agree."
             )
         if latent_layout not in ("vector", "spatial"):
@@ -503,27 +503,27 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
                 "'spatial' means at least 2."
             )
         for side in ("encoder", "decoder"):
-            widths = encoder_channels if side == "encoder" else decoder_channels
-            layers = encoder_layers if side == "encoder" else decoder_layers
-            if len(widths) != len(layers) or len(widths) != len(encoder_channels):
+            widths = encoder_block_out_channels if side == "encoder" else decoder_block_out_channels
+            layers = encoder_layers_per_block if side == "encoder" else decoder_layers_per_block
+            if len(widths) != len(layers) or len(widths) != len(encoder_block_out_channels):
                 raise ValueError(
-                    f"{side}_channels {tuple(widths)} and {side}_layers {tuple(layers)} must have one entry for each "
-                    f"of the {len(encoder_channels)} stages."
+                    f"{side}_block_out_channels {tuple(widths)} and {side}_layers_per_block {tuple(layers)} must have one entry for each "
+                    f"of the {len(encoder_block_out_channels)} stages."
                 )
             for width in widths:
                 if width % 4:  # of a pixel shuffle by 2
-                    raise ValueError(f"{side}_channels: {width} is not a multiple of 4: change the width.")
+                    raise ValueError(f"{side}_block_out_channels: {width} is not a multiple of 4: change the width.")
             for fine, coarse in zip(widths[:-1], widths[1:]):
                 if (4 * fine) % coarse:
                     raise ValueError(
-                        f"{side}_channels: the shortcut between {fine} and {coarse} needs 4 x {fine} = {4 * fine} to "
+                        f"{side}_block_out_channels: the shortcut between {fine} and {coarse} needs 4 x {fine} = {4 * fine} to "
                         f"be a multiple of {coarse}."
                     )
-        stride = patch_size * 2 ** (len(encoder_channels) - 1)
+        stride = patch_size * 2 ** (len(encoder_block_out_channels) - 1)
         if sample_size % stride:
             raise ValueError(
                 f"sample_size {sample_size} is not a multiple of patch_size x 2^(stages - 1) = {patch_size} x "
-                f"{2 ** (len(encoder_channels) - 1)} = {stride}: change one of them."
+                f"{2 ** (len(encoder_block_out_channels) - 1)} = {stride}: change one of them."
             )
         if latent_layout == "spatial" and sample_size // stride != latent_size:
             raise ValueError(
@@ -531,27 +531,27 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"{sample_size // stride} positions wide, but latent_size is {latent_size}: change the number of "
                 "stages, patch_size or latent_size."
             )
-        if linear_size is not None:
-            for name, size in (("linear_size", linear_size), ("linear_decode_size", linear_decode_size)):
+        if pca_size is not None:
+            for name, size in (("pca_size", pca_size), ("pca_decode_size", pca_decode_size)):
                 if sample_size % size or size % latent_size:
                     raise ValueError(
                         f"{name} {size} must divide sample_size {sample_size} and be a multiple of latent_size "
                         f"{latent_size}."
                     )
-            factor = sample_size // linear_decode_size
-            for index in range(len(decoder_channels)):
+            factor = sample_size // pca_decode_size
+            for index in range(len(decoder_block_out_channels)):
                 stride = patch_size * 2**index
                 if stride > factor and stride % factor:
                     raise ValueError(
-                        f"the linear image is sample_size / linear_decode_size = {sample_size} / {linear_decode_size} "
+                        f"the linear image is sample_size / pca_decode_size = {sample_size} / {pca_decode_size} "
                         f"= {factor} times smaller than the image, and decoder stage {index} patch_size x 2^{index} = "
-                        f"{stride} times, which is not a multiple of {factor}: change linear_decode_size or patch_size."
+                        f"{stride} times, which is not a multiple of {factor}: change pca_decode_size or patch_size."
                     )
-            dimensions = 3 * (linear_size // latent_size) ** 2
+            dimensions = 3 * (pca_size // latent_size) ** 2
             if latent_channels > dimensions:
                 raise ValueError(
-                    f"a patch of the linear path has 3 x {linear_size // latent_size}^2 = {dimensions} values, fewer "
-                    f"than latent_channels {latent_channels}: raise linear_size."
+                    f"a patch of the linear path has 3 x {pca_size // latent_size}^2 = {dimensions} values, fewer "
+                    f"than latent_channels {latent_channels}: raise pca_size."
                 )
 
     @classmethod
@@ -563,23 +563,23 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def shrink(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) to the linear path's size by exact area averages, in the linear path's dtype."""
-        return F.avg_pool2d(pixels.to(self.linear_path.to_latents.weight.dtype), self.shrink_factor)
+        return F.avg_pool2d(pixels.to(self.pca_branch.to_latents.weight.dtype), self.shrink_factor)
 
-    def enlarge(self, linear_image: Tensor) -> Tensor:
+    def enlarge(self, pca_image: Tensor) -> Tensor:
         """The linear image at the image's size; bicubic (0.25 dB above bilinear on faces).
 
         As two matrix products: torch's own kernel takes five times as long, and its gradient is a sum in no fixed order
         on CUDA.
         """
         if self.enlarge_factor == 1:
-            return linear_image
-        with _outside_autocast(linear_image):
-            rows, columns = (_bicubic(side, self.enlarge_factor, linear_image) for side in linear_image.shape[-2:])
-            return rows @ linear_image @ columns.T
+            return pca_image
+        with _outside_autocast(pca_image):
+            rows, columns = (_bicubic(side, self.enlarge_factor, pca_image) for side in pca_image.shape[-2:])
+            return rows @ pca_image @ columns.T
 
     # ------------------------------------------------------------------ encode
 
-    def _moments(self, pixels: Tensor) -> Tensor:
+    def _posterior_parameters(self, pixels: Tensor) -> Tensor:
         """One tile, or the whole image: (N, 3, H, W) to mean and log-variance (N, 2C, h, w), one dtype.
 
         Float32 under autocast.
@@ -587,8 +587,8 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         if _under_autocast(pixels):  # the loss wants float32; a half-precision model stays half
             mean, logvar = mean.float(), logvar.float()
-        if self.linear_path is not None:
-            mean = mean + self.linear_path.encode(self.shrink(pixels)).to(mean.dtype)
+        if self.pca_branch is not None:
+            mean = mean + self.pca_branch.encode(self.shrink(pixels)).to(mean.dtype)
         logvar = logvar + self.logvar_bias.to(logvar.dtype)[:, None, None]
         return torch.cat([mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)], dim=1)
 
@@ -608,8 +608,10 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"images of {height}x{width} pixels: sides must be multiples of {factor}; resize or pad them."
             )
         if self.use_tiling and max(height, width) > self.tile_sample_min_size:
-            return self._tiled(pixels, self._moments, self.tile_sample_min_size, unit=factor, scale=1 / factor)
-        return self._moments(pixels)
+            return self._tiled(
+                pixels, self._posterior_parameters, self.tile_sample_min_size, unit=factor, scale=1 / factor
+            )
+        return self._posterior_parameters(pixels)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -636,10 +638,10 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """One tile, or the whole latent: (N, C, h, w) to (N, 3, H, W)."""
-        if self.linear_path is None:
+        if self.pca_branch is None:
             return self.decoder(latents, None)
-        linear_image = self.linear_path.decode(latents)
-        return self.decoder(latents, linear_image) + self.enlarge(linear_image)
+        pca_image = self.pca_branch.decode(latents)
+        return self.decoder(latents, pca_image) + self.enlarge(pca_image)
 
     def _decode(self, latents: Tensor) -> Tensor:
         channels = self.config.latent_channels
@@ -718,10 +720,10 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         if name not in FITTED_PRIORS:
             raise ValueError(f"prior {name!r}: use one of {', '.join(FITTED_PRIORS)}.")
-        if prior.config.numbers != self.config.latent_numbers:
+        if prior.config.numbers != self.config.latent_dim:
             raise ValueError(
                 f"the prior {name} is over {prior.config.numbers} numbers and the latent has "
-                f"{self.config.latent_numbers}: fit one to this model's latents."
+                f"{self.config.latent_dim}: fit one to this model's latents."
             )
         self._priors[name] = prior
 
@@ -777,7 +779,7 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"num_images is {num_images}: ask for at least 1.")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature {temperature} must be a number from 0 up.")
-        numbers, size = self.config.latent_numbers, self.config.latent_size
+        numbers, size = self.config.latent_dim, self.config.latent_size
         if prior == "standard":
             device = None if generator is None else generator.device
             # Image after image, so that a generator gives the same images however they are asked for.

@@ -1,7 +1,7 @@
 """LatentPrior: what the latents of faces are distributed like, as a small diffusers model of its own.
 
 For drawing new latents for a trained decoder, and `fit_gaussian`, the one fit that needs torch only. The others, and the
-command that fits, are in training/fit_prior.py; N(0, I) needs no file. This one file needs torch and diffusers only and is
+command that fits, are in training/priors/fit.py; N(0, I) needs no file. This one file needs torch and diffusers only and is
 saved beside each prior, so that `AutoModel.from_pretrained("FOLDER/priors/gaussian", trust_remote_code=True)` loads it
 without this project (from the Hub: `subfolder="priors/gaussian"`); `AutoencoderKLUltra.sample(num_images,
 prior="gaussian")` does that by itself.
@@ -13,7 +13,7 @@ All kinds treat a latent as a flat vector z of `numbers` numbers and share an af
 where factor factor^T is the (shrunk) covariance of the training latents. They differ in the distribution of u:
 
 - `gaussian`: N(0, I).
-- `mixture`: a Gaussian mixture over the first `component_numbers` entries of u, N(0, I) over the others.
+- `mixture`: a Gaussian mixture over the first `component_dims` entries of u, N(0, I) over the others.
 - `flow`: N(0, I) carried along a learned velocity field (flow matching, Lipman et al. 2022,
   https://arxiv.org/abs/2210.02747, with the linear path).
 """
@@ -101,7 +101,7 @@ class LatentPrior(ModelMixin, ConfigMixin):
         kind: "gaussian", "mixture" or "flow".
         numbers: Of one latent.
         components: "mixture" only: number of Gaussians.
-        component_numbers: "mixture" only: over how many of the first white numbers they are.
+        component_dims: "mixture" only: over how many of the first white numbers they are.
         width, blocks: "flow" only: size of the velocity field.
         steps: "flow" only: Heun steps from noise to latent; each asks the field twice.
 
@@ -119,7 +119,7 @@ class LatentPrior(ModelMixin, ConfigMixin):
         kind: str = "gaussian",
         numbers: int = 1024,
         components: int = 0,
-        component_numbers: int = 0,
+        component_dims: int = 0,
         width: int = 0,
         blocks: int = 0,
         steps: int = 16,
@@ -127,9 +127,9 @@ class LatentPrior(ModelMixin, ConfigMixin):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind of prior {kind!r}: use one of {', '.join(KINDS)}.")
-        if kind == "mixture" and not (components >= 1 and 1 <= component_numbers <= numbers):
+        if kind == "mixture" and not (components >= 1 and 1 <= component_dims <= numbers):
             raise ValueError(
-                f"a mixture of {components} components over {component_numbers} of {numbers} numbers: at least one "
+                f"a mixture of {components} components over {component_dims} of {numbers} numbers: at least one "
                 "component, over 1 to all numbers, is needed."
             )
         if kind == "flow" and not (width >= 1 and blocks >= 1 and steps >= 1):
@@ -139,8 +139,8 @@ class LatentPrior(ModelMixin, ConfigMixin):
         self.factor = _fixed(torch.eye(numbers))
         if kind == "mixture":
             self.component_weights = _fixed(torch.full((components,), 1 / components))
-            self.component_means = _fixed(torch.zeros(components, component_numbers))
-            self.component_factors = _fixed(torch.eye(component_numbers).repeat(components, 1, 1))
+            self.component_means = _fixed(torch.zeros(components, component_dims))
+            self.component_factors = _fixed(torch.eye(component_dims).repeat(components, 1, 1))
         self.velocity = VelocityField(numbers, width, blocks) if kind == "flow" else None
 
     @classmethod
@@ -197,7 +197,7 @@ class LatentPrior(ModelMixin, ConfigMixin):
             picks = picks.to(self.mean)
             chosen = torch.searchsorted(self.component_weights.cumsum(0), picks, right=True)
             chosen = chosen.clamp_max(len(self.component_weights) - 1)  # the weights' sum is 1 up to rounding only
-            count = self.config.component_numbers
+            count = self.config.component_dims
             part = torch.einsum("nij,nj->ni", self.component_factors[chosen], white[:, :count])
             white = torch.cat([self.component_means[chosen] + part, white[:, count:]], dim=1)
         elif self.config.kind == "flow":

@@ -40,10 +40,10 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from runs import differences, fork, run, wait_for  # noqa: E402
 
-from training import checkpoint  # noqa: E402
-from training.checkpoint import list_checkpoints, verify  # noqa: E402
+from training.checkpoint import format as checkpoint  # noqa: E402
+from training.checkpoint.format import list_checkpoints, verify  # noqa: E402
+from training.checkpoint.resume import find_run  # noqa: E402
 from training.config import Config  # noqa: E402
-from training.resume import find_run  # noqa: E402
 from training.trainer import EXIT_STOPPED, Trainer  # noqa: E402
 
 # Calls by which a checkpoint gets on the disk, and older ones off it.

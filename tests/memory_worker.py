@@ -12,7 +12,7 @@ import test_step
 import torch
 from safetensors.torch import save_file
 
-from training.perceptual import PerceptualTrunk
+from training.losses.perceptual import PerceptualTrunk
 
 
 def main(folder: Path) -> None:

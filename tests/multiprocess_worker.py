@@ -43,7 +43,7 @@ def record(config: Config, folder: Path) -> None:
                 "early_stopping_bad_epochs": progress.early_stopping_bad_epochs,
                 "best_epoch": progress.best["epoch"],
                 "validation": [value for name, value in progress.best.items() if name.startswith("validation/")],
-                "kl": [trainer.kl.log_beta, trainer.kl.smoothed_share, trainer.kl.smoothed_kl],
+                "kl": [trainer.kl.log_beta, trainer.kl.smoothed_fraction, trainer.kl.smoothed_kl],
             }
         )
         return is_best
@@ -55,7 +55,7 @@ def record(config: Config, folder: Path) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / f"rank{rank}_{kind}.safetensors")
     facts = {"processes": processes, "code": code, "steps": trainer.progress.step, "trace": trace}
-    facts |= {"row_ids": batch.row_ids, "threads": torch.get_num_threads()}
+    facts |= {"example_ids": batch.example_ids, "threads": torch.get_num_threads()}
     (folder / f"rank{rank}.json").write_text(json.dumps(facts))
 
 

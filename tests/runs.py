@@ -19,7 +19,7 @@ import tiny
 import torch
 
 from training import trainer as trainer_module
-from training.checkpoint import STATE_FILE, list_checkpoints
+from training.checkpoint.format import STATE_FILE, list_checkpoints
 from training.config import Config
 from training.trainer import Trainer
 
@@ -201,12 +201,12 @@ def _state_without_clocks(checkpoint: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / STATE_FILE).read_text())
     for places in (state["config"]["output"],):
         del places["runs_dir"], places["model_dir"]
-    progress, health = state["progress"], state["health"]
+    progress, alerts = state["progress"], state["alerts"]
     for values, clocks in ((progress, ["train_seconds"]), (progress["window"], ["seconds", "waited"])):
         for name in clocks:
             values.pop(name, None)
-    del health["waiting"]
-    health["said"].pop("waiting", None)
+    del alerts["waiting"]
+    alerts["said"].pop("waiting", None)
     return state
 
 

@@ -24,7 +24,7 @@ def benchmark(monkeypatch):
 @pytest.fixture
 def config_file(tmp_path):
     # 32 pixels: the least that the trunk and the stock model with its 16-fold reduction can take.
-    model = {"sample_size": 32, "linear_size": 16, "linear_decode_size": 16}
+    model = {"sample_size": 32, "pca_size": 16, "pca_decode_size": 16}
     settings = tiny.tiny_settings(tmp_path, tmp_path, model=model)
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps(settings))
@@ -32,11 +32,11 @@ def config_file(tmp_path):
 
 
 def test_the_parts_of_a_step_and_its_loop(benchmark, config_file, session, capsys):
-    ceiling = benchmark("ceiling")
+    peak = benchmark("step")
     arguments = ["--config", config_file, "--batch", "2", "--rounds", "2", "--seconds", "0", "--json"]
     # Two networks, as in ultra.json; torchvision's AlexNet would have to be downloaded, and none of this may ask for it.
     two = ["--set", "loss.lpips_trunk=alexnet", "--set", "loss.lpips_crop_px=32"]
-    assert ceiling.main([*arguments, *two, "--loop-steps", "3"]) == 0
+    assert peak.main([*arguments, *two, "--loop-steps", "3"]) == 0
     result = json.loads(capsys.readouterr().out)
     parts = result["parts"]
     assert list(parts) == [
@@ -47,10 +47,10 @@ def test_the_parts_of_a_step_and_its_loop(benchmark, config_file, session, capsy
     assert sum(row["seconds"] for row in parts.values()) == pytest.approx(whole["seconds"])
     assert sum(row["share_of_step"] for row in parts.values()) == pytest.approx(1)
     assert whole["gflop_per_image"] == pytest.approx(sum(row.get("gflop_per_image", 0) for row in parts.values()))
-    best = result["ceiling_gflop_per_second"]["best"]
+    best = result["peak_gflop_per_second"]["best"]
     for row in (whole, parts["encoder"]):
         assert row["gflop_per_second"] == pytest.approx(2 * row["gflop_per_image"] / row["seconds"])
-        assert row["share_of_ceiling"] == pytest.approx(row["gflop_per_second"] / best)
+        assert row["fraction_of_peak"] == pytest.approx(row["gflop_per_second"] / best)
         assert row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
     assert result["images_per_second"] == pytest.approx(2 / whole["seconds"])
     names = [row["operation"] for row in result["top_operations"]]
@@ -60,39 +60,39 @@ def test_the_parts_of_a_step_and_its_loop(benchmark, config_file, session, capsy
 
 def test_a_timed_round_leaves_the_model_as_one_step_would(benchmark, config_file, session):
     """What is timed is the work itself: gradients of the parts reach the weights, and the step updates them."""
-    ceiling = benchmark("ceiling")
-    bench = ceiling.Bench(ceiling.load_config(config_file), 2, None)
+    peak = benchmark("step")
+    bench = peak.Bench(peak.load_config(config_file), 2, None)
     before = [parameter.detach().clone() for parameter in bench.parameters]
-    ceiling._one_round(bench)
+    peak._one_round(bench)
     assert bench.number == 1
     assert any(not torch.equal(a, b) for a, b in zip(before, bench.parameters))
     assert all(parameter.grad is None for parameter in bench.parameters)
-    frozen = bench.model.linear_path.to_latents.weight
+    frozen = bench.model.pca_branch.to_latents.weight
     assert not frozen.requires_grad and all(frozen is not parameter for parameter in bench.parameters)
 
 
 def test_ours_beside_a_stock_model(benchmark, config_file, session, capsys):
-    versus = benchmark("versus_stock")
-    arguments = ["--config", config_file, "--contenders", "ours", "stock_1024", "--batch", "1", "--rounds", "2"]
-    arguments += ["--seconds", "0", "--min-steps", "1", "--ceiling-seconds", "0", "--json"]
+    versus = benchmark("compare_baseline")
+    arguments = ["--config", config_file, "--models", "ours", "stock_1024", "--batch", "1", "--rounds", "2"]
+    arguments += ["--seconds", "0", "--min-steps", "1", "--peak-seconds", "0", "--json"]
     assert versus.main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
-    ours, stock = result["contenders"]["ours"], result["contenders"]["stock_1024"]
+    ours, stock = result["models"]["ours"], result["models"]["stock_1024"]
     assert ours["steps"] == stock["steps"] == 2
     assert ours["ours_is_faster"] == 1 and ours["ours_is_faster_range"] == [1, 1]
     # Below 1 GFLOP an image against 11: whatever else the machine does, the order is certain.
     assert stock["ours_is_faster"] > 1 and ours["images_per_second"] > stock["images_per_second"]
     low, high = stock["ours_is_faster_range"]
     assert low <= stock["ours_is_faster"] <= high
-    best = result["ceiling_gflop_per_second"]["best"]
-    assert stock["share_of_ceiling"] == pytest.approx(stock["images_per_second"] * stock["gflop_training"] / best)
+    best = result["peak_gflop_per_second"]["best"]
+    assert stock["fraction_of_peak"] == pytest.approx(stock["images_per_second"] * stock["gflop_training"] / best)
     versus.print_table(result)
     assert "stock_1024" in capsys.readouterr().out
 
 
 def test_pieces_of_a_stock_models_batch_give_the_gradient_of_the_whole(benchmark, config_file, session):
-    versus, ceiling = benchmark("versus_stock"), benchmark("ceiling")
-    bench = ceiling.Bench(ceiling.load_config(config_file), 3, None)
+    versus, peak = benchmark("compare_baseline"), benchmark("step")
+    bench = peak.Bench(peak.load_config(config_file), 3, None)
     norms = []
     bench.accelerator.clip_grad_norm_ = lambda parameters, _: norms.append(
         torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -111,10 +111,10 @@ def test_pieces_of_a_stock_models_batch_give_the_gradient_of_the_whole(benchmark
 
 
 def test_the_stock_models_are_those_that_people_use(benchmark):
-    versus = benchmark("versus_stock")
-    sd, small = versus.count_stock("stock_sd", 256), versus.count_stock("stock_1024", 256)
-    assert (sd["parameters"], sd["latent_numbers"]) == (83_653_863, 4096)  # of the published weights
-    assert small["latent_numbers"] == 1024
+    versus = benchmark("compare_baseline")
+    sd, small = versus.count_baseline("stock_sd", 256), versus.count_baseline("stock_1024", 256)
+    assert (sd["parameters"], sd["latent_dim"]) == (83_653_863, 4096)  # of the published weights
+    assert small["latent_dim"] == 1024
     # VGG16's convolutions to relu5_3 at 256 pixels, by its widths; twice for two targets, twice for two
     # reconstructions, twice backward (the weights are frozen, so a backward pass costs one forward pass).
     widths = ((3, 64, 256), (64, 64, 256), (64, 128, 128), (128, 128, 128), (128, 256, 64), (256, 256, 64))
@@ -128,12 +128,12 @@ def test_the_stock_models_are_those_that_people_use(benchmark):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("ceiling", ["--batch", "0"], "--batch is 0: use at least 1"),
-        ("ceiling", ["--set", "loss.trunks=vgg16"], "unknown configuration key loss.trunks"),
-        ("versus_stock", ["--contenders", "stock_sd"], "--contenders lacks ours"),
-        ("versus_stock", ["--min-steps", "0"], "--min-steps is 0: use at least 1"),
-        ("versus_stock", ["--micro-batch", "0"], "--micro-batch is 0: use at least 1"),
-        ("versus_stock", ["--trunk-weights", "/nowhere"], "'/nowhere', which is not a folder"),
+        ("step", ["--batch", "0"], "--batch is 0: use at least 1"),
+        ("step", ["--set", "loss.trunks=vgg16"], "unknown configuration key loss.trunks"),
+        ("compare_baseline", ["--models", "stock_sd"], "--models lacks ours"),
+        ("compare_baseline", ["--min-steps", "0"], "--min-steps is 0: use at least 1"),
+        ("compare_baseline", ["--micro-batch", "0"], "--micro-batch is 0: use at least 1"),
+        ("compare_baseline", ["--trunk-weights", "/nowhere"], "'/nowhere', which is not a folder"),
     ],
 )
 def test_what_a_user_got_wrong(benchmark, config_file, session, capsys, name, arguments, message):
@@ -144,14 +144,14 @@ def test_what_a_user_got_wrong(benchmark, config_file, session, capsys, name, ar
 
 
 def test_a_stock_model_is_trained_and_saved_at_the_stated_times(benchmark, config_file, session, tmp_path, capsys):
-    train_stock = benchmark("train_stock")
+    train_baseline = benchmark("train_baseline")
     arguments = ["--config", config_file, "--output", str(tmp_path / "stock")]
-    assert train_stock.main([*arguments, "--minutes", "0.02", "0.00001"]) == 0
+    assert train_baseline.main([*arguments, "--minutes", "0.02", "0.00001"]) == 0
     early, late = capsys.readouterr().out.splitlines()
     assert "1e-05: " in early and " 1 steps" in early and "0.02: " in late
     first, last = (AutoencoderKL.from_pretrained(tmp_path / "stock" / name) for name in ("1e-05", "0.02"))
     assert first.config.sample_size == 32 and first.config.latent_channels == 4
     moved = [not torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters())]
     assert sum(moved) > 0.9 * len(moved)
-    assert train_stock.main([*arguments, "--minutes", "0"]) == 2
+    assert train_baseline.main([*arguments, "--minutes", "0"]) == 2
     assert capsys.readouterr().err == "error: --minutes [0.0]: use numbers above 0.\n"

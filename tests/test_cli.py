@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import train_vae
-from training import build, sources
-from training.budget import count_cost
-from training.build import micro_batch_size, resolve_precision
+from training import builders as build
+from training.budget.plan import count_cost
+from training.builders import micro_batch_size, resolve_precision
 from training.config import load_config
+from training.data import sources
 
 CPU = torch.device("cpu")
 
@@ -67,10 +68,10 @@ def test_wrong_types_and_impossible_shapes(cli):
         training_presets__batch_size="many"
     )
     assert "sample_size is '40px'" in cli.error(model__sample_size="40px")
-    error = cli.error(model__encoder_channels="64")
+    error = cli.error(model__encoder_block_out_channels="64")
     assert "section model" in error and "int" in error
-    error = cli.error(model__latent_numbers="1024")
-    assert "16 x 1 x 1 = 16, but latent_numbers is 1024: change one of them" in error
+    error = cli.error(model__latent_dim="1024")
+    assert "16 x 1 x 1 = 16, but latent_dim is 1024: change one of them" in error
 
 
 def test_a_missing_configuration(cli, capsys):
@@ -155,7 +156,7 @@ def test_trunk_weights_that_are_nowhere(cli, monkeypatch, tmp_path):
 
 
 def test_a_trunk_that_needs_larger_images(cli):
-    sizes = {"model__sample_size": "16", "model__linear_size": "8", "model__linear_decode_size": "8"}
+    sizes = {"model__sample_size": "16", "model__pca_size": "8", "model__pca_decode_size": "8"}
     error = cli.error(**sizes)
     assert "loss.trunk st_alexnet needs images or crops of 21 pixels, these have 16" in error
 

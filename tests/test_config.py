@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget import count_cost
+from training.budget.plan import count_cost
 from training.config import (
     Config,
     DataConfig,
@@ -45,7 +45,7 @@ def test_every_file_loads_and_its_model_builds(path):
         model = AutoencoderKLUltra(**config.model)
         size = model.config.sample_size
         latents = model.encode(torch.zeros(1, 3, size, size)).latent_dist.mean
-    assert latents[0].numel() == config.model["latent_numbers"]
+    assert latents[0].numel() == config.model["latent_dim"]
     written = json.loads(path.read_text())
     for section, values in written.items():  # what the file says is what the configuration holds
         for key, value in values.items():
@@ -169,13 +169,13 @@ def test_overrides(tmp_path):
             "training_presets.learning_rate=1e-3",
             "training_presets.compile=true",
             "training_presets.micro_batch_size=null",
-            "model.encoder_channels=[8, 16]",
+            "model.encoder_block_out_channels=[8, 16]",
         ],
     )
     presets = config.training_presets
     assert (presets.batch_size, presets.learning_rate, presets.compile) == (32, 1e-3, True)
     assert (config.output.run_name, config.data.data_files) == ("test-1", {"train": "a=b.parquet"})
-    assert config.model == {"encoder_channels": [8, 16]}
+    assert config.model == {"encoder_block_out_channels": [8, 16]}
 
 
 @pytest.mark.parametrize(

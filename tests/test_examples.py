@@ -15,13 +15,13 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.export import export_model
-from training.linear_init import fit_linear_path
-from training.synthetic_faces import render_face
+from training.data.synthetic_faces import render_face
+from training.pca_init import fit_pca_branch
+from training.publish.export import export_model
 
 ROOT = Path(__file__).parent.parent
 SIDE = tiny.SETTINGS["model"]["sample_size"]
-SPATIAL = {"latent_numbers": 100, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 5}
+SPATIAL = {"latent_dim": 100, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 5}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def model(request, pictures, tmp_path_factory) -> Path:
     """An exported model with a fitted linear path, its scaling measured as a training does."""
     torch.manual_seed(0)
     vae = AutoencoderKLUltra(**tiny.SETTINGS["model"] | (SPATIAL if request.param == "spatial" else {}))
-    fit_linear_path(vae, pixels_of(pictures / "train"), 0.05)
+    fit_pca_branch(vae, pixels_of(pictures / "train"), 0.05)
     with torch.no_grad():
         latents = vae.encode(pixels_of(pictures / "validation").float() / 127.5 - 1).latent_dist.sample()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())

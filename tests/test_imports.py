@@ -9,39 +9,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([ROOT / "train_vae.py", *(ROOT / "modeling").glob("*.py"), *(ROOT / "training").glob("*.py")])
+SOURCES = sorted([ROOT / "train_vae.py", *(ROOT / "modeling").rglob("*.py"), *(ROOT / "training").rglob("*.py")])
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
 
 # A module may import those of a lower layer, and of its own.
 LAYERS = [
     {"train_vae"},
-    {"training.trainer", "training.evaluate", "training.sample", "training.fit_prior"},
-    {"training.evaluate_report", "training.publish", "training.run_folder"},
-    {"training.evaluation", "training.model_card", "training.resume", "training.run_state", "training.export_formats"},
-    {"training.step", "training.validation", "training.checkpoint", "training.export", "training.tracking"},
+    {"training.trainer", "training.evaluate.command", "training.priors.sample", "training.priors.fit"},
+    {"training.evaluate.report", "training.publish.stage", "training.checkpoint.run_dir"},
     {
-        "training.autoencoders",
-        "training.budget",
-        "training.build",
-        "training.data",
-        "training.figures",
-        "training.frechet",
-        "training.hub",
-        "training.linear_init",
-        "training.memory_plan",
-        "training.processes",
-        "training.run_lock",
-        "training.run_record",
+        "training.evaluate.measure",
+        "training.publish.card",
+        "training.checkpoint.resume",
+        "training.checkpoint.state",
+        "training.publish.export_formats",
+    },
+    {
+        "training.step",
+        "training.evaluate.validation",
+        "training.checkpoint.format",
+        "training.publish.export",
+        "training.tracking.trackers",
+    },
+    {
+        "training.evaluate.models",
+        "training.budget.plan",
+        "training.builders",
+        "training.data.stream",
+        "training.tracking.progress",
+        "training.evaluate.frechet",
+        "training.publish.hub",
+        "training.pca_init",
+        "training.budget.memory",
+        "training.distributed",
+        "training.checkpoint.run_lock",
+        "training.publish.run_record",
         "training.signals",
     },
-    {"training.sources"},
-    {"training.losses", "training.metrics"},
-    {"training.perceptual", "training.images", "training.files", "training.health"},
-    {"training.config", "training.kl", "training.devices", "training.describe"},
+    {"training.data.sources"},
+    {"training.losses.objective", "training.evaluate.metrics"},
+    {"training.losses.perceptual", "training.data.images", "training.io", "training.tracking.alerts"},
+    {"training.config", "training.losses.kl_control", "training.budget.devices", "training.config_reference"},
     {"modeling", "modeling.autoencoder_kl_ultra", "modeling.latent_prior"},
 ]
-STDLIB_ONLY = ("training.config", "training.kl", "training.health", "training.describe")
-COMPUTES = ("training.losses", "training.perceptual", "training.metrics", "training.kl", "training.config")
+STDLIB_ONLY = ("training.config", "training.losses.kl_control", "training.tracking.alerts", "training.config_reference")
+COMPUTES = (
+    "training.losses.objective",
+    "training.losses.perceptual",
+    "training.evaluate.metrics",
+    "training.losses.kl_control",
+    "training.config",
+)
 
 
 def imports(path: Path, only_top: bool = False) -> set[str]:
@@ -55,7 +73,7 @@ def imports(path: Path, only_top: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    # `from training import hub` and `from training.hub import push` are the same module.
+    # `from training import hub` and `from training.publish.hub import push` are the same module.
     modules = set(NAMES.values())
     return {name if name in modules else name.rpartition(".")[0] or name for name in found}
 
@@ -71,7 +89,7 @@ def test_modeling_and_what_computes_import_nothing_above_them(path):
     if name.startswith("modeling"):
         assert all(module.startswith("modeling") for module in own)
     if name in COMPUTES:
-        assert own <= {*COMPUTES, "training.images", "modeling.autoencoder_kl_ultra"}
+        assert own <= {*COMPUTES, "training.data.images", "modeling.autoencoder_kl_ultra"}
     assert "train_vae" not in used
     if name != "train_vae":
         assert "training.trainer" not in used or name == "training.trainer"
@@ -98,8 +116,8 @@ def test_the_entry_point_needs_no_torch_to_start():
 
 
 def test_only_training_that_ends_and_one_command_publish():
-    uploaders = {name for path, name in NAMES.items() if "training.hub" in imports(path)}
-    assert uploaders <= {"training.trainer", "training.publish", "training.model_card"}
+    uploaders = {name for path, name in NAMES.items() if "training.publish.hub" in imports(path)}
+    assert uploaders <= {"training.trainer", "training.publish.stage", "training.publish.card"}
 
 
 def test_the_monitor_stands_apart():

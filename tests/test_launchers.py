@@ -23,8 +23,8 @@ from runs import differences, fork, metric_lines, run_ranks, wait_for_all
 from safetensors.torch import load_file, save_file
 
 from training import step as step_module
-from training.build import join_processes
-from training.checkpoint import MODEL_FILE, list_checkpoints, read_state, verify
+from training.builders import join_processes
+from training.checkpoint.format import MODEL_FILE, list_checkpoints, read_state, verify
 from training.config import Config, config_from_dict
 from training.trainer import Trainer
 

@@ -15,7 +15,7 @@ import torch
 from multiprocess_worker import record
 from safetensors.torch import load_file
 
-from training.build import resolve_precision
+from training.builders import resolve_precision
 from training.config import config_from_dict
 
 pytestmark = pytest.mark.multiprocess
@@ -81,9 +81,9 @@ def test_two_processes_were_started_and_read_one_batch(folders):
     one, two = folders
     assert facts(one)["processes"] == 1
     assert [facts(two, rank)["processes"] for rank in (0, 1)] == [2, 2]
-    halves = [facts(two, rank)["row_ids"] for rank in (0, 1)]
+    halves = [facts(two, rank)["example_ids"] for rank in (0, 1)]
     assert [len(half) for half in halves] == [2, 2]
-    assert halves[0] + halves[1] == facts(one)["row_ids"]
+    assert halves[0] + halves[1] == facts(one)["example_ids"]
 
 
 def test_gradients_equal_those_of_one_process(folders):

@@ -13,9 +13,9 @@ from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import step as step_module
-from training.losses import LossWeights
-from training.perceptual import PerceptualTrunk
-from training.step import AveragedWeights, OutOfMemory, TrainStep, draw_step_noise, image_generator
+from training.losses.objective import LossWeights
+from training.losses.perceptual import PerceptualTrunk
+from training.step import EMAWeights, OutOfMemory, TrainStep, image_generator, sample_step_noise
 
 SIDE, CROP = 40, 32
 LATENT = (16, 1, 1)
@@ -54,7 +54,7 @@ def make_step(trunk, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=Fals
     prepared = accelerator.prepare(model, optimizer(parameters, lr=learning_rate))
     settings = {"weights": WEIGHTS, "seed": SEED, "latent_shape": LATENT, "micro_batch": 8, "crop_px": CROP}
     settings |= {"max_grad_norm": 1e9, "trunk": trunk}
-    averaged = AveragedWeights(parameters, decay=0.9, use_ema_warmup=True, power=0.75) if ema else None
+    averaged = EMAWeights(parameters, decay=0.9, use_ema_warmup=True, power=0.75) if ema else None
     return TrainStep(accelerator, *prepared, parameters, ema=averaged, **(settings | changes))
 
 
@@ -104,9 +104,9 @@ def test_the_gradient_equals_that_of_the_plain_formula(session, trunk, pixels):
         made = model.decode(posterior.mean + torch.exp(0.5 * posterior.logvar) * noise).sample
         seen, wanted = [], []
         for index, (top, left) in enumerate(corners):
-            windows = (index, slice(None), slice(top, top + CROP), slice(left, left + CROP))
-            seen.append(made[windows])
-            wanted.append(images[windows])
+            crops = (index, slice(None), slice(top, top + CROP), slice(left, left + CROP))
+            seen.append(made[crops])
+            wanted.append(images[crops])
         features, targets = trunk.features(torch.stack(seen)), trunk.features(torch.stack(wanted))
         kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).mean()
         terms = {
@@ -135,17 +135,17 @@ def test_what_the_next_step_draws_is_drawn_before_this_ones_result_is_read(
 
     def recorded(seed, step, indices, *rest):
         drawn.append((step, indices))
-        return draw_step_noise(seed, step, indices, *rest)
+        return sample_step_noise(seed, step, indices, *rest)
 
     step = make_step(trunk, micro_batch=micro_batch)
-    monkeypatch.setattr(step_module, "draw_step_noise", recorded)
-    pieces = [range(start, min(start + micro_batch, 8)) for start in range(0, 8, micro_batch)]
+    monkeypatch.setattr(step_module, "sample_step_noise", recorded)
+    micro_batches = [range(start, min(start + micro_batch, 8)) for start in range(0, 8, micro_batch)]
     gradient(step, pixels, number=5)
-    assert drawn == [*((5, piece) for piece in pieces), (6, pieces[0])]
+    assert drawn == [*((5, piece) for piece in micro_batches), (6, micro_batches[0])]
     drawn.clear()
     step.optimizer.zero_grad()
     found, _ = gradient(step, pixels, number=6)
-    assert drawn == [*((6, piece) for piece in pieces[1:]), (7, pieces[0])]
+    assert drawn == [*((6, piece) for piece in micro_batches[1:]), (7, micro_batches[0])]
     drawn.clear()
     step.optimizer.zero_grad()
     gradient(step, pixels[:2], number=2)  # back, and with fewer images
@@ -242,21 +242,21 @@ def test_moved_images_do_not_depend_on_how_the_batch_is_cut(session, trunk, pixe
 
 
 def test_draws_depend_on_the_place_in_the_global_batch_only():
-    whole = draw_step_noise(SEED, 7, range(8), (4, 2, 2), 41, [32, 40])
+    whole = sample_step_noise(SEED, 7, range(8), (4, 2, 2), 41, [32, 40])
     for cuts in ([range(3), range(3, 8)], [[index] for index in range(8)]):
-        parts = [draw_step_noise(SEED, 7, indices, (4, 2, 2), 41, [32, 40]) for indices in cuts]
+        parts = [sample_step_noise(SEED, 7, indices, (4, 2, 2), 41, [32, 40]) for indices in cuts]
         assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
         for place in (0, 1):
             for corner in (0, 1):
-                drawn = [number for part in parts for number in part.windows[place][corner]]
-                assert drawn == whole.windows[place][corner]
+                drawn = [number for part in parts for number in part.crops[place][corner]]
+                assert drawn == whole.crops[place][corner]
 
 
 def test_draws_leave_torchs_own_generator_alone():
     torch.manual_seed(0)
     first = torch.rand(1)
     torch.manual_seed(0)
-    draw_step_noise(SEED, 7, range(3), (4, 2, 2), 41, [32])
+    sample_step_noise(SEED, 7, range(3), (4, 2, 2), 41, [32])
     assert torch.equal(torch.rand(1), first)
 
 
@@ -267,7 +267,7 @@ def test_other_seeds_steps_and_images_draw_other_numbers():
 
 
 def test_the_noise_is_standard_normal_and_the_windows_uniform():
-    draws = [draw_step_noise(SEED, step, range(32), (64, 1, 1), 40, [32, 32]) for step in range(30)]
+    draws = [sample_step_noise(SEED, step, range(32), (64, 1, 1), 40, [32, 32]) for step in range(30)]
     noise = torch.cat([draw.noise for draw in draws]).flatten(1).double()  # (960, 64)
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
     # Neighbours have nothing in common: correlations of 64 numbers are about 0 +- 1/8.
@@ -276,15 +276,15 @@ def test_the_noise_is_standard_normal_and_the_windows_uniform():
     assert abs(correlation.mean().item()) < 4 / 8 / math.sqrt(959)
     assert correlation.abs().max() < 5 / 8
     for window, corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        places = [place for draw in draws for place in draw.windows[window][corner]]
+        places = [place for draw in draws for place in draw.crops[window][corner]]
         counts = torch.bincount(torch.tensor(places), minlength=9)
         assert len(counts) == 9  # 0 to 8, both ends included
         assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
 def test_a_window_no_smaller_than_the_image_is_the_image():
-    draw = draw_step_noise(SEED, 0, range(4), LATENT, 40, [None, 40, 41, 39])
-    assert draw.windows[:3] == (None, None, None) and draw.windows[3][2] == 39
+    draw = sample_step_noise(SEED, 0, range(4), LATENT, 40, [None, 40, 41, 39])
+    assert draw.crops[:3] == (None, None, None) and draw.crops[3][2] == 39
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -391,7 +391,7 @@ def test_the_micro_batch_is_found_before_training(session, trunk):
 
 def test_a_lower_resolution_is_training_on_averaged_images(session, trunk):
     settings = {"sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "patch_size": 4}
-    model = AutoencoderKLUltra(**tiny.SETTINGS["model"] | settings | {"latent_numbers": 256, "linear_size": None})
+    model = AutoencoderKLUltra(**tiny.SETTINGS["model"] | settings | {"latent_dim": 256, "pca_size": None})
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)

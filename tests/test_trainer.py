@@ -25,17 +25,20 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
-from training.checkpoint import STATE_FILE, list_checkpoints
+from training.checkpoint.format import STATE_FILE, list_checkpoints
 from training.config import load_config
-from training.images import normalize
+from training.data.images import normalize
+from training.evaluate.validation import Validation
 from training.trainer import EXIT_STOPPED, Trainer
-from training.validation import Validation
 
 ROOT = Path(__file__).parent.parent
 TRAIN_NAMES = {
     *(f"{kind}/{term}" for kind in ("loss", "weighted") for term in ("mse", "l1", "perceptual", "lpips", "kl")),
     *("loss/reconstruction", "loss/total"),
-    *(f"kl/{name}" for name in ("beta", "floor", "share", "smoothed_share", "band_low", "band_high", "nats_per_image")),
+    *(
+        f"kl/{name}"
+        for name in ("beta", "beta_floor", "loss_fraction", "smoothed_fraction", "target_low", "target_high", "nats_per_image")
+    ),
     *(f"optim/{name}" for name in ("learning_rate", "grad_norm", "clipped_fraction", "skipped_steps")),
     *(f"speed/{name}" for name in ("images_per_second", "data_wait_fraction", "memory_gib")),
 }
@@ -116,7 +119,7 @@ def test_figures_agree_with_each_other(finished):
         assert line["loss/total"] == pytest.approx(sum(parts.values()), rel=1e-5)
         assert line["loss/reconstruction"] == pytest.approx(line["loss/total"] - parts["kl"], rel=1e-5)
         assert line["kl/nats_per_image"] == pytest.approx(16 * line["loss/kl"], rel=1e-6)
-        assert 0 < line["kl/share"] < 1 and 0 < line["kl/band_low"] < line["kl/band_high"] < 1
+        assert 0 < line["kl/loss_fraction"] < 1 and 0 < line["kl/target_low"] < line["kl/target_high"] < 1
     for line in finished.lines("validation"):
         assert line["validation/psnr"] >= 10 * math.log10(4 / line["validation/mse"])  # Jensen: a mean of logarithms
 
@@ -126,10 +129,10 @@ def test_beta_obeys_floor_warm_up_and_cycle(finished):
     lines = finished.lines("train")
     for line in lines:
         first_epoch = (line["step"] - 2) // STEPS  # of the two steps whose mean the line holds
-        assert line["kl/floor"] == schedule.floor(line["epoch"])
+        assert line["kl/beta_floor"] == schedule.floor(line["epoch"])
         assert line["kl/beta"] >= schedule.floor(first_epoch)
         factor = 0.25 if line["epoch"] % 2 == 0 else 1.0  # a cycle of 2 epochs, the first of them a cool-down
-        assert (line["kl/band_low"], line["kl/band_high"]) == (0.01 * factor, 0.03 * factor)
+        assert (line["kl/target_low"], line["kl/target_high"]) == (0.01 * factor, 0.03 * factor)
     assert lines[0]["kl/beta"] == schedule.kl_beta_floor  # the floor holds: the warm-up alone would be below it
 
 
@@ -151,7 +154,7 @@ def test_tensorboard_reads_it_all_back(finished):
     assert set(tags["images"]) == {"samples", "samples_gaussian", "reconstructions"}
     shapes = {(image.height, image.width) for image in events.Images("reconstructions")}
     assert shapes == {(86, 254)}
-    histogram = events.Histograms("validation/kl_of_number")[-1].histogram_value
+    histogram = events.Histograms("validation/kl_per_dimension")[-1].histogram_value
     assert histogram.num == 16
     assert histogram.sum / 16 == pytest.approx(finished.lines("validation")[-1]["validation/kl"], rel=1e-4)
     layout = layout_pb2.Layout()
@@ -159,7 +162,7 @@ def test_tensorboard_reads_it_all_back(finished):
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     assert charts == {
         "loss parts, weighted": [f"weighted/{name}" for name in ("mse", "l1", "perceptual", "lpips", "kl")],
-        "KL share and its band": ["kl/smoothed_share", "kl/band_low", "kl/band_high"],
+        "KL share and its band": ["kl/smoothed_fraction", "kl/target_low", "kl/target_high"],
     }
     assert {tag for tags_of_chart in charts.values() for tag in tags_of_chart} <= set(tags["scalars"])
 
@@ -383,10 +386,10 @@ def test_gradients_that_stay_infinite_roll_a_run_back_once_then_end_it(finished,
     warned = [line for line in events if line["kind"] == "event" and line["level"] == "warning"]
     assert [line["step"] for line in warned] == [11, 12, 13, 10, 11, 12, 13]
     assert warned[3]["message"].startswith("rolled back from step 13 to step_00000010: 3 steps in a row")
-    bad_rows = [
+    corrupt_examples = [
         re.search(r"images (.*), \.\.\.", line["message"]).group(1) for line in warned if "(images" in line["message"]
     ]
-    assert bad_rows[:3] != bad_rows[-3:]  # another order of images
+    assert corrupt_examples[:3] != corrupt_examples[-3:]  # another order of images
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000010"]
 
 

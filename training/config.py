@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.kl import KLSchedule
+from training.losses.kl_control import KLSchedule
 
 TOKEN = r"hf_[A-Za-z0-9]{16,}"  # an access token of the Hub, which must be in no configuration and no log
 COLLECTIVE_TIMEOUT_S = 3600  # how long processes wait for each other before the run fails
@@ -52,7 +52,7 @@ class DataConfig:
     shuffle_buffer: int = 2048  # rows in the streaming shuffle buffer (encoded bytes, about 10 kB each)
     num_train_images: int | None = None  # for plans and time left where the source does not say how many it has
     max_validation_images: int = 2048  # the first so many rows of the validation split, decoded once and kept
-    max_bad_fraction: float = 0.01  # share of undecodable images above which the run stops
+    max_corrupt_fraction: float = 0.01  # share of undecodable images above which the run stops
     decode_threads: int = 0  # 0: one for each CPU core, at most 16
     prefetch_batches: int = 4  # decoded batches kept ready
     synthetic_train_images: int = 4096  # "synthetic_faces": how many are drawn to train on
@@ -86,7 +86,9 @@ class DataConfig:
         _require(
             self.max_validation_images >= 1, "data.max_validation_images", self.max_validation_images, "use at least 1"
         )
-        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use 0 to 1")
+        _require(
+            0 <= self.max_corrupt_fraction <= 1, "data.max_corrupt_fraction", self.max_corrupt_fraction, "use 0 to 1"
+        )
         _require(self.cache in ("on", "off", "only"), "data.cache", self.cache, "use on, off or only")
         limit = COLLECTIVE_TIMEOUT_S - 600
         _require(0 < self.timeout_s <= limit, "data.timeout_s", self.timeout_s, f"use more than 0 to {limit} seconds")
@@ -161,7 +163,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPresets(KLSchedule):
-    """Section `training_presets`: the optimisation; the kl_* keys are documented in `training.kl.KLSchedule`."""
+    """Section `training_presets`: the optimisation; the kl_* keys are documented in `training.losses.kl_control.KLSchedule`."""
 
     num_epochs: int = 200  # passes over the training images, or over max_images_per_epoch of them
     batch_size: int = 64  # images in one optimizer step, over all processes and accumulation
@@ -196,11 +198,11 @@ class TrainingPresets(KLSchedule):
     # {"128": 100}. Spatial layout only; a quarter of the pixels cost a quarter of the arithmetic.
     resolution_schedule: dict = field(default_factory=dict)
     augment: bool = False  # shift, turn and scale each training image a little; for small data sets
-    linear_init_images: int = 8192  # training images from which the linear path is fitted before step 0
-    linear_init_copies: int = 0  # shifted, turned and scaled copies of each that it is fitted to as well
+    pca_init_images: int = 8192  # training images from which the linear path is fitted before step 0
+    pca_init_augmented_copies: int = 0  # shifted, turned and scaled copies of each that it is fitted to as well
     # Posterior noise at the start: its share of the error that the linear path makes anyway.
-    linear_noise_fraction: float = 0.05
-    linear_lr_scale: float = 0.0  # learning rate of the linear path over the others'; 0: it stays fixed
+    pca_noise_fraction: float = 0.05
+    pca_lr_scale: float = 0.0  # learning rate of the linear path over the others'; 0: it stays fixed
     kl_control_enabled: bool = True  # False: beta is kl_beta_init after its warm-up
     max_images_per_epoch: int | None = None  # shorter epochs; null: every training image
     max_train_minutes: float | None = None  # stop cleanly after so many minutes of training; null: never
@@ -211,7 +213,7 @@ class TrainingPresets(KLSchedule):
         name = "training_presets."
         for key in ("num_epochs", "batch_size", "plateau_patience", "max_skipped_in_a_row"):
             _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
-        _require(self.linear_init_images >= 2, name + "linear_init_images", self.linear_init_images, "use at least 2")
+        _require(self.pca_init_images >= 2, name + "pca_init_images", self.pca_init_images, "use at least 2")
         epochs_below = 0
         for side, epochs in self.resolution_schedule.items():
             key = f"{name}resolution_schedule"
@@ -224,8 +226,8 @@ class TrainingPresets(KLSchedule):
             self.resolution_schedule,
             f"leave some of the {self.num_epochs} epochs for the full resolution",
         )
-        copies = self.linear_init_copies
-        _require(copies >= 0, name + "linear_init_copies", copies, "use 0 or more")
+        copies = self.pca_init_augmented_copies
+        _require(copies >= 0, name + "pca_init_augmented_copies", copies, "use 0 or more")
         micro = self.micro_batch_size
         allowed = micro in (None, "auto") or (isinstance(micro, int) and micro >= 1)
         _require(allowed, name + "micro_batch_size", micro, 'use at least 1, "auto" or null')
@@ -235,16 +237,16 @@ class TrainingPresets(KLSchedule):
             _require(getattr(self, key) > 0, name + key, getattr(self, key), "use a number above 0")
         for key in ("weight_decay", "lr_warmup_steps", "early_stopping_patience", "min_learning_rate", "seed"):
             _require(getattr(self, key) >= 0, name + key, getattr(self, key), "use 0 or more")
-        for key in ("linear_lr_scale", "plateau_threshold"):
+        for key in ("pca_lr_scale", "plateau_threshold"):
             _require(getattr(self, key) >= 0, name + key, getattr(self, key), "use 0 or more")
         for key in ("adam_beta1", "adam_beta2", "plateau_factor"):
             _require(0 < getattr(self, key) < 1, name + key, getattr(self, key), "use a number between 0 and 1")
         _require(0 <= self.ema_decay < 1, name + "ema_decay", self.ema_decay, "use 0 (off) to less than 1")
         _require(0 < self.ema_power <= 1, name + "ema_power", self.ema_power, "use above 0 to 1")
         _require(
-            0 < self.linear_noise_fraction <= 1,
-            name + "linear_noise_fraction",
-            self.linear_noise_fraction,
+            0 < self.pca_noise_fraction <= 1,
+            name + "pca_noise_fraction",
+            self.pca_noise_fraction,
             "use above 0 to 1",
         )
         _require(self.optimizer in ("adam", "adamw"), name + "optimizer", self.optimizer, "use adam or adamw")

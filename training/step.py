@@ -19,9 +19,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.images import move, normalize
-from training.losses import LossWeights, Window, vae_loss
-from training.perceptual import PerceptualTrunk
+from training.data.images import normalize, random_affine
+from training.losses.objective import Crop, LossWeights, vae_loss
+from training.losses.perceptual import PerceptualTrunk
 
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring keys give unrelated seeds
 _MASK = (1 << 63) - 1
@@ -50,12 +50,12 @@ class StepNoise:
         noise: Standard normal numbers (N, C, h, w), float32, on the host.
         windows: Of each window asked for, what `vae_loss` takes: corners, N integers each, and the side, pixels; None
             for the whole image.
-        moves: Uniform numbers (N, 5) for `training.images.move`, on the host.
+        moves: Uniform numbers (N, 5) for `training.data.images.move`, on the host.
     """
 
     noise: Tensor
-    windows: tuple[Window | None, ...]
-    moves: Tensor
+    crops: tuple[Crop | None, ...]
+    affine_params: Tensor
 
 
 def _corner(last: int, generator: torch.Generator) -> list[int]:
@@ -63,13 +63,13 @@ def _corner(last: int, generator: torch.Generator) -> list[int]:
     return torch.randint(0, last + 1, (2,), generator=generator).tolist()
 
 
-def draw_step_noise(
+def sample_step_noise(
     seed: int,
     step: int,
     indices: Sequence[int],
     latent_shape: Sequence[int],
     side: int = 0,
-    window_sides: Sequence[int | None] = (),
+    crop_sizes: Sequence[int | None] = (),
 ) -> StepNoise:
     """Draw what images `indices` of global batch `step` need.
 
@@ -78,11 +78,11 @@ def draw_step_noise(
         indices: Positions in the global batch.
         latent_shape: (C, h, w).
         side: Of the images, pixels.
-        window_sides: A window of each of these sides is drawn uniformly; None, or no less than `side`, is the whole
+        crop_sizes: A window of each of these sides is drawn uniformly; None, or no less than `side`, is the whole
             image.
     """
-    cut = [window if window is not None and window < side else None for window in window_sides]
-    noises, corners, moves = [], [], []
+    cut = [window if window is not None and window < side else None for window in crop_sizes]
+    noises, corners, affine_params = [], [], []
     for index in indices:
         generator = image_generator(seed, step, index)
         ranges = [0 if window is None else side - window for window in cut]
@@ -90,12 +90,12 @@ def draw_step_noise(
         own = [_corner(last, generator) for last in ranges[:1]]
         noises.append(torch.randn(*latent_shape, generator=generator))
         corners.append(own + [_corner(last, generator) for last in ranges[1:]])
-        moves.append(torch.rand(5, generator=generator))
-    windows = tuple(
+        affine_params.append(torch.rand(5, generator=generator))
+    crops = tuple(
         None if window is None else ([own[place][0] for own in corners], [own[place][1] for own in corners], window)
         for place, window in enumerate(cut)
     )
-    return StepNoise(torch.stack(noises), windows, torch.stack(moves))
+    return StepNoise(torch.stack(noises), crops, torch.stack(affine_params))
 
 
 @dataclass
@@ -115,7 +115,7 @@ class StepResult:
     halved: bool
 
 
-class AveragedWeights(EMAModel):
+class EMAWeights(EMAModel):
     """diffusers' averaged weights, updated in one pass over each tensor instead of three.
 
     A third of the memory traffic: the update is bound by nothing else.
@@ -153,7 +153,7 @@ class TrainStep:
         crop_px: Side of the perceptual window; None for the whole image.
         lpips_trunk, lpips_crop_px: The same for the second network of LPIPS, if there is one.
         max_grad_norm: Gradients are clipped to this norm.
-        augment: Shift, turn and scale each image a little (`training.images.move`).
+        augment: Shift, turn and scale each image a little (`training.data.images.move`).
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         *,
-        ema: AveragedWeights | None,
+        ema: EMAWeights | None,
         trunk: PerceptualTrunk | None,
         weights: LossWeights,
         seed: int,
@@ -188,7 +188,7 @@ class TrainStep:
         self.micro_batch = micro_batch
         self.adapt_micro_batch = adapt_micro_batch
         self.lpips_trunk = lpips_trunk
-        self.window_sides = (crop_px, lpips_crop_px)
+        self.crop_sizes = (crop_px, lpips_crop_px)
         self._ahead: dict[tuple, StepNoise] = {}  # what the next step draws first
         self.max_grad_norm = max_grad_norm
         self.augment = augment
@@ -218,7 +218,7 @@ class TrainStep:
             piece = pixels_uint8[start : start + self.micro_batch].to(device, non_blocking=True)
             indices = range(first + start, first + start + len(piece))
             draws = self._draws(step, indices, latent_shape, side)
-            crop, lpips_crop = draws.windows
+            crop, lpips_crop = draws.crops
             is_last = start + self.micro_batch >= count
             # Processes exchange gradients once, during the last piece.
             exchange = is_last and not self.adapt_micro_batch
@@ -226,7 +226,7 @@ class TrainStep:
             with sync:
                 pixels = normalize(piece)
                 if self.augment:
-                    pixels = move(pixels, draws.moves)
+                    pixels = random_affine(pixels, draws.affine_params)
                 if shrink > 1:
                     pixels = F.avg_pool2d(pixels, shrink)
                 output = self.model(pixels, noise=self._to_device(draws.noise))
@@ -254,9 +254,9 @@ class TrainStep:
         return totals
 
     def _draws(self, step: int, indices: range, latent_shape: tuple[int, ...], side: int) -> StepNoise:
-        """`draw_step_noise`, unless it was drawn ahead."""
+        """`sample_step_noise`, unless it was drawn ahead."""
         draws = self._ahead.pop((step, indices, latent_shape, side), None)
-        return draws or draw_step_noise(self.seed, step, indices, latent_shape, side, self.window_sides)
+        return draws or sample_step_noise(self.seed, step, indices, latent_shape, side, self.crop_sizes)
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         """A copy that the host does not wait for: of memory that is not page-locked, it waits for all work before."""

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import fit_gaussian
-from training import hub
-from training.budget import describe_plan, planned_micro_batch
-from training.build import (
+from training.budget.plan import describe_plan, planned_micro_batch
+from training.builders import (
     build_accelerator,
     build_model,
     build_optimizer,
@@ -30,33 +29,34 @@ from training.build import (
     join_processes,
     micro_batch_size,
 )
-from training.checkpoint import (
+from training.checkpoint.format import (
     CheckpointWriter,
     Snapshot,
     list_checkpoints,
+    quarantine_newer,
     read_state,
-    set_aside_newer,
     step_folder,
 )
+from training.checkpoint.resume import check_resume, newest_valid
+from training.checkpoint.run_dir import RunFolder
+from training.checkpoint.state import RunState
 from training.config import Config, config_from_dict
-from training.data import TrainStream, load_validation
-from training.export import export_model, model_files
-from training.figures import Progress, ProgressLine
-from training.health import Health
-from training.kl import KLController
-from training.linear_init import fit_linear_path, freeze_linear_path
-from training.losses import LossWeights
-from training.perceptual import PerceptualTrunk
-from training.processes import on_main_process
-from training.publish import publish
-from training.resume import check_resume, newest_valid
-from training.run_folder import RunFolder
-from training.run_record import describe_hardware
-from training.run_state import RunState
+from training.data.stream import TrainStream, load_validation
+from training.distributed import on_main_process
+from training.evaluate.validation import Validation, posterior_samples, reconstruction_grid, sample_grid, validate
+from training.losses.kl_control import KLController
+from training.losses.objective import LossWeights
+from training.losses.perceptual import PerceptualTrunk
+from training.pca_init import fit_pca_branch, freeze_pca_branch
+from training.publish import hub
+from training.publish.export import export_model, model_files
+from training.publish.run_record import describe_hardware
+from training.publish.stage import publish
 from training.signals import StopSignal
-from training.step import AveragedWeights, OutOfMemory, TrainStep
-from training.tracking import Tracker, setup_logging
-from training.validation import Validation, posterior_draws, reconstruction_grid, sample_grid, validate
+from training.step import EMAWeights, OutOfMemory, TrainStep
+from training.tracking.alerts import Alerts
+from training.tracking.progress import Progress, ProgressLine
+from training.tracking.trackers import Tracker, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,10 @@ class Trainer:
         opened = on_main_process(state, lambda: self._folder.open(resume))
         self.run_dir, checkpoint, saved, notes = (opened[key] for key in ("run_dir", "checkpoint", "state", "notes"))
         micro_batch = micro_batch_size(config, state.num_processes)
-        one_piece = presets.micro_batch_size != "auto" and micro_batch * state.num_processes == presets.batch_size
-        self.accelerator = accelerator = build_accelerator(state, precision, self.run_dir, one_piece)
+        single_micro_batch = (
+            presets.micro_batch_size != "auto" and micro_batch * state.num_processes == presets.batch_size
+        )
+        self.accelerator = accelerator = build_accelerator(state, precision, self.run_dir, single_micro_batch)
         setup_logging(accelerator, None)
         self.model = build_model(config)
         side = self.model.config.sample_size
@@ -172,9 +174,9 @@ class Trainer:
         for line in (*plan.splitlines(), *notes):
             logger.info(line)
 
-        freeze_linear_path(self.model, presets.linear_lr_scale)
-        if checkpoint is None and self.model.linear_path is not None and accelerator.is_main_process:
-            self._fit_linear_path()
+        freeze_pca_branch(self.model, presets.pca_lr_scale)
+        if checkpoint is None and self.model.pca_branch is not None and accelerator.is_main_process:
+            self._fit_pca_branch()
         if presets.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if presets.channels_last:
@@ -188,7 +190,7 @@ class Trainer:
         prepared_model, prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
         self.ema = None
         if presets.ema_decay > 0:
-            self.ema = AveragedWeights(
+            self.ema = EMAWeights(
                 self.parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power
             )
             self.ema.to(accelerator.device)
@@ -219,7 +221,7 @@ class Trainer:
             **self.trunks,
         )
         self.progress = Progress()
-        self.health = Health(presets)
+        self.alerts = Alerts(presets)
         self.state = RunState(accelerator, self.model, self.optimizer, self.ema)
         self.writer = CheckpointWriter(self.run_dir, output.keep_checkpoints)
         self._best_on_disk = self._best_in_writing = self.progress.best
@@ -274,11 +276,11 @@ class Trainer:
         steps = None if images is None else images // self.config.training_presets.batch_size
         return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
 
-    def _fit_linear_path(self) -> None:
+    def _fit_pca_branch(self) -> None:
         """Fit the linear path on the first images of the stream; on the main process alone."""
         presets = self.config.training_presets
         started = time.monotonic()
-        wanted = presets.linear_init_images
+        wanted = presets.pca_init_images
         alone = TrainStream(
             self.config.data,
             resolution=self.model.config.sample_size,
@@ -291,8 +293,8 @@ class Trainer:
         images = torch.cat([batch.pixels for batch in batches])
         if self.accelerator.device.type == "cuda":  # Apple's GPUs have no eigenvalue solver
             self.model.to(self.accelerator.device)
-        copies = presets.linear_init_copies
-        result = fit_linear_path(self.model, images, presets.linear_noise_fraction, copies)
+        copies = presets.pca_init_augmented_copies
+        result = fit_pca_branch(self.model, images, presets.pca_noise_fraction, copies)
         logger.info(
             "linear path fitted on %d images%s in %.0f s: %d components keep %.2f %% of the variance, KL %.2f nats a "
             "number",
@@ -301,7 +303,7 @@ class Trainer:
             time.monotonic() - started,
             result["components"],
             100 * result["kept_fraction"],
-            result["kl_per_number"],
+            result["kl_per_dimension"],
         )
 
     # ------------------------------------------------------------------ checkpoints
@@ -318,7 +320,7 @@ class Trainer:
             "progress": vars(self.progress),
             "plateau": {key: self.plateau.state_dict()[key] for key in PLATEAU_STATE},
             "kl": self.kl.state_dict(),
-            "health": self.health.state_dict(),
+            "alerts": self.alerts.state_dict(),
             "processes": self.accelerator.num_processes,
             "micro_batch": self.train_step.micro_batch,
             "data": self.stream.identity,
@@ -362,7 +364,7 @@ class Trainer:
         self._best_on_disk = self._best_in_writing = self.progress.best
         self.plateau.load_state_dict(state["plateau"])
         self.kl.load_state_dict(state["kl"])
-        self.health.load_state_dict(state["health"])
+        self.alerts.load_state_dict(state["alerts"])
         if self.progress.latents is not None:
             self.model.register_to_config(**self.progress.latents)
         if presets.micro_batch_size == "auto":  # sums round as the pieces are cut
@@ -383,7 +385,7 @@ class Trainer:
 
         def newest() -> tuple[Path, dict[str, Any]]:
             checkpoint, _ = newest_valid(self.run_dir, None)
-            set_aside_newer(self.run_dir, checkpoint)  # damaged ones, which would count as kept
+            quarantine_newer(self.run_dir, checkpoint)  # damaged ones, which would count as kept
             return checkpoint, read_state(checkpoint)
 
         checkpoint, state = on_main_process(self.accelerator, newest)
@@ -529,7 +531,7 @@ class Trainer:
                 )
                 if flags["written"]:
                     self._settle()
-                self._guard(result.skipped, batch.row_ids)
+                self._guard(result.skipped, batch.example_ids)
                 save_due = flags["save_due"] and not result.skipped  # a run of bad steps is not what to go back to
                 if not result.skipped:
                     self.kl.observe(
@@ -549,7 +551,7 @@ class Trainer:
                 )
                 clock, waited = now, self.stream.wait_seconds
                 if progress.step % self.config.output.log_every_steps == 0:
-                    self._log_figures()
+                    self._log_metrics()
                     clock = time.monotonic()
                 if flags["stopping"]:
                     stop.received = stop.received or "a signal to another process"
@@ -584,7 +586,7 @@ class Trainer:
         means = dict(zip(parts, values))
         return means, {name: value > 0 for name, value in zip(flags, values[len(parts) :])}
 
-    def _guard(self, skipped: bool, row_ids: list[str]) -> None:
+    def _guard(self, skipped: bool, example_ids: list[str]) -> None:
         """Count steps without a finite gradient; when they do not end, go back once, then give up."""
         progress, limit = self.progress, self.config.training_presets.max_skipped_in_a_row
         if not skipped:
@@ -592,7 +594,7 @@ class Trainer:
             return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        shown = ", ".join(row_ids[:4])
+        shown = ", ".join(example_ids[:4])
         if self.accelerator.scaler is None:  # in fp16, overflows are how the scaler finds its scale
             self.tracker.event(
                 f"step {progress.step}: the gradient is not finite, nothing was updated (images {shown}, ...)",
@@ -620,18 +622,18 @@ class Trainer:
         for sentence in sentences if self.accelerator.is_main_process else ():
             self.tracker.event(sentence, "warning", **self.progress.where)
 
-    def _log_figures(self) -> None:
+    def _log_metrics(self) -> None:
         """One line of figures: means over the steps since the last."""
         presets, progress = self.config.training_presets, self.progress
         values = progress.take_window(
             presets,
             self.kl,
-            latent_numbers=self.model.config.latent_numbers,
+            latent_dim=self.model.config.latent_dim,
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
         left = progress.seconds_left(presets, self.steps_per_epoch, values["speed/images_per_second"])
         self.tracker.log("train", values, **progress.where)
-        warnings = self.health.observe_window(values, images_seen=progress.images_seen, step=progress.step)
+        warnings = self.alerts.observe_window(values, images_seen=progress.images_seen, step=progress.step)
         self._warn(warnings)
         self.tracker.update_status(state="running", seconds_left=left, **progress.where)
         if self.accelerator.is_main_process:
@@ -640,7 +642,7 @@ class Trainer:
     # ------------------------------------------------------------------ validation, best model, grids, the end
 
     @contextlib.contextmanager
-    def _averaged_weights(self):
+    def _ema_weights(self):
         """The model with the averaged weights, if there are any."""
         if self.ema is None:
             yield self.model
@@ -654,7 +656,7 @@ class Trainer:
 
     def _validate(self, when: str) -> Validation:
         progress = self.progress
-        with self._averaged_weights() as model:
+        with self._ema_weights() as model:
             result = validate(
                 self.accelerator,
                 model,
@@ -678,13 +680,13 @@ class Trainer:
             result.values["reconstruction_loss"],
             result.values["kl"],
             result.values["active_units"],
-            self.model.config.latent_numbers,
+            self.model.config.latent_dim,
         )
-        warnings = self.health.observe_validation(
+        warnings = self.alerts.observe_validation(
             result.values,
             images_seen=self.progress.images_seen,
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            latent_numbers=self.model.config.latent_numbers,
+            latent_dim=self.model.config.latent_dim,
         )
         self._warn(warnings)
         self.progress.latents = {
@@ -697,7 +699,7 @@ class Trainer:
         values = {f"validation/{name}": value for name, value in result.values.items()}
         values["validation/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.tracker.log("validation", values, **self.progress.where)
-        self.tracker.histogram("validation/kl_of_number", result.kl_of_number, progress.step)
+        self.tracker.histogram("validation/kl_per_dimension", result.kl_per_dimension, progress.step)
         if result.sigma_at_bound_fraction > 0.01:
             self.tracker.event(
                 f"{100 * result.sigma_at_bound_fraction:.0f} % of the posterior's sigmas sit at a bound: beta is far "
@@ -745,13 +747,13 @@ class Trainer:
             self.train_step.micro_batch,
         )
         images = self.validation_images[:GRID_IMAGES]
-        with self._averaged_weights() as model:
+        with self._ema_weights() as model:
             model.eval()
             standard = model.sample_latents(count, generator=torch.Generator().manual_seed(seed))
             grids = {"samples": sample_grid(accelerator, model, standard, batch)}
             # What N(0, 1) lacks shows beside a Gaussian of the latents of now. Of validation faces: there are enough of
             # them in CelebA, and no training image has to be read again.
-            draws = posterior_draws(accelerator, model, self.validation_images[:PRIOR_IMAGES], seed, batch)
+            draws = posterior_samples(accelerator, model, self.validation_images[:PRIOR_IMAGES], seed, batch)
             if len(draws) > 1 and draws.isfinite().all():
                 prior, _ = fit_gaussian(draws)
                 fitted = prior.sample(count, torch.Generator().manual_seed(seed)).view_as(standard)

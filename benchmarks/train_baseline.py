@@ -1,0 +1,171 @@
+"""Trains a stock autoencoder with our loss on our data for a stated time: what users would pick, at equal minutes.
+
+    python -m benchmarks.train_baseline --config configs/ultra.json --model stock_1024 --minutes 10 --output stock
+    python -m training.evaluate stock/10 --config configs/ultra.json
+
+The contenders are those of `compare_baseline`; batches, loss terms, learning rate, clipping and averaged weights are the
+configuration's, beta stays at kl_beta_init. After each of --minutes (of training; saving does not count) the averaged
+weights are saved in a folder of that name. What it is not for: speed (compare_baseline), and anything that `train_vae.py`
+does besides: no resume, no validation, one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from benchmarks.compare_baseline import STOCK, build_baseline
+from benchmarks.step import add_common_arguments, read_config
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltraOutput
+from training.builders import resolve_precision
+from training.config import Config
+from training.data.stream import TrainStream
+from training.losses.objective import LossWeights
+from training.losses.perceptual import PerceptualTrunk
+from training.step import EMAWeights, TrainStep
+
+
+class StockModel(nn.Module):
+    """A stock model as `TrainStep` calls it: the posterior's noise is given."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> AutoencoderKLUltraOutput:
+        """Images (N, 3, H, W) and standard normal numbers (N, C, h, w) to the reconstruction and the posterior."""
+        posterior = self.model.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return AutoencoderKLUltraOutput(sample=self.model.decode(latents).sample, posterior=posterior)
+
+
+def build_step(config: Config, model: str) -> tuple[AutoencoderKL, TrainStep]:
+    """The stock model with fresh weights, and the training step on it.
+
+    Args:
+        config: Says everything but the model; of its model only `sample_size` counts.
+        contender: Key of `STOCK`.
+    """
+    presets, loss = config.training_presets, config.loss
+    torch.manual_seed(presets.seed)
+    cpu = not torch.accelerator.is_available()
+    precision, _ = resolve_precision(presets.mixed_precision, torch.device("cpu") if cpu else torch.device("cuda"))
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+    layout = torch.channels_last if presets.channels_last else torch.contiguous_format
+    model = build_baseline(model).to(accelerator.device, memory_format=layout)
+    if presets.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    wrapped = StockModel(model).train()
+    parameters = list(wrapped.parameters())
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+    betas = (presets.adam_beta1, presets.adam_beta2)
+    optimizer = kind(parameters, lr=presets.learning_rate, betas=betas, weight_decay=presets.weight_decay)
+    ema = EMAWeights(parameters, decay=presets.ema_decay, use_ema_warmup=True, power=presets.ema_power)
+    trunks: list[PerceptualTrunk | None] = [
+        PerceptualTrunk(name, loss.trunk_weights).to(accelerator.device, memory_format=layout)
+        for name, _ in loss.trunks
+    ]
+    trunk, lpips_trunk = [*trunks, None, None][:2]
+    stages = len(STOCK[model]["block_out_channels"])
+    side = config.model["sample_size"] // 2 ** (stages - 1)
+    micro = presets.micro_batch_size
+    step = TrainStep(
+        accelerator,
+        *accelerator.prepare(wrapped, optimizer),
+        parameters,
+        ema=ema if presets.ema_decay > 0 else None,
+        trunk=trunk,
+        crop_px=loss.perceptual_crop_px,
+        lpips_trunk=lpips_trunk,
+        lpips_crop_px=loss.lpips_crop_px,
+        weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
+        seed=presets.seed,
+        latent_shape=(STOCK[model]["latent_channels"], side, side),
+        micro_batch=micro if isinstance(micro, int) else presets.batch_size,
+        adapt_micro_batch=micro == "auto",
+        max_grad_norm=presets.max_grad_norm,
+        augment=presets.augment,
+    )
+    return model, step
+
+
+def train(config: Config, model: str, minutes: Sequence[float], output: Path) -> Iterator[str]:
+    """Train, and save the averaged weights at each of the given times.
+
+    Args:
+        config: See `build_step`.
+        contender: Key of `STOCK`.
+        minutes: Of training; in any order.
+        output: Folder for the saved models.
+
+    Yields:
+        A line for people after each saving.
+    """
+    presets = config.training_presets
+    model, step = build_step(config, model)
+    stream = TrainStream(
+        config.data,
+        resolution=config.model["sample_size"],
+        seed=presets.seed,
+        global_batch=presets.batch_size,
+        rank=0,
+        world_size=1,
+    )
+    wanted = sorted(minutes)
+    number, epoch, seconds = 0, 0, 0.0
+    while wanted:
+        for batch in stream.epoch_batches(epoch):
+            began = time.perf_counter()
+            result = step(batch.pixels, step=number, beta=presets.kl_beta_init)
+            loss = float(result.parts["reconstruction"])
+            seconds += time.perf_counter() - began
+            number += 1
+            if seconds >= 60 * wanted[0]:
+                folder = output / f"{wanted.pop(0):g}"
+                if step.ema is not None:
+                    step.ema.store(step.parameters)
+                    step.ema.copy_to(step.parameters)
+                model.register_to_config(sample_size=config.model["sample_size"])
+                model.save_pretrained(folder)
+                if step.ema is not None:
+                    step.ema.restore(step.parameters)
+                images = number * presets.batch_size
+                yield f"{folder}: {seconds / 60:.1f} minutes, {number} steps, {images} images, loss {loss:.4f}"
+                if not wanted:
+                    return
+        epoch += 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code, 2 for something that must be changed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_baseline", description=__doc__.splitlines()[0])
+    add_common_arguments(parser)
+    parser.add_argument("--model", choices=tuple(STOCK), default="stock_1024")
+    parser.add_argument("--minutes", nargs="+", type=float, required=True, help="of training, when to save")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a folder for each of --minutes is made in it")
+    parser.set_defaults(batch=None, rounds=None)
+    arguments = parser.parse_args(argv)
+    try:
+        if not all(0 < value < float("inf") for value in arguments.minutes):
+            raise ValueError(f"--minutes {arguments.minutes}: use numbers above 0.")
+        config = read_config(arguments)
+        if arguments.trunk_weights is not None:
+            raise ValueError("--trunk-weights does nothing here: use --set loss.trunk_weights=DIR.")
+        for line in train(config, arguments.model, arguments.minutes, Path(arguments.output)):
+            print(line, flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""What a configuration costs, against formulas written here, and the plan's arithmetic."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra, Downsample, Upsample
+from training.budget.memory import GIB
+from training.budget.plan import count_cost, describe_plan, main, memory_of, plan_run, planned_micro_batch
+from training.config import config_from_dict, load_config
+from training.losses.perceptual import PerceptualTrunk
+from training.pca_init import freeze_pca_branch
+
+ROOT = Path(__file__).parents[2]
+
+
+def conv(channels_in: int, channels_out: int, kernel: int, size: int) -> float:
+    """GFLOP of a convolution onto a map of size x size; a multiplication and an addition are two."""
+    return 2 * channels_in * channels_out * kernel**2 * size**2 / 1e9
+
+
+def enlarging(small: int, large: int) -> float:
+    """GFLOP of enlarging an image by two matrix products: its rows, then its columns."""
+    return 3 * 2 * (large * small * small + large * small * large) / 1e9
+
+
+# The tiny configuration: 40 pixels, patches of 4, so stages at 10 and 5; vector width 8; latent 16; linear 20 -> 20.
+ENCODER = (
+    conv(3 * 4**2, 16, 3, 10)
+    + 2 * conv(16, 16, 3, 10)  # the block at 10
+    + conv(16, 32 // 4, 3, 10)  # downsampling
+    + conv(16, 32, 2, 5)  # its shortcut
+    + 2 * conv(32, 32, 3, 5)
+    + conv(32, 8, 1, 5)
+    + conv(8 * 5**2, 2 * 16, 1, 1)
+    + conv(3 * 20**2, 16, 1, 1)  # the linear path
+)
+DECODER = (
+    conv(16, 32 // 2 * 5**2, 1, 1)
+    + conv(32 // 2, 32, 3, 5)
+    + 2 * conv(32, 32, 3, 5)
+    + conv(32, 4 * 16, 3, 5)  # upsampling
+    + 2 * conv(16, 16, 3, 10)
+    + conv(16, 3 * 4**2, 3, 10)
+    + conv(3 * 2**2, 16, 1, 10)  # the linear image, half the size of the image, into each stage
+    + conv(3 * 4**2, 32, 1, 5)
+    + conv(16, 3 * 20**2, 1, 1)  # the linear path
+    + enlarging(20, 40)
+)
+# Shift-tolerant AlexNet on a window of 32: kernels 11, 5, 3, 3, 3; strides become dense layers and blurs.
+TRUNK = (
+    conv(3, 64, 11, 26)  # 32 + 2 x 2 - 10
+    + conv(64, 192, 5, 7)  # blurred to 14, pooled to 12, blurred to 7
+    + conv(192, 384, 3, 4)  # pooled to 5, blurred to 4
+    + conv(384, 256, 3, 4)
+    + conv(256, 256, 3, 4)
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny.tiny_config(tmp_path, tmp_path)
+
+
+def test_forward_operations_equal_the_formula(config):
+    cost = count_cost(config)
+    assert cost["gflop"]["encoder"] == pytest.approx(ENCODER, rel=1e-9)
+    assert cost["gflop"]["decoder"] == pytest.approx(DECODER, rel=1e-9)
+    assert cost["gflop_forward"] == pytest.approx(ENCODER + DECODER, rel=1e-9)
+    assert cost["gflop"]["target features"] == pytest.approx(TRUNK, rel=1e-9)
+    assert cost["gflop"]["reconstruction features"] == cost["gflop"]["target features"]
+    assert cost["gflop_training"] == pytest.approx(sum(cost["gflop"].values()), rel=1e-12)
+
+
+def test_backward_operations_lie_between_one_and_two_forward_passes(config):
+    cost = count_cost(config)["gflop"]
+    # A trained layer costs twice its forward pass, a frozen one (the linear path, the trunk) once.
+    assert ENCODER < cost["encoder backward"] < 2 * ENCODER
+    assert DECODER < cost["decoder backward"] < 2 * DECODER
+    assert cost["features backward"] == pytest.approx(cost["target features"], rel=1e-6)
+
+
+def test_parameters_equal_those_of_the_model(config):
+    cost = count_cost(config)
+    model = AutoencoderKLUltra(**config.model)
+    frozen = sum(parameter.numel() for parameter in model.pca_branch.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert (cost["parameters"], cost["trained_parameters"]) == (total, total - frozen)
+    assert cost["latent_shape"] == (16, 1, 1)
+
+
+def operations_by_shapes(config) -> dict[str, float]:
+    """GFLOP of forward and backward pass from the shapes that convolutions and linear layers see, by hooks.
+
+    A layer's gradient to its weights costs as much as its forward pass, if they are trained, and so does that to its
+    input, if anything before it is.
+    """
+    forward = backward = 0.0
+
+    def hook(layer, inputs, output):
+        nonlocal forward, backward
+        trained = False
+        if isinstance(layer, Downsample):  # beside its convolution: the shortcut's constant kernel of 2 x 2
+            kernel = 4 * inputs[0].shape[1]
+        else:
+            weight = layer.conv.weight if isinstance(layer, Upsample) else layer.weight
+            kernel, trained = weight.shape[1:].numel(), weight.requires_grad  # inputs of one output number
+        cost = 2 * output.numel() * kernel / 1e9
+        forward += cost
+        if torch.is_grad_enabled():
+            backward += cost * trained
+            if isinstance(layer, torch.nn.Conv2d) and layer.stride[0] > 1:  # computed with its kernel in whole strides
+                side, stride = layer.kernel_size[0], layer.stride[0]
+                cost *= (-(-side // stride) * stride / side) ** 2
+            backward += cost * inputs[0].requires_grad
+
+    def watch(module):
+        for layer in module.modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear, Downsample, Upsample)):
+                layer.register_forward_hook(hook)
+        return module
+
+    with torch.device("meta"):
+        model = watch(AutoencoderKLUltra(**config.model))
+        freeze_pca_branch(model, config.training_presets.pca_lr_scale)
+        side = model.config.sample_size
+        model(torch.zeros(1, 3, side, side))
+        enlarge = enlarging(model.config.pca_decode_size, side) if model.pca_branch is not None else 0.0
+        found = {"model": forward + enlarge, "model backward": backward + enlarge}
+        forward = backward = 0.0
+        for name, crop in config.loss.trunks:
+            trunk = watch(PerceptualTrunk(name, load_weights=False).to("meta"))
+            crop = min(crop or side, side)
+            with torch.no_grad():
+                trunk.features(torch.zeros(1, 3, crop, crop))
+            trunk.features(torch.zeros(1, 3, crop, crop, requires_grad=True))
+        found |= {"trunk": forward, "trunk backward": backward}
+    return found
+
+
+@pytest.mark.parametrize("name", ["ultra", "ultra_spatial", "standard"])
+def test_two_ways_of_counting_agree(name):
+    config = load_config(ROOT / "configs" / f"{name}.json")
+    counted, shapes = count_cost(config)["gflop"], operations_by_shapes(config)
+    assert counted["encoder"] + counted["decoder"] == pytest.approx(shapes["model"], rel=1e-9)
+    both = counted["encoder backward"] + counted["decoder backward"]
+    assert both == pytest.approx(shapes["model backward"], rel=1e-9)
+    trunk = counted.get("target features", 0) + counted.get("reconstruction features", 0)
+    assert trunk == pytest.approx(shapes["trunk"], rel=1e-9)
+    assert counted.get("features backward", 0) == pytest.approx(shapes["trunk backward"], rel=1e-9)
+
+
+def test_gradient_checkpointing_costs_most_of_the_stages_once_more(tmp_path):
+    plain, again = (
+        count_cost(tiny.tiny_config(tmp_path, tmp_path, training_presets={"gradient_checkpointing": flag}))["gflop"]
+        for flag in (False, True)
+    )
+    # All but the last convolution of a stage, whose result the backward pass does not need.
+    repeated = conv(16, 16, 3, 10) + conv(32, 32, 3, 5)
+    for side in ("encoder", "decoder"):
+        assert again[side] == plain[side]
+        assert again[f"{side} backward"] == pytest.approx(plain[f"{side} backward"] + repeated, rel=1e-9)
+
+
+def test_without_perceptual_terms_the_trunk_costs_nothing(tmp_path):
+    config = tiny.tiny_config(tmp_path, tmp_path, loss={"perceptual_weight": 0, "lpips_weight": 0})
+    assert set(count_cost(config)["gflop"]) == {"encoder", "decoder", "encoder backward", "decoder backward"}
+
+
+def test_counting_leaves_the_default_device_and_takes_no_memory(config):
+    count_cost(config)
+    assert torch.empty(1).device.type == "cpu"
+
+
+NO_TRUNK = {"perceptual_weight": 0, "lpips_weight": 0}  # where only arithmetic is tested, half the time of a walk
+
+
+@pytest.fixture
+def light(tmp_path):
+    return tiny.tiny_config(tmp_path, tmp_path, loss=NO_TRUNK)
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", line)]
+
+
+def test_every_line_of_the_plan_adds_up(tmp_path):
+    presets = {"num_epochs": 7, "batch_size": 12, "micro_batch_size": 4, "max_images_per_epoch": 90}
+    config = tiny.tiny_config(tmp_path, tmp_path, loss=NO_TRUNK, training_presets=presets)
+    lines = {line.split()[0]: line for line in describe_plan(config, 2, 1000).splitlines()}
+    names = ["model", "latent", "forward", "training", "batch", "memory", "fits", "epoch", "time", "roofline"]
+    assert list(lines) == names
+    assert numbers(lines["latent"]) == [16, 1, 1, 16]
+    encoder, decoder, forward = numbers(lines["forward"])
+    assert forward == pytest.approx(encoder + decoder, abs=0.011)
+    *parts, training = numbers(lines["training"])
+    assert training == pytest.approx(sum(parts), abs=0.01 * len(parts))
+    assert "12 = 6 x 2 processes; 2 x 4 images a forward pass" in lines["batch"]  # pieces of 4 and 2
+    assert "90 images / 12 = 7 steps; x 7 epochs = 49 steps" in lines["epoch"]
+    pflop = float(re.search(r"([\d.e+-]+) PFLOP", lines["epoch"])[1])
+    assert pflop == pytest.approx(count_cost(config)["gflop_training"] * 49 * 12 / 1e6, rel=1e-2)
+
+
+def test_a_plan_whose_length_nobody_knows(light):
+    plan = describe_plan(light, 1, None)
+    assert "unknown length" in plan and "data.num_train_images" in plan
+
+
+def test_the_plan_of_ultra_is_the_mission_s_budget():
+    plan = plan_run(load_config(ROOT / "configs" / "ultra.json"), 1, 162_770)
+    assert plan["gflop_training"] <= 46
+    assert plan["parameters"] >= 50e6
+    assert plan["latent_dim"] == 1024
+    assert plan["batch"] == {"batch_size": 64, "processes": 1, "micro_batches": 1, "micro_batch": 64}
+    assert plan["memory"]["total_bytes"] <= 8 * GIB and plan["memory"]["fits"]
+    # 71 TFLOP/s of the RTX 3090, half of it reached, over all images of 200 epochs but those that fill no batch.
+    seconds = plan["gflop_training"] * 162_770 // 64 * 64 * 200 / (0.5 * 71e3)
+    assert plan["time"]["hours"] == pytest.approx(seconds / 3600, rel=1e-3)
+    assert plan["time"]["hours"] <= 12
+    # What a device can do at best is no faster than its arithmetic.
+    assert plan["time"]["roofline_hours"] * plan["time"]["roofline_efficiency"] < plan["time"]["hours"] * 0.51
+
+
+def test_hours_fall_with_processes_and_efficiency(light):
+    hours = [
+        plan_run(light, processes, 1000, device=device, efficiency=share)["time"]["hours"]
+        for processes, device, share in (
+            (1, "rtx3090", 0.5),
+            (2, "rtx3090", 0.5),
+            (1, "rtx3090", 0.25),
+            (1, "a100", 0.5),
+        )
+    ]
+    assert hours[0] / hours[1] == pytest.approx(2)
+    assert hours[2] / hours[0] == pytest.approx(2)
+    assert hours[3] / hours[0] == pytest.approx(35.6 / 19.5)  # the tiny configuration computes in float32
+
+
+def test_the_plan_names_the_knobs_where_memory_is_short(monkeypatch):
+    from training.budget import devices
+    from training.budget import plan as budget
+
+    small = devices.Device(
+        title="small card", half_tflops=1, float32_tflops=1, memory_gib=0.7535, bandwidth_gbps=1, source="this test"
+    )
+    monkeypatch.setitem(budget.DEVICES, "small", small)
+    wide = config_from_dict(
+        tiny.SETTINGS | {"loss": NO_TRUNK, "training_presets": {"batch_size": 8, "mixed_precision": "no"}}
+    )
+    plan = plan_run(wide, 1, 100, device="small", search=True)
+    assert not plan["memory"]["fits"]
+    largest = plan["memory"]["largest_micro_batch"]
+    assert 1 <= largest < 8
+    text = describe_plan(wide, 1, 100, device="small", search=True)
+    assert f"NOT in 0.7535 GiB of small card: set training_presets.micro_batch_size to {largest}" in text
+    assert "training_presets.gradient_checkpointing to true" in text
+
+
+def test_the_command_prints_the_plan_as_text_and_as_json(tmp_path, capsys):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(tiny.SETTINGS | {"loss": NO_TRUNK}))
+    assert main(["--config", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "20 images / 4 = 5 steps" in text and "the largest micro_batch_size that fits is" in text
+    assert "the efficiency is assumed" in text
+    assert (
+        main(["--config", str(file), "--device", "a100", "--efficiency", "0.4", "--num-processes", "2", "--json"]) == 0
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["device"]["title"] == "A100 80 GB SXM" and plan["batch"]["processes"] == 2
+    assert plan["time"]["efficiency"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "rtx9999"], "--device rtx9999 is not in the table: use one of rtx3090"),
+        (["--efficiency", "1.5"], "--efficiency is 1.5: use a share of the device's peak, above 0 to 1"),
+        (["--num-processes", "3"], "training_presets.batch_size 4 cannot be divided over 3 processes"),
+        (["--num-processes", "0"], "--num-processes is 0: use at least 1"),
+        (["--set", "model.depth=3"], "unknown configuration key model.depth"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(tiny.SETTINGS))
+    assert main(["--config", str(file), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_the_resolution_schedule_is_averaged_over_the_epochs(tmp_path):
+    spatial = {
+        "sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "latent_dim": 256,
+        "pca_size": None,
+    }  # fmt: skip
+    model = tiny.SETTINGS["model"] | spatial
+    half = count_cost(config_from_dict({"model": model | {"sample_size": 32, "latent_size": 4, "latent_dim": 64}}))
+    whole = count_cost(config_from_dict({"model": model}))
+    presets = {"num_epochs": 10, "resolution_schedule": {"32": 4}}
+    mixed = count_cost(config_from_dict({"model": model, "training_presets": presets}))
+    assert whole["gflop_average"] == pytest.approx(whole["gflop_training"])
+    assert mixed["gflop_training"] == whole["gflop_training"]
+    assert mixed["gflop_average"] == pytest.approx(0.4 * half["gflop_training"] + 0.6 * whole["gflop_training"])
+    assert 0.2 < half["gflop_training"] / whole["gflop_training"] < 0.35
+
+
+def test_both_networks_of_the_loss_are_counted():
+    model = tiny.SETTINGS["model"]
+    one, other, both = (
+        count_cost(config_from_dict({"model": model, "loss": loss}))["gflop"]["target features"]
+        for loss in (
+            {"trunk": "st_alexnet"},
+            {"trunk": "st_vgg16", "perceptual_crop_px": 32},
+            {"trunk": "st_vgg16", "perceptual_crop_px": 32, "lpips_trunk": "st_alexnet"},
+        )
+    )
+    assert both == pytest.approx(one + other)
+
+
+def test_the_planned_micro_batch_fits_and_one_more_does_not(tmp_path):
+    settings = tiny.tiny_settings(tmp_path, tmp_path, training_presets={"batch_size": 64, "micro_batch_size": "auto"})
+    config = config_from_dict(settings)
+    for processes in (1, 2):
+        share = 64 // processes
+        held = {size: memory_of(config, size, processes).total_bytes for size in (1, 20, 21, share)}
+        assert planned_micro_batch(config, processes, (held[20] + held[21]) / 2) == 20
+        assert planned_micro_batch(config, processes, held[1] / 2) == 1
+        assert planned_micro_batch(config, processes, 2 * held[share]) == share

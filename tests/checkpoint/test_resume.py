@@ -1,0 +1,277 @@
+"""Stopped and gone on is the same run, bit for bit; a resume that means another run is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from runs import EPOCHS, STEPS, assert_same_state, differences, run
+
+import train_vae
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.builders import build_model
+from training.checkpoint.format import list_checkpoints
+from training.config import config_from_dict
+from training.signals import StopSignal
+from training.trainer import EXIT_STOPPED, Trainer
+
+
+def test_interrupted_in_mid_epoch_twice_it_is_the_same_run(finished, faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    first = run(config, stop_after={3: signal.SIGTERM})  # between two log lines
+    assert first.code == EXIT_STOPPED == 75
+    assert (first.status["state"], first.status["reason"], first.status["step"]) == ("stopped", "SIGTERM", 3)
+    assert [path.name for path in list_checkpoints(first.folder)] == ["step_00000003"]
+    assert not Path(config.output.model_dir).exists()
+    second = run(config, "auto", stop_after={8: signal.SIGUSR1})
+    assert (second.code, second.status["reason"], second.folder) == (EXIT_STOPPED, "SIGUSR1", first.folder)
+    third = run(config, second.folder)
+    assert (third.code, third.status["state"], third.folder) == (0, "finished", first.folder)
+    assert_same_state(third, finished)
+    for kind in ("train", "validation"):
+        assert third.lines(kind) == finished.lines(kind)
+    for name in ("tiny_final_samples.png", "tiny_reconstructions_final.png", "tiny_samples_epoch_0001.png"):
+        assert (third.folder / "samples" / name).read_bytes() == (finished.folder / "samples" / name).read_bytes()
+    exported = [Path(each.status["model_dir"], "diffusion_pytorch_model.safetensors") for each in (third, finished)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+def test_resumed_at_an_epochs_end_it_is_the_same_run(finished, faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
+    resumed = run(config, folder / "checkpoints" / "step_00000010")
+    assert (resumed.code, resumed.folder) == (0, folder)
+    assert_same_state(resumed, finished)
+    assert resumed.lines("train") == finished.lines("train", after_step=10)
+    assert resumed.lines("validation") == finished.lines("validation", after_step=10)
+    assert "resumed from" in (folder / "training.log").read_text()
+
+
+def test_stopped_with_an_epochs_last_step_and_killed_after_its_validation_it_is_the_same_run(finished, faces, tmp_path):
+    """The validation is in the figures and the checkpoint before it: it comes again, and is there once."""
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    first = run(config, stop_after={STEPS: signal.SIGTERM})
+    assert (first.code, first.status["step"]) == (EXIT_STOPPED, STEPS)
+    assert [line["epoch"] for line in first.lines("validation")] == [0]
+
+    class Killed(BaseException):
+        pass
+
+    def killed() -> None:
+        raise Killed
+
+    with tiny.process_state():
+        second = Trainer(config, "auto")
+        second._save = killed
+        with pytest.raises(Killed):
+            second.run()
+    assert [line["epoch"] for line in first.lines("validation")] == [0, 1]
+    third = run(config, "auto")
+    assert (third.code, third.folder) == (0, first.folder)
+    assert differences(third.folder, finished.folder) == []
+
+
+def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
+    """Nothing is left to do, and what is there stays as it is."""
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    folder = Path(config.output.runs_dir) / finished.folder.name
+    shutil.copytree(finished.folder, folder, symlinks=True)
+    again = run(config, "auto")
+    assert (again.code, again.folder, again.status["step"]) == (0, folder, EPOCHS * STEPS)
+    assert again.status["best"] == finished.status["best"]
+    assert again.lines("train") == finished.lines("train")
+    exported = [Path(each.status["model_dir"], "diffusion_pytorch_model.safetensors") for each in (again, finished)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("model", {"vector_width": 16}, "model.vector_width (8 -> 16)"),
+        (
+            "data",
+            {"horizontal_flip": False, "shuffle_buffer": 8},
+            "data.horizontal_flip (True -> False), data.shuffle_buf",
+        ),
+        ("loss", {"lpips_weight": 0.3}, "loss.lpips_weight (0.2 -> 0.3)"),
+        (
+            "training_presets",
+            {"batch_size": 5, "seed": 1},
+            "training_presets.batch_size (4 -> 5), training_presets.seed",
+        ),
+        ("training_presets", {"optimizer": "adamw"}, "training_presets.optimizer ('adam' -> 'adamw')"),
+        ("training_presets", {"ema_decay": 0}, "training_presets.ema_decay (0.9999 -> 0.0)"),
+        ("output", {"run_name": "other"}, "output.run_name ('tiny' -> 'other')"),
+    ],
+)
+def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, section, changes, named):
+    values = finished.config.to_dict()
+    values[section] |= changes
+    with pytest.raises(ValueError, match="was trained with other values of") as caught:
+        Trainer(config_from_dict(values), str(finished.folder))
+    assert named in str(caught.value)
+
+
+def test_a_refused_change_goes_through_where_it_is_allowed_by_name(finished, session, faces, tmp_path, capsys):
+    run_dir = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
+    values = finished.config.to_dict()
+    values["data"] |= {"horizontal_flip": False, "synthetic_train_images": 21}
+    config = config_from_dict(values)
+    with pytest.raises(ValueError, match="--allow-changed data.horizontal_flip data.synthetic_train_images"):
+        Trainer(config, str(run_dir))
+    allowed = ["data.horizontal_flip", "data.synthetic_train_images"]
+    with pytest.raises(ValueError, match="the training rows of 'synthetic_faces' are others than they were"):
+        Trainer(config, str(run_dir), allowed)
+    trainer = Trainer(config, str(run_dir), [*allowed, "data"])
+    trainer.tracker.close()
+    trainer._folder.release()
+    assert trainer.progress.step == 10
+    assert "data.horizontal_flip was True, is now False" in (run_dir / "training.log").read_text()
+
+    (tmp_path / "tiny.json").write_text(json.dumps(values))
+    command = [
+        "--config",
+        str(tmp_path / "tiny.json"),
+        "--resume",
+        str(run_dir),
+        "--allow-changed",
+        "data.horizontal_flp",
+    ]
+    assert train_vae.main(command) == 2
+    assert "data.horizontal_flp: did you mean data.horizontal_flip?" in capsys.readouterr().err
+
+
+def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_path):
+    folder = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
+    values = finished.config.to_dict()
+    values["training_presets"] |= {"learning_rate": 2.5e-4, "weight_decay": 0.5, "adam_beta1": 0.5}
+    values["training_presets"] |= {"plateau_patience": 3, "plateau_factor": 0.1, "min_learning_rate": 1e-6}
+    trainer = Trainer(config_from_dict(values), str(folder))
+    trainer.tracker.close()
+    (group,) = trainer.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (2.5e-4, 0.5, (0.5, 0.999))
+    plateau = trainer.plateau
+    assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
+    assert plateau.best < math.inf  # its memory is the checkpoint's
+    assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
+
+
+def test_resume_auto_without_a_run_starts_anew(faces, session, tmp_path):
+    trainer = Trainer(tiny.tiny_config(tmp_path, faces), "auto")
+    trainer.tracker.close()
+    assert trainer.progress.step == 0
+    assert trainer.run_dir.is_dir()
+
+
+# ---- settings that the shared run leaves out ----
+
+
+def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
+    """What the tiny configuration leaves out, interrupted and gone on."""
+    presets = {"mixed_precision": "bf16", "optimizer": "adamw", "pca_lr_scale": 0.01, "ema_decay": 0}
+    presets |= {"gradient_checkpointing": True, "channels_last": False, "micro_batch_size": None}
+    presets |= {"num_epochs": 1, "max_images_per_epoch": 12, "lr_warmup_steps": 0}
+    sections = {"training_presets": presets, "loss": {"perceptual_weight": 0, "lpips_weight": 0}}
+    sections["model"] = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_dim": 100}
+    config = tiny.tiny_config(tmp_path, faces, **sections)
+    assert run(config, stop_after={2: signal.SIGINT}).code == EXIT_STOPPED
+    ended = run(config, "auto")
+    assert (ended.code, ended.status["step"]) == (0, 3)
+    alone = run(tiny.tiny_config(tmp_path / "alone", faces, **sections))
+    assert differences(ended.folder, alone.folder) == []
+    groups = ended.trainer.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 1e-5]
+    assert all(
+        parameter.requires_grad and parameter.dtype == torch.float32 for parameter in ended.trainer.model.parameters()
+    )
+    assert "precision bf16 (from the configuration)" in (ended.folder / "training.log").read_text()
+    model = AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
+    weights = ended.trainer.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_gone_on_compiled_and_back_it_is_the_same_run(finished, faces, tmp_path, monkeypatch):
+    """Traced, and run by the eager operators: what a checkpoint holds has the same names, and the same bits."""
+    compile_module = torch.nn.Module.compile
+    compiled = []
+
+    def compile_for_eager(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_for_eager)
+    presets = {"num_epochs": EPOCHS}
+    eager = tiny.tiny_config(tmp_path, faces, training_presets=presets)
+    traced = tiny.tiny_config(tmp_path, faces, training_presets=presets | {"compile": True})
+    assert run(eager, stop_after={STEPS + 1: signal.SIGTERM}).code == EXIT_STOPPED
+    assert run(traced, "auto", stop_after={STEPS + 3: signal.SIGTERM}).code == EXIT_STOPPED
+    ended = run(eager, "auto")
+    assert ended.code == 0 and len(compiled) == 1
+    assert differences(ended.folder, finished.folder) == []
+
+
+def test_a_second_signal_has_its_usual_effect():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert (stop.received, received) == ("SIGUSR1", [])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert received == [signal.SIGUSR1]
+        os.kill(os.getpid(), signal.SIGUSR1)  # and afterwards the handler is the old one
+        assert len(received) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_interrupted_before_and_after_the_resolution_changes_it_is_the_same_run(faces, tmp_path):
+    model = {
+        "sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "latent_dim": 256,
+        "pca_size": 16, "pca_decode_size": 32,
+    }  # fmt: skip
+    presets = {"num_epochs": 3, "resolution_schedule": {"32": 1}, "augment": True, "pca_init_augmented_copies": 1}
+    whole_config, config = (
+        tiny.tiny_config(tmp_path / name, faces, model=model, training_presets=presets) for name in ("whole", "cut")
+    )
+    whole = run(whole_config)
+    first = run(config, stop_after={STEPS - 2: signal.SIGTERM})
+    second = run(config, "auto", stop_after={STEPS + 2: signal.SIGTERM})
+    third = run(config, "auto")
+    assert (first.code, second.code, third.code, whole.code) == (EXIT_STOPPED, EXIT_STOPPED, 0, 0)
+    assert_same_state(third, whole)
+    assert third.lines("train") == whole.lines("train")
+    # Validation sees whole images from the start, so that the plateau compares like with like.
+    assert third.lines("validation") == whole.lines("validation")
+
+
+def test_a_resolution_schedule_that_does_not_suit_the_model_is_refused(faces, tmp_path):
+    for model, schedule, message in (
+        ({}, {"32": 1}, "the vector layout takes 40 only"),
+        (
+            {
+                "sample_size": 64,
+                "latent_layout": "spatial",
+                "latent_channels": 4,
+                "latent_size": 8,
+                "latent_dim": 256,
+            },
+            {"48": 1},
+            "must be smaller than sample_size 64, divide it, and be a multiple of the downsampling factor 8",
+        ),
+    ):
+        model |= {"pca_size": None}
+        config = tiny.tiny_config(tmp_path, faces, model=model, training_presets={"resolution_schedule": schedule})
+        with pytest.raises(ValueError, match=message):
+            build_model(config)

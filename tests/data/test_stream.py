@@ -1,0 +1,667 @@
+"""Tests of training/data/stream.py: what an epoch holds and in which order, what bad rows do, what errors say."""
+
+import hashlib
+import http.server
+import io
+import itertools
+import math
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.config import DataConfig
+from training.data import shards, sources
+from training.data import stream as data
+from training.data.images import CorruptImage, decode_image, denormalize, normalize, random_affine
+from training.data.sources import open_source
+from training.data.stream import TrainStream, load_validation
+
+SIDE = 24  # pixels; the least that decode_image takes is 16
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(shards, "_FIRST_DELAY_S", 0.01)
+
+
+def image_bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def coded_image(number: int) -> Image.Image:
+    """Red and green hold the number; blue is 255 in the left half, so that a flip shows."""
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = number % 256, number // 256
+    pixels[:, : SIDE // 2, 2] = 255
+    return Image.fromarray(pixels)
+
+
+def numbers_and_flips(pixels: torch.Tensor) -> list[tuple[int, bool]]:
+    """Reads `coded_image` back from (n, 3, SIDE, SIDE)."""
+    return [(int(p[0, 9, 9]) + 256 * int(p[1, 9, 9]), int(p[2, 9, 2]) < 128) for p in pixels]
+
+
+def write_shards(folder: Path, images: list[bytes | None], shards: int, split: str = "train") -> str:
+    """Writes parquet shards of unequal length and small row groups; returns their glob."""
+    cuts = [round(len(images) * (i / shards) ** 1.3) for i in range(shards + 1)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        cells = [{"bytes": images[row], "path": f"{row:05d}.png"} for row in range(start, stop)]
+        cells = [cell if cell["bytes"] is not None else None for cell in cells]
+        rows = {"image": cells, "label": list(range(start, stop))}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(folder / f"{split}-{i:05d}-of-{shards:05d}.parquet", batch_size=10)
+    return str(folder / f"{split}-*.parquet")
+
+
+def coded_config(folder: Path, count: int = 143, shards: int = 5, **changes) -> DataConfig:
+    """A data section over `count` coded images, whose shuffle buffer is filled many times in an epoch."""
+    pattern = write_shards(folder, [image_bytes(coded_image(i)) for i in range(count)], shards)
+    return parquet_config({"train": pattern}, **changes)
+
+
+def parquet_config(data_files: dict, **changes) -> DataConfig:
+    small = {"shuffle_buffer": 16, "decode_threads": 2, "prefetch_batches": 2}
+    return DataConfig(**{"dataset": "parquet", "data_files": data_files, **small, **changes})
+
+
+def open_stream(config, world_size=1, rank=0, global_batch=6, seed=0) -> TrainStream:
+    ranks = {"rank": rank, "world_size": world_size}
+    return TrainStream(config, resolution=SIDE, seed=seed, global_batch=global_batch, **ranks)
+
+
+def read_epoch(config, epoch=0, world_size=1, rank=0, global_batch=6, seed=0, **limits) -> list[data.Batch]:
+    return list(open_stream(config, world_size, rank, global_batch, seed).epoch_batches(epoch, **limits))
+
+
+def validation_images(config, rank=0, world_size=1) -> tuple[torch.Tensor, list[int]]:
+    return load_validation(config, resolution=SIDE, rank=rank, world_size=world_size)
+
+
+def flat_numbers(batches: list[data.Batch]) -> list[int]:
+    return [number for batch in batches for number, _ in numbers_and_flips(batch.pixels)]
+
+
+def assert_same(batches: list[data.Batch], others: list[data.Batch]) -> None:
+    assert [b.index for b in batches] == [b.index for b in others]
+    assert [b.example_ids for b in batches] == [b.example_ids for b in others]
+    assert all(torch.equal(b.pixels, o.pixels) for b, o in zip(batches, others, strict=True))
+
+
+# ---- an epoch ----
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize(("shards", "epoch"), [(5, 0), (7, 1), (19, 0), (19, 2)])
+def test_every_row_comes_once_and_does_not_depend_on_the_world_size(tmp_path, shards, epoch, cache):
+    config = coded_config(tmp_path, shards=shards, cache=cache)
+    one = read_epoch(config, epoch)
+    assert len(one) == 143 // 6
+    assert len(flat_numbers(one)) == len(set(flat_numbers(one))) == 143 - 143 % 6
+    for world_size in (2, 3):
+        ranks = [read_epoch(config, epoch, world_size=world_size, rank=rank) for rank in range(world_size)]
+        assert [len(batches) for batches in ranks] == [len(one)] * world_size
+        seen = [number for batches in ranks for number in flat_numbers(batches)]
+        assert len(seen) == len(set(seen)) == 143 - 143 % 6
+        for whole, *parts in zip(one, *ranks, strict=True):
+            assert whole.example_ids == [example_id for part in parts for example_id in part.example_ids]
+            assert torch.equal(whole.pixels, torch.cat([part.pixels for part in parts]))
+            assert all(part.pixels.shape == (6 // world_size, 3, SIDE, SIDE) for part in parts)
+
+
+def test_batches_say_what_they_hold(tmp_path):
+    stream = open_stream(coded_config(tmp_path))
+    assert stream.num_rows == 143
+    for index, batch in enumerate(stream.epoch_batches(0)):
+        assert batch.index == index
+        assert batch.pixels.dtype == torch.uint8
+        assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+        for example_id, (number, _) in zip(batch.example_ids, numbers_and_flips(batch.pixels), strict=True):
+            assert example_id.startswith(f"{number:05d}.png:")
+    assert (stream.dropped_examples, stream.num_rows, stream.corrupt_examples) == (143 % 6, 143, 0)
+    assert stream.wait_seconds > 0
+
+
+def test_epochs_are_different_permutations_and_the_seed_decides(tmp_path):
+    config = coded_config(tmp_path)
+    orders = [flat_numbers(read_epoch(config, epoch, seed=seed)) for epoch, seed in ((0, 1), (1, 1), (2, 1), (0, 2))]
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] != sorted(orders[0])
+    assert flat_numbers(read_epoch(config, 1, seed=1)) == orders[1]
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_resume_is_the_tail_of_an_uninterrupted_epoch(tmp_path, epoch, cache, monkeypatch):
+    config = coded_config(tmp_path, cache=cache)
+    whole = read_epoch(config, epoch, seed=3)
+    decoded = []
+    monkeypatch.setattr(data, "decode_image", lambda *args: decoded.append(1) or decode_image(*args))
+    first, second = sorted(random.Random(epoch).sample(range(1, len(whole)), 2))
+    for start in {first, 7, len(whole) - 1, len(whole)}:  # batch 7 is two refills of the buffer away
+        decoded.clear()
+        fresh = parquet_config(config.data_files, cache=cache, cache_dir=str(tmp_path / f"cache{start}"))
+        for resumed in (config, fresh):  # out of a complete cache, and into one that is empty
+            assert_same(read_epoch(resumed, epoch, seed=3, start_batch=start), whole[start:])
+        assert len(decoded) == 2 * 6 * (len(whole) - start)  # nothing that is skipped is decoded
+    twice = read_epoch(config, epoch, seed=3, max_batches=first)
+    twice += read_epoch(config, epoch, seed=3, start_batch=first, max_batches=second - first)
+    twice += read_epoch(config, epoch, seed=3, start_batch=second)
+    assert_same(twice, whole)
+
+
+def test_threads_and_prefetch_do_not_change_the_order(tmp_path, monkeypatch):
+    config = coded_config(tmp_path)
+    calls = iter(range(10**6))
+
+    def uneven(*args):  # some decodes finish after later ones
+        time.sleep(0.002 if next(calls) % 5 == 0 else 0)
+        return decode_image(*args)
+
+    monkeypatch.setattr(data, "decode_image", uneven)
+    slow = read_epoch(config)
+    assert_same(read_epoch(parquet_config(config.data_files, decode_threads=7, prefetch_batches=1)), slow)
+    assert_same(read_epoch(parquet_config(config.data_files, decode_threads=1, prefetch_batches=9)), slow)
+
+
+def test_flips_are_half_of_the_rows_and_change_with_epoch_and_seed(tmp_path):
+    config = coded_config(tmp_path)
+    patterns = []
+    for epoch, seed in ((0, 0), (1, 0), (0, 1)):
+        batches = read_epoch(config, epoch, seed=seed)
+        patterns.append([flipped for batch in batches for _, flipped in numbers_and_flips(batch.pixels)])
+        assert 45 < sum(patterns[-1]) < 95  # 138 fair coins: mean 69, standard deviation 5.9
+    for other in patterns[1:]:  # place by place, so that the flip is new and not only the order
+        assert 40 < sum(np.not_equal(patterns[0], other)) < 98
+    still = read_epoch(parquet_config(config.data_files, horizontal_flip=False))
+    assert not any(flipped for batch in still for _, flipped in numbers_and_flips(batch.pixels))
+
+
+def reading_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name == "reader" or t.name.startswith("decode")]
+
+
+def test_decoding_threads_do_not_share_the_cores_of_the_model(tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    monkeypatch.setattr(data, "decode_image", lambda *args: seen.append(torch.get_num_threads()) or decode_image(*args))
+    try:
+        read_epoch(coded_config(tmp_path), max_batches=2)
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_end_with_the_iterator(tmp_path):
+    stream = open_stream(coded_config(tmp_path), global_batch=2)
+    batches = stream.epoch_batches(0)
+    next(batches)
+    assert "reader" in reading_threads()
+    began = time.perf_counter()
+    batches.close()
+    assert reading_threads() == []
+    list(stream.epoch_batches(0))
+    assert reading_threads() == []
+    assert time.perf_counter() - began < 3  # `datasets` would sleep 5 s at the end of each iterator
+
+
+def test_an_unreadable_shard_reaches_the_consumer(tmp_path):
+    config = coded_config(tmp_path)
+    stream = open_stream(config)
+    shard = sorted(tmp_path.glob("*.parquet"))[3]
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(Exception, match=r"(?i)parquet"):
+        list(stream.epoch_batches(0))
+    assert reading_threads() == []
+
+
+def test_too_little_data_is_an_error(tmp_path):
+    config = coded_config(tmp_path, count=10, shards=2)
+    with pytest.raises(ValueError, match=r"holds 10 rows to train on, 0 batches of 12"):
+        read_epoch(config, global_batch=12)
+    with pytest.raises(ValueError, match=r"2 batches of 5, and batch 3 was asked for"):
+        read_epoch(config, global_batch=5, start_batch=3)
+    with pytest.raises(ValueError, match=r"batch of 5 cannot be divided over 2"):
+        open_stream(config, world_size=2, global_batch=5)
+
+
+# ---- pixels ----
+
+
+def test_normalize_maps_bytes_to_one_range_exactly_once():
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    levels = levels.contiguous(memory_format=torch.channels_last)
+    pixels = normalize(levels)
+    assert (pixels.min(), pixels.max(), pixels.dtype) == (-1.0, 1.0, torch.float32)
+    assert torch.allclose(pixels, torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16), atol=1e-6)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(denormalize(pixels), levels)
+    assert torch.equal(denormalize(torch.tensor([-7.0, 7.0])), torch.tensor([0, 255], dtype=torch.uint8))
+    assert normalize(levels, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="exactly once"):
+        normalize(pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_px", "resolution", "box"),
+    [
+        ((178, 218), 178, 256, (0, 20, 178, 198)),
+        ((178, 218), None, 64, (0, 20, 178, 198)),
+        ((178, 218), 120, 120, (29, 49, 149, 169)),
+        ((101, 78), None, 64, (11, 0, 89, 78)),
+        ((100, 150), 178, 256, (0, 25, 100, 125)),
+    ],
+)
+def test_geometry_is_a_centred_crop_and_pillows_resize(size, crop_px, resolution, box):
+    image = noise(*size)
+    expected = image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
+    got = decode_image(image_bytes(image), crop_px, resolution)
+    assert (got.shape, got.dtype) == ((resolution, resolution, 3), np.uint8)
+    difference = np.abs(got.astype(int) - np.asarray(expected).astype(int))
+    assert difference.max() <= 2  # on noise; torch and Pillow round the filter's weights differently
+    assert difference.mean() < 0.02
+
+
+def halves(left, right, mode: str = "RGB", height: int = SIDE) -> Image.Image:
+    image = Image.new(mode, (SIDE, height), left)
+    image.paste(right, (SIDE // 2, 0, SIDE, height))
+    return image
+
+
+def palette_with_alpha() -> bytes:
+    image = Image.new("P", (SIDE, SIDE), 0)
+    image.putpalette([0, 0, 255, 200, 0, 0])
+    image.paste(1, (SIDE // 2, 0, SIDE, SIDE))
+    return image_bytes(image, transparency=0)  # colour 0, the left half, is transparent
+
+
+def animation(file_format: str) -> bytes:
+    frames = [halves((255, 0, 0), (0, 255, 0)), Image.new("RGB", (SIDE, SIDE), "blue")]
+    return image_bytes(frames[0], file_format, save_all=True, append_images=frames[1:], duration=50)
+
+
+def turned_by_exif() -> bytes:
+    """Stored on its side; orientation 6 asks for a quarter turn clockwise, which moves the bottom left."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = halves((250, 0, 0), (0, 0, 250), height=2 * SIDE)
+    return image_bytes(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+
+
+def cmyk_jpeg() -> bytes:
+    return image_bytes(halves((255, 0, 0, 0), (0, 255, 0, 0), "CMYK"), "JPEG")
+
+
+def grey_16_bit() -> bytes:
+    levels = np.full((SIDE, SIDE), 100 * 257, np.uint16)
+    levels[:, SIDE // 2 :] = 200 * 257
+    return image_bytes(Image.fromarray(levels))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that states its size and holds almost nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+
+
+JPEG = image_bytes(noise(64, 64), "JPEG")
+WHITE = (255, 255, 255)
+# Bytes, the left and right colours they must decode to, and the tolerance (JPEG, and CMYK's conversion).
+READABLE = {
+    "grey jpeg": (image_bytes(halves(60, 220, "L"), "JPEG"), (60,) * 3, (220,) * 3, 4),
+    "cmyk jpeg": (cmyk_jpeg(), (0, 255, 255), (255, 0, 255), 8),
+    "one bit": (image_bytes(halves(0, 1, "1")), (0, 0, 0), WHITE, 0),
+    "16-bit grey png": (grey_16_bit(), (100,) * 3, (200,) * 3, 1),
+    "alpha": (image_bytes(halves((9, 9, 9, 0), (9, 90, 200, 255), "RGBA")), WHITE, (9, 90, 200), 0),
+    "grey alpha": (image_bytes(halves((0, 0), (50, 255), "LA")), WHITE, (50, 50, 50), 0),
+    "palette with alpha": (palette_with_alpha(), WHITE, (200, 0, 0), 0),
+    "animated gif": (animation("GIF"), (255, 0, 0), (0, 255, 0), 0),
+    "animated webp": (animation("WEBP"), (255, 0, 0), (0, 255, 0), 40),
+    "turned by exif": (turned_by_exif(), (250, 0, 0), (0, 0, 250), 8),
+}
+UNREADABLE = {
+    "null": None,
+    "empty": b"",
+    "text": b"<html><body>404 Not Found</body></html>",
+    "truncated jpeg": JPEG[: len(JPEG) // 2],
+    "cut header": JPEG[:10],
+    "truncated png": image_bytes(noise(64, 64))[:900],
+    "1x1": image_bytes(Image.new("RGB", (1, 1))),
+    "narrow": image_bytes(Image.new("RGB", (500, 3))),
+    "81 megapixels": png_header(9000, 9000),
+    "196 megapixels": png_header(14000, 14000),
+    "floating point": image_bytes(Image.new("F", (SIDE, SIDE), 0.5), "TIFF"),
+    "not a photograph": image_bytes(Image.new("RGB", (SIDE, SIDE)), "EPS"),
+    "random bytes": np.random.default_rng(0).bytes(500),
+    "truncated webp": image_bytes(noise(64, 64), "WEBP")[:300],
+    "truncated tiff": image_bytes(noise(64, 64), "TIFF")[:500],
+    "flipped bits": bytes(255 - byte for byte in JPEG),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_unusual_images_are_decoded_right(name):
+    encoded, left, right, tolerance = READABLE[name]
+    pixels = decode_image(encoded, None, SIDE).astype(int)
+    for column, colour in ((3, left), (SIDE - 4, right)):
+        assert np.abs(pixels[SIDE // 2, column] - colour).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty", "not an image"),
+        ("text", "not an image"),
+        ("truncated jpeg", "truncated"),
+        ("cut header", r"not an image|truncated|Truncated"),
+        ("truncated png", r"truncated|Truncated"),
+        ("1x1", "1x1: below 16"),
+        ("narrow", "500x3: below 16"),
+        (
+            "81 megapixels",
+            "9000x9000: .* above 64000000",
+        ),  # by its header: the data would be too short as well
+        ("196 megapixels", "196000000 pixels"),
+        ("floating point", "no known range"),
+        ("random bytes", "not an image"),
+        ("truncated webp", "."),
+        ("truncated tiff", "."),
+        ("flipped bits", "not an image"),
+        ("not a photograph", "not an image"),
+    ],
+)
+def test_bad_images_are_refused_with_a_reason(name, reason):
+    with pytest.raises(CorruptImage, match=reason):
+        decode_image(UNREADABLE[name], None, SIDE)
+
+
+# ---- bad rows ----
+
+
+def rotten_images(count: int, every: int) -> list[bytes | None]:
+    images = [image_bytes(coded_image(i)) for i in range(count)]
+    bad = list(UNREADABLE.values())
+    for i, row in enumerate(range(5, count, every)):
+        images[row] = bad[i % len(bad)]
+    return images
+
+
+def test_bad_rows_are_replaced_counted_and_named(tmp_path, caplog):
+    images = rotten_images(320, every=20)  # each kind once
+    assert len(UNREADABLE) == 16
+    config = parquet_config({"train": write_shards(tmp_path, images, 5)}, max_corrupt_fraction=0.1)
+    stream = open_stream(config, global_batch=8)
+    told = []
+    for epoch in (0, 1):
+        caplog.clear()
+        batches = list(stream.epoch_batches(epoch))
+        told += [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
+        assert len(batches) == 40
+        assert stream.corrupt_examples == 16 * (epoch + 1)
+        numbers = flat_numbers(batches)
+        good = set(range(320)) - set(range(5, 320, 20))
+        assert set(numbers) == good  # all of them, and only they
+        repeated = 8 * 40 - sum(len(set(flat_numbers([batch]))) for batch in batches)
+        assert repeated == 16  # a stand-in comes from the batch of the row that it replaces
+        ranks = [read_epoch(config, epoch, 4, rank, global_batch=8) for rank in range(4)]
+        for whole, *parts in zip(batches, *ranks, strict=True):
+            assert torch.equal(whole.pixels, torch.cat([part.pixels for part in parts]))
+        assert_same(read_epoch(config, epoch, global_batch=8, start_batch=9), batches[9:])
+    assert len(told) == len(set(told)) == 16  # once each, in two epochs
+    for line in told:
+        assert re.search(r": (null|00\d\d5\.png:\w{12}) \(.+; row \d+ of epoch 0\)$", line)
+
+
+def test_a_bad_row_alone_in_its_batch_is_replaced(tmp_path):
+    images = rotten_images(60, every=100)
+    config = parquet_config({"train": write_shards(tmp_path, images, 2)}, max_corrupt_fraction=0.1)
+    numbers = flat_numbers(read_epoch(config, global_batch=1))
+    assert len(numbers) == 60 and set(numbers) == set(range(60)) - {5}
+
+
+@pytest.mark.parametrize(("count", "read"), [(400, "199|20[0-9]"), (60, "60")])
+def test_too_many_bad_rows_stop_the_run(tmp_path, count, read):
+    config = parquet_config({"train": write_shards(tmp_path, rotten_images(count, 10), 3)}, max_corrupt_fraction=0.02)
+    pattern = rf"\d+ of ({read}) rows .* more than data.max_corrupt_fraction=0.02: .*\.png:[0-9a-f]+ \(.*; "
+    with pytest.raises(RuntimeError, match=pattern) as error:
+        read_epoch(config, global_batch=4)
+    assert "\n" not in str(error.value) and error.value.args[0].count(".png") <= 10
+    assert reading_threads() == []
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    files = {"train": write_shards(tmp_path, [b"text"] * 50, 2)}
+    with pytest.raises(RuntimeError, match="no row of 'parquet' is readable near 000"):
+        read_epoch(parquet_config(files), global_batch=4)
+    with pytest.raises(ValueError, match="has nothing to validate on: 50 rows"):
+        validation_images(parquet_config({"validation": files["train"]}))
+
+
+# ---- sources and splits ----
+
+
+def test_validation_is_fixed_and_divided_over_the_ranks(tmp_path, caplog):
+    images = [image_bytes(coded_image(i)) for i in range(20)]
+    images[4] = b"no image"
+    config = parquet_config({"validation": write_shards(tmp_path, images, 3, "validation")}, max_validation_images=11)
+    parts = [validation_images(config, rank=rank, world_size=3) for rank in range(3)]
+    assert [indices for _, indices in parts] == [[0, 3, 6, 9], [1, 7, 10], [2, 5, 8]]
+    assert "row 4 skipped" in caplog.text
+    for pixels, indices in parts:
+        assert pixels.dtype == torch.uint8 and pixels.is_contiguous(memory_format=torch.channels_last)
+        assert numbers_and_flips(pixels) == [(index, False) for index in indices]
+    pixels, indices = validation_images(config, rank=12, world_size=16)  # more ranks than rows
+    assert pixels.shape == (0, 3, SIDE, SIDE) and indices == []
+
+
+def write_folder(folder: Path, numbers) -> None:
+    for number in numbers:
+        path = folder / f"person{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_bytes(coded_image(number)))
+    (folder / "notes.txt").write_text("not an image")
+
+
+def test_folder_with_splits(tmp_path):
+    write_folder(tmp_path / "train", range(30))
+    write_folder(tmp_path / "val", range(100, 105))
+    config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path), validation_split="val")
+    assert sorted(flat_numbers(read_epoch(config))) == list(range(30))
+    pixels, indices = validation_images(config)
+    assert indices == [0, 1, 2, 3, 4]
+    assert {number for number, _ in numbers_and_flips(pixels)} == set(range(100, 105))
+
+
+@pytest.mark.parametrize("source", ["parquet", "imagefolder"])
+def test_held_out_rows_are_disjoint_and_duplicates_stay_together(tmp_path, source):
+    numbers = [*range(200), *range(150)]  # 150 of the pictures come twice
+    changes = {"validation_split": None, "holdout_fraction": 0.25}
+    if source == "parquet":
+        files = {"train": write_shards(tmp_path, [image_bytes(coded_image(i)) for i in numbers], 5)}
+        config = parquet_config(files, **changes)
+    else:
+        write_folder(tmp_path / "a", range(200))
+        write_folder(tmp_path / "b", range(150))
+        config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path), **changes)
+    stream = open_stream(config, global_batch=1)
+    assert source == "imagefolder" or stream.num_rows == round(350 * 0.75)  # a folder is counted exactly
+    train = flat_numbers(list(stream.epoch_batches(0)))
+    held_out = [number for number, _ in numbers_and_flips(validation_images(config)[0])]
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(numbers)
+    assert stream.num_rows == len(train)
+    expected = [
+        number
+        for number in set(numbers)
+        if int(hashlib.blake2b(image_bytes(coded_image(number)), digest_size=8).hexdigest(), 16) / 2**64 < 0.25
+    ]
+    assert set(held_out) == set(expected)
+
+
+def test_synthetic_faces_come_through_the_same_path(tmp_path):
+    config = DataConfig(
+        dataset="synthetic_faces",
+        synthetic_train_images=6,
+        synthetic_validation_images=3,
+        cache_dir=str(tmp_path),
+    )
+    stream = open_stream(config, global_batch=3)
+    assert stream.num_rows == 6
+    batches = list(stream.epoch_batches(0))
+    validation, indices = validation_images(config)
+    assert indices == [0, 1, 2]
+    images = torch.cat([*(batch.pixels for batch in batches), validation])
+    assert images.shape == (9, 3, SIDE, SIDE)
+    assert len({image.numpy().tobytes() for image in images}) == 9  # no face on both sides
+
+
+def test_plain_binary_columns_are_read(tmp_path):
+    rows = {"jpg": [image_bytes(coded_image(i)) for i in range(12)], "id": list(range(12))}
+    features = datasets.Features(jpg=datasets.Value("binary"), id=datasets.Value("int64"))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    config = parquet_config({"train": str(tmp_path / "a.parquet")}, image_column="jpg")
+    assert sorted(flat_numbers(read_epoch(config))) == list(range(12))
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_split": "trian"}, r"no split 'trian', only train"),
+        ({"data_files": {"train": "nowhere/*.parquet"}}, r"'nowhere/\*\.parquet' matches no file"),
+        ({"data_files": {"train": __file__}}, r"cannot be opened: \w+: .*[Pp]arquet"),
+        ({"image_column": "picture"}, r"image_column='picture' is not in 'parquet', only image, label"),
+        ({"image_column": "label"}, r"image_column='label' holds no images but int64"),
+        ({"dataset": "imagefolder", "data_dir": "nowhere"}, r"data_dir='nowhere' is not a folder"),
+        ({"dataset": "imagefolder", "data_dir": "EMPTY"}, r"holds no image file"),
+        (
+            {"dataset": "no/such/name"},
+            r"'no/such/name': neither parquet, imagefolder, synthetic_faces nor a Hub id",
+        ),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, changes, message):
+    files = {"train": write_shards(tmp_path, [image_bytes(coded_image(0))] * 4, 1)}
+    (tmp_path / "empty").mkdir()
+    if changes.get("data_dir") == "EMPTY":
+        changes = {**changes, "data_dir": str(tmp_path / "empty")}
+    config = parquet_config(**{"data_files": files, **changes})
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(config, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_validation_folder_names_the_remedy(tmp_path):
+    write_folder(tmp_path / "train", range(3))
+    config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"no sub-folder 'validation', only train; set data.validation_split .* null"):
+        open_source(config, "validation")
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub does for what does not exist, and not at all for `org/stalled`."""
+
+    def do_GET(self):
+        if "stalled" in self.path:
+            time.sleep(1.0)
+            return
+        self.send_response(404)
+        missing = "RevisionNotFound" if "/revision/" in self.path else "RepoNotFound"
+        self.send_header("X-Error-Code", missing)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_the_hub_does_not_have_is_named(fake_hub, monkeypatch):
+    with pytest.raises(ValueError, match=r"'org/none' is not on the Hub"):
+        open_source(DataConfig(dataset="org/none"), "train")
+    with pytest.raises(ValueError, match=r"'org/faces' has no data.revision='v9'"):
+        open_source(DataConfig(dataset="org/faces", revision="v9"), "train")
+    monkeypatch.setattr(sources, "_HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(sources, "_HUB_ATTEMPTS", 1)
+    with pytest.raises(RuntimeError, match=r"cannot reach the Hub at http://127.0.0.1:\d+ \(\w*Timeout"):
+        open_source(DataConfig(dataset="org/stalled"), "train")
+
+
+def test_an_unreachable_hub_is_said_within_seconds():
+    code = (
+        "from training.config import DataConfig; from training.data.sources import open_source\n"
+        "try: open_source(DataConfig(dataset='org/faces', revision='0' * 40), 'train')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith("data.dataset='org/faces': cannot reach the Hub at http://127.0.0.1:9 (")
+
+
+def test_a_moved_image_is_the_image_at_moved_places():
+    side = 64
+    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
+    image = torch.stack([rows, columns, rows * columns])[None] * 0.5
+    halves = torch.full((1, 5), 0.5)  # no move
+    torch.testing.assert_close(random_affine(image, halves), image, atol=1e-5, rtol=0)
+    turned, scaled, right = (halves.clone() for _ in range(3))
+    for numbers, place in ((turned, 0), (scaled, 1), (right, 2)):
+        numbers[0, place], numbers[0, 4] = 1.0, 1.0
+    inside = slice(12, -12)  # away from what is reflected
+    expected = {
+        "turned": (turned, math.cos(0.1) * columns - math.sin(0.1) * rows),
+        "scaled": (scaled, 1.1 * columns),
+        "right": (right, columns + (side / 16) * 2 / (side - 1)),
+    }
+    for name, (numbers, where) in expected.items():
+        found = random_affine(image, numbers)[0, 1, inside, inside]
+        torch.testing.assert_close(found, 0.5 * where[inside, inside], atol=2e-3, rtol=0, msg=name)
+    pixels = torch.rand(3, 3, side, side).contiguous(memory_format=torch.channels_last) * 4 - 2
+    moved = random_affine(pixels, torch.rand(3, 5))
+    assert moved.is_contiguous(memory_format=torch.channels_last) and moved.abs().max() <= 1

@@ -1,0 +1,5 @@
+import sys
+
+from training.budget.plan import main
+
+sys.exit(main())

@@ -1,0 +1,308 @@
+"""How much memory a training step takes, by part, found by walking through the step without memory or arithmetic.
+
+The step's forward and backward pass run on fake tensors, which have shapes, types and storages but no contents, under
+the same autocast as the real ones. Every storage is followed from its creation to its end, so that the peak is the real
+sequence of allocations, not a sum of guesses; saved activations are those that autograd itself hands to
+`torch.autograd.graph.saved_tensors_hooks`. On the way each operation's FLOP and bytes are counted, which gives the
+time that a device's arithmetic and memory allow at best (Williams et al. 2009, "Roofline").
+
+What it is not for: what lies outside PyTorch's tensors (driver context, workspaces of convolutions, fragmentation),
+which is an assumption, `overhead_bytes`; and measuring.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.budget.devices import Device
+from training.builders import build_model
+from training.config import Config
+from training.data.images import normalize
+from training.losses.objective import LossWeights, vae_loss
+from training.losses.perceptual import PerceptualTrunk
+from training.pca_init import freeze_pca_branch
+
+GIB = 2**30
+
+# Assumed, because nothing here can count it: the CUDA context, cuBLAS and cuDNN with their workspaces; and what the
+# allocator cannot use between blocks of different sizes.
+CONTEXT_BYTES = 0.75 * GIB
+FRAGMENTED_FRACTION = 0.1
+
+# Passes over 4-byte numbers, reads and writes, one for each trained parameter: clipping reads the gradient twice and
+# writes it; Adam reads weight, gradient and two moments and writes all but the gradient; the average reads both
+# weights and writes one.
+_UPDATE_PASSES = {"clipping": 3, "optimizer": 7, "average": 3}
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_LASTING = ("weights", "gradients", "optimizer moments", "averaged weights", "trunk weights")
+_MOVING = ("saved activations", "saved in the losses", "temporary")  # grow with the batch
+
+
+def _overhead(parts: dict[str, int]) -> int:
+    return round(CONTEXT_BYTES + FRAGMENTED_FRACTION * sum(parts[name] for name in _MOVING))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the walk: FLOP, bytes read and written, and whether it computes in half precision."""
+
+    flop: float
+    num_bytes: int
+    half: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one process holds at the moment of the step when it holds most.
+
+    Attributes:
+        micro_batch: Images in the forward pass.
+        parts: Name -> bytes at that moment: weights, gradients, optimizer moments, averaged weights, saved
+            activations, saved in the losses (the trunk's features too), trunk weights, temporary.
+        widest: The same at the moment with the most activations, features and temporary tensors.
+        kept_bytes: Activations and features that autograd keeps when the forward pass ends, bytes.
+        operations: Of the forward and backward pass.
+        updated: Parameters that an update changes.
+        averaged: Whether averaged weights are kept.
+    """
+
+    micro_batch: int
+    parts: dict[str, int]
+    widest: dict[str, int]
+    kept_bytes: int
+    operations: tuple[Operation, ...]
+    updated: int
+    averaged: bool
+
+    @property
+    def tensor_bytes(self) -> int:
+        """All tensors at the peak."""
+        return sum(self.parts.values())
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Assumed beyond tensors: see `CONTEXT_BYTES` and `FRAGMENTED_FRACTION`."""
+        return _overhead(self.parts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Tensors and the assumed overhead."""
+        return self.tensor_bytes + self.overhead_bytes
+
+    @property
+    def widest_bytes(self) -> int:
+        """The same at the moment with the most activations."""
+        return sum(self.widest.values()) + _overhead(self.widest)
+
+    def roofline_seconds(self, device: Device, micro_batches: int) -> tuple[float, float]:
+        """Shortest time of a step on a device, if each operation runs alone and reads and writes its tensors once.
+
+        A fusing compiler needs fewer passes over memory, so this bounds eager execution only.
+
+        Args:
+            device: Its peaks.
+            pieces: Forward passes of a step.
+
+        Returns:
+            Seconds of the step, and the part of them that arithmetic alone would take.
+        """
+        peak = {True: device.half_tflops * 1e12, False: device.float32_tflops * 1e12}
+        arithmetic = micro_batches * sum(op.flop / peak[op.half] for op in self.operations)
+        bandwidth = device.bandwidth_gbps * 1e9
+        bound = micro_batches * sum(max(op.flop / peak[op.half], op.num_bytes / bandwidth) for op in self.operations)
+        passes = sum(count for name, count in _UPDATE_PASSES.items() if name != "average" or self.averaged)
+        return bound + passes * 4 * self.updated / bandwidth, arithmetic
+
+
+class _Ledger(TorchDispatchMode):
+    """Follows every storage that operations create, by part, and remembers the fullest moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = dict.fromkeys((*_LASTING, *_MOVING), 0)
+        self.fullest, self.widest = dict(self.held), dict(self.held)
+        self.operations: list[Operation] = []
+        self._part_of: dict[int, tuple[str, int]] = {}  # storage -> its part and bytes
+
+    def enter(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor's storage under `part`; one that is known moves there."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._part_of:
+            old, size = self._part_of[key]
+            self.held[old] -= size
+        else:
+            size = storage.nbytes()
+            weakref.finalize(storage, self._leave, key)
+        self._part_of[key] = (part, size)
+        self.held[part] += size
+        if sum(self.held.values()) > sum(self.fullest.values()):
+            self.fullest = dict(self.held)
+        if sum(self.held[name] for name in _MOVING) > sum(self.widest[name] for name in _MOVING):
+            self.widest = dict(self.held)
+
+    def _leave(self, key: int) -> None:
+        part, size = self._part_of.pop(key)
+        self.held[part] -= size
+
+    def part(self, tensor: Tensor) -> str | None:
+        """Where a tensor's storage is counted."""
+        found = self._part_of.get(tensor.untyped_storage()._cdata)
+        return found and found[0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
+        for tensor in new:
+            if self.part(tensor) is None:
+                self.enter(tensor, "temporary")
+        if new or func._schema.is_mutable:  # others are views: no work
+            count = flop_registry.get(func.overloadpacket)
+            flop = 0 if count is None else count(*args, **(kwargs or {}), out_val=out)
+            written = new or outputs
+            traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *written))
+            half = bool(outputs) and outputs[0].dtype in _HALF.values()
+            self.operations.append(Operation(float(flop), traffic, half))
+        return out
+
+
+def plan_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, precision: str = "bf16") -> MemoryPlan:
+    """Walk through a forward and a backward pass of a configuration.
+
+    Args:
+        config: The configuration.
+        micro_batch: Images in the forward pass.
+        keeps_gradients: Gradients exist before the backward pass, because several pieces of a batch add to them or
+            because several processes keep buckets for them.
+        precision: "bf16", "fp16" or "no".
+
+    Raises:
+        ValueError: The model's section cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        return _walk(config, build_model(config), _fake_trunks(config), micro_batch, keeps_gradients, precision)
+
+
+def _fake_trunks(config: Config) -> list[PerceptualTrunk]:
+    trunks = []
+    for trunk_name, _ in config.loss.trunks:
+        with unset_fake_temporarily(), torch.device("meta"):
+            trunk = PerceptualTrunk(trunk_name, load_weights=False)
+        for module in trunk.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        trunks.append(trunk)
+    return trunks
+
+
+def _walk(
+    config: Config,
+    model: AutoencoderKLUltra,
+    trunks: list[PerceptualTrunk],
+    micro_batch: int,
+    keeps_gradients: bool,
+    precision: str,
+) -> MemoryPlan:
+    presets, loss = config.training_presets, config.loss
+    freeze_pca_branch(model, presets.pca_lr_scale)
+    if presets.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if presets.channels_last:  # Module.to cannot exchange parameters without contents
+        maps = [*model.parameters(), *(buffer for trunk in trunks for buffer in trunk.buffers())]
+        for tensor in (each for each in maps if each.ndim == 4):
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    averaged = presets.ema_decay > 0
+    ledger = _Ledger()
+    lasting: dict[str, list[Tensor]] = {
+        "weights": [*model.parameters(), *model.buffers()],
+        "trunk weights": [buffer for trunk in trunks for buffer in trunk.buffers()],
+        "optimizer moments": [torch.empty_like(parameter) for parameter in (*trained, *trained)],
+        "averaged weights": [torch.empty_like(parameter) for parameter in trained] if averaged else [],
+    }
+    for part, tensors in lasting.items():
+        for tensor in tensors:
+            ledger.enter(tensor, part)
+    for parameter in trained:
+        if keeps_gradients:
+            parameter.grad = torch.empty_like(parameter)
+            ledger.enter(parameter.grad, "gradients")
+        else:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter(p.grad, "gradients"))
+
+    shape = model.config
+    side, corners = shape.sample_size, [0] * micro_batch
+    crops = [None if cut is None or cut >= side else (corners, corners, cut) for _, cut in loss.trunks]
+    perceptual = {"trunk": None, "crop": None}
+    for names, trunk, window in zip((("trunk", "crop"), ("lpips_trunk", "lpips_crop")), trunks, crops):
+        perceptual |= zip(names, (trunk, window))
+    saving = "saved activations"
+
+    def pack(tensor: Tensor) -> Tensor:
+        if ledger.part(tensor) not in _LASTING:
+            ledger.enter(tensor, saving)
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype=_HALF.get(precision), enabled=precision in _HALF)
+    # As in `training.step.TrainStep.gradients`, where accelerate's wrapper puts the model under autocast of its own.
+    with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pixels = normalize(torch.zeros(micro_batch, 3, side, side, dtype=torch.uint8))
+        noise = torch.zeros(micro_batch, shape.latent_channels, shape.latent_size, shape.latent_size)
+        with autocast:
+            output = model(pixels, noise=noise)
+        saving = "saved in the losses"
+        weights = LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight)
+        mean, logvar = output.posterior.mean, output.posterior.logvar
+        with autocast:
+            total, _ = vae_loss(output.sample, pixels, mean, logvar, weights=weights, beta=1.0, **perceptual)
+        kept_bytes = ledger.held["saved activations"] + ledger.held["saved in the losses"]
+        saving = "saved activations"  # what gradient checkpointing computes again
+        total.backward()
+    return MemoryPlan(
+        micro_batch=micro_batch,
+        parts=ledger.fullest,
+        widest=ledger.widest,
+        kept_bytes=kept_bytes,
+        operations=tuple(ledger.operations),
+        updated=sum(parameter.numel() for parameter in trained),
+        averaged=averaged,
+    )
+
+
+def largest_micro_batch(smaller: MemoryPlan, larger: MemoryPlan, limit_bytes: float) -> int:
+    """The most images in one forward pass that stay within a limit.
+
+    Every moment of the step grows in a straight line with the batch. Two moments matter: the fullest so far, and the
+    one with the most activations, which overtakes all others as the batch grows.
+
+    Args:
+        smaller, larger: Plans of the same configuration for two different batches.
+        limit_bytes: Memory of the device.
+
+    Returns:
+        The batch; 0 if not even one image fits.
+    """
+    images = larger.micro_batch - smaller.micro_batch
+    most = []
+    for name in ("total_bytes", "widest_bytes"):
+        small, large = getattr(smaller, name), getattr(larger, name)
+        slope = (large - small) / images
+        most.append(larger.micro_batch + math.floor((limit_bytes - large) / slope))
+    return max(0, min(most))

@@ -1,0 +1,78 @@
+"""The files of a cache of rows: Arrow files of a few hundred encoded images, and lists of them.
+
+A file has its name only when its bytes are on the disk. Not here: who writes which and when (`dataset_cache`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from training.data.shards import Example
+
+Chunk = dict  # "rows", "bytes", "blake2b", "source_examples" (rows of the shard read by its end)
+
+_CHUNK_ROWS, _CHUNK_BYTES = 512, 16_000_000
+_SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string())])
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a complete cache, or None."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "manifest.json").read_text())
+    return None
+
+
+def in_chunks(rows: Iterator[tuple[Example, int]]) -> Iterator[tuple[list[Example], int]]:
+    """Groups rows for `write_chunk`; the numbers are those of the shard's rows read so far."""
+    pending, size, source_examples = [], 0, 0
+    for row, source_examples in rows:  # noqa: B007 (the last one is used below)
+        pending.append(row)
+        size += len(row[0] or b"")
+        if len(pending) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+            yield pending, source_examples
+            pending, size = [], 0
+    if pending:
+        yield pending, source_examples
+
+
+def open_chunk(path: Path) -> pa.RecordBatch:
+    """Maps a chunk into memory: columns bytes and path."""
+    with pa.memory_map(str(path)) as file:  # the mapping outlives the file handle
+        return pa.ipc.open_file(file).get_batch(0)
+
+
+def write_chunk(path: Path, rows: list[Example], source_examples: int) -> Chunk:
+    """Writes rows of a shard; `source_examples` says how far into the shard they reach, for the one who goes on."""
+    schema = _SCHEMA.with_metadata({"source_examples": str(source_examples)})
+    table = pa.record_batch([pa.array(column, kind) for column, kind in zip(zip(*rows), _SCHEMA.types)], schema=schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(table)
+    data = sink.getvalue().to_pybytes()
+    write_file(path, data)
+    return describe_chunk(data, table)
+
+
+def describe_chunk(data: bytes, table: pa.RecordBatch) -> Chunk:
+    """What the lists say of a chunk with these contents."""
+    return {
+        "rows": table.num_rows,
+        "bytes": len(data),
+        "blake2b": hashlib.blake2b(data).hexdigest(),
+        "source_examples": int(table.schema.metadata[b"source_examples"]),
+    }
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes under a temporary name, waits for the disk, renames."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,5 @@
+import sys
+
+from training.evaluate.command import main
+
+sys.exit(main())

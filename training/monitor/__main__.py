@@ -1,0 +1,5 @@
+import sys
+
+from training.monitor.terminal import main
+
+sys.exit(main())

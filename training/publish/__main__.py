@@ -1,0 +1,5 @@
+import sys
+
+from training.publish.stage import main
+
+sys.exit(main())

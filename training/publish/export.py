@@ -1,0 +1,60 @@
+"""The finished model on disk: what `from_pretrained` loads, with the model's source beside it.
+
+What it is not for: what resume needs (checkpoint.py), and uploading (hub.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.io import fsync_folder, write_bytes
+
+
+def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
+    """All that belongs into a model's folder besides its weights: name -> content.
+
+    The model's source travels along, and `config.json` names it, so that
+    `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
+    """
+    type(model).register_for_auto_class("AutoModel")
+    config = json.loads(model.to_json_string())
+    config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
+    source = Path(inspect.getfile(type(model)))
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), source.name: source.read_bytes()}
+
+
+def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
+    """Write what `from_pretrained` loads, replacing `folder` when complete.
+
+    Args:
+        model: Unwrapped, in float32.
+        folder: Destination; an older export there is replaced, with the priors that were fitted to it.
+
+    Raises:
+        OSError: The disk is full or fails; an older export is as it was.
+    """
+    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    for path in (temporary, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, safe_serialization=True)
+        for name, content in model_files(model).items():
+            write_bytes(temporary / name, content)
+        fsync_folder(temporary)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(str(error)) from None
+        raise
+    if folder.exists():  # two renames: a reader never meets half an export
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""The figures of training steps: summed over a window of steps, logged as means, shown as one line.
+
+What it is for: what `metrics.jsonl`, TensorBoard and the terminal say between validations. What it is not for:
+writing them (tracking.py) or deciding anything by them (trainer.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from training.config import TrainingPresets
+from training.losses.kl_control import KLController
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; JSON-able through `vars`, and all that a checkpoint holds besides the objects' own states."""
+
+    epoch: int = 0  # the epoch in hand
+    batch: int = 0  # global batches of it that are done
+    step: int = 0  # optimizer updates, skipped ones included
+    images_seen: int = 0
+    train_seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0  # returns to a checkpoint because gradients stayed infinite
+    best: dict[str, Any] | None = None
+    latents: dict[str, Any] | None = None  # scaling of the latents, as the last validation measured it
+    early_stopping_bad_epochs: int = 0
+    # Sums over the steps since the last log line.
+    window: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def where(self) -> dict[str, int]:
+        """The coordinates of a log line."""
+        return {"step": self.step, "epoch": self.epoch, "images_seen": self.images_seen}
+
+    def add_step(
+        self,
+        parts: dict[str, float],
+        *,
+        beta: float,
+        grad_norm: float,
+        max_grad_norm: float,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        """Add one step to the window.
+
+        Args:
+            parts: Loss terms as `vae_loss` names them, means over the global batch.
+            beta: Weight of KL in this step.
+            grad_norm: Before clipping.
+            max_grad_norm: Norms above this were clipped.
+            seconds: Wall time of the step, waiting included.
+            waited: Of these, spent waiting for images.
+        """
+        self.train_seconds += seconds
+        terms = {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
+        terms["kl/loss_fraction"] = parts["weighted/kl"] / parts["total"] if parts["total"] else math.nan
+        terms["kl/beta"] = beta
+        terms["optim/grad_norm"] = grad_norm
+        terms["optim/clipped_fraction"] = float(grad_norm > max_grad_norm)
+        for name, value in {**terms, "steps": 1.0, "seconds": seconds, "waited": waited}.items():
+            self.window[name] = self.window.get(name, 0.0) + value
+
+    def take_window(
+        self, presets: TrainingPresets, kl: KLController, *, latent_dim: int, learning_rate: float
+    ) -> dict[str, Any]:
+        """Means over the window, which is emptied, and the state of the controls.
+
+        Args:
+            presets: For the batch size.
+            kl: The KL controller.
+            latent_dim: Of one image.
+            learning_rate: In force.
+        """
+        window, self.window = self.window, {}
+        steps, seconds, waited = (window.pop(name) for name in ("steps", "seconds", "waited"))
+        values: dict[str, Any] = {name: total / steps for name, total in window.items()}
+        low, high = kl.band(self.epoch)
+        return values | {
+            "kl/smoothed_fraction": kl.smoothed_fraction,
+            "kl/target_low": low,
+            "kl/target_high": high,
+            "kl/beta_floor": kl.floor(self.epoch),
+            "kl/nats_per_image": values["loss/kl"] * latent_dim,
+            "optim/learning_rate": learning_rate,
+            "optim/skipped_steps": self.skipped_steps,
+            "speed/images_per_second": steps * presets.batch_size / max(seconds, 1e-9),
+            "speed/data_wait_fraction": waited / max(seconds, 1e-9),
+            "speed/memory_gib": _memory_gib(),
+        }
+
+    def seconds_left(
+        self, presets: TrainingPresets, steps_per_epoch: int | None, images_per_second: float
+    ) -> float | None:
+        """Training time to the last epoch or the time limit; None where the length of an epoch is unknown."""
+        left = None
+        if steps_per_epoch is not None:
+            steps = presets.num_epochs * steps_per_epoch - (self.epoch * steps_per_epoch + self.batch)
+            left = max(0, steps) * presets.batch_size / images_per_second
+        if presets.max_train_minutes is not None:
+            limit = max(0.0, 60 * presets.max_train_minutes - self.train_seconds)
+            left = limit if left is None else min(left, limit)
+        return left
+
+
+class ProgressLine:
+    """Shows training on the terminal: a progress bar there, log lines where stderr is a file or a pipe.
+
+    Args:
+        total_steps: Of the run; None if unknown.
+        initial: Steps done before.
+    """
+
+    def __init__(self, total_steps: int | None, initial: int) -> None:
+        self._total, self._initial = total_steps, initial
+        self._bar: tqdm | None = None
+
+    def show(self, progress: Progress, values: dict[str, Any], seconds_left: float | None) -> None:
+        """Show the figures that `take_window` gave."""
+        left = "?" if seconds_left is None else str(datetime.timedelta(seconds=round(seconds_left)))
+        text = (
+            f"loss {values['loss/total']:.4f} mse {values['loss/mse']:.5f} kl {values['loss/kl']:.3f} "
+            f"share {values['kl/loss_fraction']:.3f} lr {values['optim/learning_rate']:.1e} "
+            f"{values['speed/images_per_second']:.1f} images/s, {left} left"
+        )
+        if not sys.stderr.isatty():
+            logger.info("epoch %d step %d: %s", progress.epoch, progress.step, text)
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=self._total, initial=self._initial, unit="step", dynamic_ncols=True)
+        self._bar.set_postfix_str(text)
+        self._bar.update(progress.step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _memory_gib() -> float:
+    """Memory: the most that was allocated on a GPU, what is resident now on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
