@@ -3,7 +3,7 @@
     python -m benchmarks.train_baseline --config configs/ultra.json --model stock_1024 --minutes 10 --output stock
     python -m training.evaluate stock/10 --config configs/ultra.json
 
-The contenders are those of `compare_baseline`; batches, loss terms, learning rate, clipping and averaged weights are the
+The models are those of `compare_baseline`; batches, loss terms, learning rate, clipping and averaged weights are the
 configuration's, beta stays at kl_beta_init. After each of --minutes (of training; saving does not count) the averaged
 weights are saved in a folder of that name. What it is not for: speed (compare_baseline), and anything that `train_vae.py`
 does besides: no resume, no validation, one process.
@@ -47,12 +47,12 @@ class StockModel(nn.Module):
         return AutoencoderKLUltraOutput(sample=self.model.decode(latents).sample, posterior=posterior)
 
 
-def build_step(config: Config, model: str) -> tuple[AutoencoderKL, TrainStep]:
+def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
     """The stock model with fresh weights, and the training step on it.
 
     Args:
         config: Says everything but the model; of its model only `sample_size` counts.
-        contender: Key of `STOCK`.
+        name: Key of `STOCK`.
     """
     presets, loss = config.training_presets, config.loss
     torch.manual_seed(presets.seed)
@@ -60,7 +60,7 @@ def build_step(config: Config, model: str) -> tuple[AutoencoderKL, TrainStep]:
     precision, _ = resolve_precision(presets.mixed_precision, torch.device("cpu") if cpu else torch.device("cuda"))
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     layout = torch.channels_last if presets.channels_last else torch.contiguous_format
-    model = build_baseline(model).to(accelerator.device, memory_format=layout)
+    model = build_baseline(name).to(accelerator.device, memory_format=layout)
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     wrapped = StockModel(model).train()
@@ -74,7 +74,7 @@ def build_step(config: Config, model: str) -> tuple[AutoencoderKL, TrainStep]:
         for name, _ in loss.trunks
     ]
     trunk, lpips_trunk = [*trunks, None, None][:2]
-    stages = len(STOCK[model]["block_out_channels"])
+    stages = len(STOCK[name]["block_out_channels"])
     side = config.model["sample_size"] // 2 ** (stages - 1)
     micro = presets.micro_batch_size
     step = TrainStep(
@@ -88,7 +88,7 @@ def build_step(config: Config, model: str) -> tuple[AutoencoderKL, TrainStep]:
         lpips_crop_px=loss.lpips_crop_px,
         weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
         seed=presets.seed,
-        latent_shape=(STOCK[model]["latent_channels"], side, side),
+        latent_shape=(STOCK[name]["latent_channels"], side, side),
         micro_batch=micro if isinstance(micro, int) else presets.batch_size,
         adapt_micro_batch=micro == "auto",
         max_grad_norm=presets.max_grad_norm,
@@ -97,12 +97,12 @@ def build_step(config: Config, model: str) -> tuple[AutoencoderKL, TrainStep]:
     return model, step
 
 
-def train(config: Config, model: str, minutes: Sequence[float], output: Path) -> Iterator[str]:
+def train(config: Config, name: str, minutes: Sequence[float], output: Path) -> Iterator[str]:
     """Train, and save the averaged weights at each of the given times.
 
     Args:
         config: See `build_step`.
-        contender: Key of `STOCK`.
+        name: Key of `STOCK`.
         minutes: Of training; in any order.
         output: Folder for the saved models.
 
@@ -110,7 +110,7 @@ def train(config: Config, model: str, minutes: Sequence[float], output: Path) ->
         A line for people after each saving.
     """
     presets = config.training_presets
-    model, step = build_step(config, model)
+    model, step = build_step(config, name)
     stream = TrainStream(
         config.data,
         resolution=config.model["sample_size"],

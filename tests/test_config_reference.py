@@ -173,7 +173,7 @@ def messages_of(paths: list[Path]) -> str:
 
 
 def test_the_messages_that_are_quoted_are_those_of_the_program():
-    said = messages_of([*(ROOT / "training").glob("*.py"), ROOT / "train_vae.py"])
+    said = messages_of([*(ROOT / "training").rglob("*.py"), ROOT / "train_vae.py"])
     quoted = re.findall(r"```text\n(.*?)```", TROUBLESHOOTING.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in quoted for line in block.splitlines()]
     assert len(lines) > 20

@@ -37,7 +37,15 @@ TRAIN_NAMES = {
     *("loss/reconstruction", "loss/total"),
     *(
         f"kl/{name}"
-        for name in ("beta", "beta_floor", "loss_fraction", "smoothed_fraction", "target_low", "target_high", "nats_per_image")
+        for name in (
+            "beta",
+            "beta_floor",
+            "loss_fraction",
+            "smoothed_fraction",
+            "target_low",
+            "target_high",
+            "nats_per_image",
+        )
     ),
     *(f"optim/{name}" for name in ("learning_rate", "grad_norm", "clipped_fraction", "skipped_steps")),
     *(f"speed/{name}" for name in ("images_per_second", "data_wait_fraction", "memory_gib")),
