@@ -13,15 +13,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-from training.losses.kl_control import KLSchedule
 
 TOKEN = r"hf_[A-Za-z0-9]{16,}"  # an access token of the Hub, which must be in no configuration and no log
 COLLECTIVE_TIMEOUT_S = 3600  # how long processes wait for each other before the run fails
@@ -162,8 +161,94 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KLSchedule:
+    """The settings of the KL control; each field is the key of that name in the section `training_presets`.
+
+    Raises:
+        ValueError: A value has the wrong type or lies outside its range.
+    """
+
+    kl_target_low: float = 0.01  # band of the smoothed KL share, fraction of the total loss
+    kl_target_high: float = 0.03  # upper end of the band
+    kl_beta_init: float = 1e-4  # controlled beta at the start, and the constant beta where control is off
+    kl_beta_min: float = 1e-6  # range of beta
+    kl_beta_max: float = 1.0  # upper end of the range of beta
+    kl_half_life_images: int = 2048  # half-life of the average, images
+    kl_gain: float = 0.5  # per half-life; of the error, 1 - exp(-0.5) = 39 % is corrected in one half-life
+    kl_max_step: float = 0.7  # bound of |change of log beta| per half-life; 0.7 = log 2: it doubles or halves
+    # Images over which beta rises linearly; log beta is still meanwhile, the average is fed. One half-life:
+    # a run of 5,000 images has control for more than half of its length.
+    kl_warmup_images: int = 2048
+    # Below this smoothed KL, nats per number, beta goes down whatever the share; 0: off. A number whose
+    # posterior mean has variance 0.01, the least that counts as active (Burda et al. 2016), costs 0.005 nats.
+    kl_collapse_nats: float = 0.01
+    kl_cycle_enabled: bool = True  # cool-downs at the beginning of each cycle of epochs; false: none
+    kl_cycle_period: int = 8  # epochs
+    kl_cooldown_epochs: int = 2  # the first epochs of each cycle
+    kl_cooldown_reduction: float = 0.25  # beta and its band are multiplied by this in a cool-down
+    kl_beta_floor: float = 5e-5  # beta is never below kl_beta_floor * kl_floor_growth**epoch
+    kl_floor_growth: float = 1.02  # per epoch
+
+    def __post_init__(self) -> None:
+        kinds = {"bool": (bool,), "int": (int,), "float": (int, float)}
+        for item in fields(KLSchedule):
+            value = getattr(self, item.name)
+            typed = isinstance(value, kinds[item.type]) and isinstance(value, bool) == (item.type == "bool")
+            if not typed or not math.isfinite(value):
+                self._refuse(item.name, f"a finite value of type {item.type}")
+        low, high = self.kl_beta_min, self.kl_beta_max
+        collapse, cooldown, period = self.kl_collapse_nats, self.kl_cooldown_epochs, self.kl_cycle_period
+        cycle = f"0 or more but less than kl_cycle_period = {period}, or set kl_cycle_enabled to false"
+        above_low = f"a share above kl_target_low = {self.kl_target_low} and below 1"
+        for key, ok, remedy in (
+            ("kl_target_low", 0 < self.kl_target_low < 1, "a share above 0 and below 1, such as 0.01"),
+            ("kl_target_high", self.kl_target_low < self.kl_target_high < 1, above_low),
+            ("kl_beta_min", low > 0, "a number above 0, such as 1e-6"),
+            ("kl_beta_max", low < high, f"a number above kl_beta_min = {low}"),
+            ("kl_beta_init", low <= self.kl_beta_init <= high, f"a number from {low} to {high}"),
+            ("kl_half_life_images", self.kl_half_life_images >= 1, "at least 1 image, such as 2048"),
+            ("kl_gain", 0 < self.kl_gain <= 2, "a number above 0 and at most 2, such as 0.5"),
+            ("kl_max_step", 0 < self.kl_max_step <= 3, "a number above 0 and at most 3, such as 0.7"),
+            ("kl_warmup_images", self.kl_warmup_images >= 0, "0 (no warm-up) or a number of images"),
+            ("kl_collapse_nats", collapse == 0 or collapse >= 0.001, "0 (off) or at least 0.001 nats"),
+            ("kl_cycle_period", period >= 1, "at least 1 epoch, such as 8"),
+            ("kl_cooldown_epochs", 0 <= cooldown < period or not self.kl_cycle_enabled, cycle),
+            ("kl_cooldown_reduction", 0 < self.kl_cooldown_reduction <= 1, "a factor above 0 and at most 1"),
+            ("kl_beta_floor", 0 <= self.kl_beta_floor <= high, f"0 (no floor) to kl_beta_max = {high}"),
+            ("kl_floor_growth", self.kl_floor_growth >= 1, "a factor of at least 1, such as 1.02"),
+        ):
+            if not ok:
+                self._refuse(key, remedy)
+
+    def _refuse(self, key: str, remedy: str) -> None:
+        raise ValueError(f"training_presets.{key} is {getattr(self, key)!r}: give {remedy}")
+
+    @classmethod
+    def from_presets(cls, presets: Mapping[str, Any]) -> KLSchedule:
+        """Builds the schedule from the section `training_presets`; keys of other owners are left alone."""
+        return cls(**{item.name: presets[item.name] for item in fields(cls) if item.name in presets})
+
+    def in_cooldown(self, epoch: int) -> bool:
+        """Whether the epoch (from 0) is one of the first `kl_cooldown_epochs` of its cycle."""
+        return self.kl_cycle_enabled and epoch % self.kl_cycle_period < self.kl_cooldown_epochs
+
+    def cycle_factor(self, epoch: int) -> float:
+        """What the cycle multiplies beta and the band by: the reduction in a cool-down, else 1."""
+        return self.kl_cooldown_reduction if self.in_cooldown(epoch) else 1.0
+
+    def floor(self, epoch: int) -> float:
+        """The least beta of an epoch: `kl_beta_floor * kl_floor_growth**epoch`, at most `kl_beta_max`."""
+        if self.kl_beta_floor == 0:
+            return 0.0
+        # Compared as logarithms, because the power overflows in a very long run.
+        if epoch * math.log(self.kl_floor_growth) >= math.log(self.kl_beta_max / self.kl_beta_floor):
+            return self.kl_beta_max
+        return self.kl_beta_floor * self.kl_floor_growth**epoch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPresets(KLSchedule):
-    """Section `training_presets`: the optimisation; the kl_* keys are documented in `training.losses.kl_control.KLSchedule`."""
+    """Section `training_presets`: the optimization; the kl_* keys are those of `KLSchedule`."""
 
     num_epochs: int = 200  # passes over the training images, or over max_images_per_epoch of them
     batch_size: int = 64  # images in one optimizer step, over all processes and accumulation
