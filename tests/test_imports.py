@@ -39,7 +39,13 @@ LAYERS = [
     ("training.cli", "training.config", "training.io"),
     ("modeling",),
 ]
-STDLIB_ONLY = ("training.config", "training.losses.kl_control", "training.tracking.alerts", "training.config_reference")
+STDLIB_ONLY = (
+    "training.cli",
+    "training.config",
+    "training.losses.kl_control",
+    "training.tracking.alerts",
+    "training.config_reference",
+)
 COMPUTES = (
     "training.losses.objective",
     "training.losses.perceptual",

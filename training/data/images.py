@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from training.cli import UserError
+
 # What sets of photographs hold. Pillow knows more formats; some of them start other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MAX_PIXELS = 64_000_000  # 192 MB decoded; Pillow itself only warns up to 179 Mpx
@@ -17,7 +19,7 @@ _SHIFT, _TURN, _SCALE = 1 / 16, 0.1, 0.1  # of the side, in radians, of the size
 _MIN_SIDE_PX = 16  # smaller images are spacers and tracking pixels
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """The data cannot be had: a source that does not answer, a faulty disk, too many unreadable images."""
 
 

@@ -22,6 +22,7 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
 
+from training.cli import UserError
 from training.config import HubConfig
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ _SECRETS = {
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL")
 
 
-class PushError(RuntimeError):
+class PushError(UserError):
     """The Hub refused an upload, or could not be reached for long; nothing of it is visible there."""
 
 

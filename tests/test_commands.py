@@ -1,0 +1,139 @@
+"""What all commands share: error lines, exit codes, and finding the model that MODEL means."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+
+import pytest
+import torch
+
+from training import cli
+from training.checkpoint.format import list_checkpoints
+from training.data.images import DataError
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("data.crop_px must be at least 16, got 8."), "error: data.crop_px must be at least 16, got 8.\n"),
+        (DataError("no answer\n  from the server"), "error: no answer from the server\n"),
+        (FileNotFoundError(2, "No such file", "faces"), "error: [Errno 2] No such file: 'faces'\n"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(capsys, error, line):
+    def command(arguments):
+        raise error
+
+    assert cli.run(command, argparse.Namespace()) == 2
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def command(arguments):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        cli.run(command, argparse.Namespace())
+
+
+def test_a_commands_exit_code_is_returned():
+    assert cli.run(lambda arguments: None, argparse.Namespace()) == 0
+    assert cli.run(lambda arguments: 75, argparse.Namespace()) == 75
+
+
+def test_counts_must_be_positive(capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_option(parser, "--batch-size", default=8)
+    assert parser.parse_args([]).batch_size == 8
+    assert "(default: 8)" in parser.format_help()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--batch-size", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert cli.select_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device gpu is not a device of PyTorch"):
+        cli.select_device("gpu")
+    with pytest.raises(ValueError, match="--device cuda:1: this machine has 0 cuda devices"):
+        cli.select_device("cuda:1")
+
+
+# ---- MODEL ----
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run's folder with checkpoints of steps 5, 10 and 15, of which the newest records 10 as the best."""
+    for step in (5, 10, 15):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        (checkpoint / "model").mkdir(parents=True)
+        (checkpoint / "training_state").mkdir()
+        (checkpoint / "model" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLUltra"}))
+        state = {"progress": {"best": {"step": 5 if step == 5 else 10}}}
+        (checkpoint / "training_state" / "trainer_state.json").write_text(json.dumps(state))
+        (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def resolved_step(run_dir):
+    return int(cli.best_checkpoint(run_dir).name.removeprefix("step_"))
+
+
+def test_a_run_means_its_best_model(finished):
+    best = finished.status["best"]["step"]
+    source = cli.resolve_model(str(finished.folder))
+    assert source.path == str(finished.folder / "checkpoints" / f"step_{best:08d}" / "model")
+    assert source.config["_class_name"] == "AutoencoderKLUltra" and source.subfolder is None
+
+
+def test_a_checkpoint_an_exported_folder_and_a_pipeline_are_found(finished, tmp_path):
+    checkpoint = list_checkpoints(finished.folder)[-1]
+    assert cli.resolve_model(str(checkpoint)).path == str(checkpoint / "model")
+    assert cli.resolve_model(str(checkpoint / "model")).path == str(checkpoint / "model")
+    shutil.copytree(checkpoint / "model", tmp_path / "pipeline" / "vae")
+    assert cli.resolve_model(str(tmp_path / "pipeline")).path == str(tmp_path / "pipeline" / "vae")
+    shutil.copytree(checkpoint / "model", tmp_path / "pipeline" / "other")
+    assert cli.resolve_model(str(tmp_path / "pipeline"), "other").path == str(tmp_path / "pipeline" / "other")
+
+
+def test_the_best_model_is_decided_by_recorded_state(run_dir):
+    # What a copy makes of the link `best`: a folder that grows old.
+    shutil.copytree(run_dir / "checkpoints" / "step_00000005", run_dir / "checkpoints" / "best")
+    assert resolved_step(run_dir) == 10
+    # Interrupted while it was written: its state is not read.
+    (run_dir / "checkpoints" / "step_00000015" / "manifest.json").unlink()
+    (run_dir / "checkpoints" / "step_00000010" / "manifest.json").unlink()
+    assert resolved_step(run_dir) == 5
+
+
+def test_status_json_names_the_best_model_where_the_checkpoint_does_not(run_dir, caplog):
+    state = run_dir / "checkpoints" / "step_00000015" / "training_state" / "trainer_state.json"
+    state.write_text(json.dumps({"progress": {"best": None}}))
+    (run_dir / "status.json").write_text(json.dumps({"best": {"step": 5}}))
+    assert resolved_step(run_dir) == 5 and not caplog.messages
+    (run_dir / "status.json").write_text(json.dumps({"best": {"step": 99}}))
+    assert resolved_step(run_dir) == 15
+    assert "no checkpoint of a best model is recorded; using the newest, step_00000015" in caplog.text
+
+
+def test_what_is_no_model(run_dir, tmp_path):
+    def message(model: str, subfolder: str | None = None) -> str:
+        with pytest.raises(ValueError) as caught:
+            cli.resolve_model(model, subfolder)
+        return str(caught.value)
+
+    assert "there is no folder nowhere, and it is not a Hub id" in message("nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no model: looked for config.json (an exported model)" in message(str(tmp_path / "empty"))
+    (tmp_path / "pipe" / "autoencoder").mkdir(parents=True)
+    (tmp_path / "pipe" / "autoencoder" / "config.json").write_text("[]")
+    assert "holds no model; there is one in autoencoder, so give --subfolder" in message(str(tmp_path / "pipe"))
+    assert "must be a JSON object, got list" in message(str(tmp_path / "pipe"), "autoencoder")
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "status.json").write_text("{}")
+    assert "has no complete checkpoint yet" in message(str(run_dir))

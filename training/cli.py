@@ -1,0 +1,244 @@
+"""What all commands share: options with one meaning, `error:` lines, exit codes, and finding the model that is meant.
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="...")
+        add_option(parser, "model")
+        add_option(parser, "--batch-size", default=8)
+        return run(_evaluate, parser.parse_args(argv))
+
+Imports the standard library only, so that `--help` and a misspelled option do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
+_MODEL_HELP = "folder of an exported model, a run (its best model) or a checkpoint; or a Hub id"
+
+
+class UserError(RuntimeError):
+    """An error that the user can correct, although no argument is wrong; commands print it as they print ValueErrors."""
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1; the `type` of an option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "MODEL", "help": _MODEL_HELP},
+    "models": {"metavar": "MODEL", "nargs": "+", "help": _MODEL_HELP},
+    "--config": {"metavar": "FILE", "help": "JSON configuration"},
+    "--set": {
+        "action": "append",
+        "default": [],
+        "dest": "overrides",
+        "metavar": "SECTION.KEY=VALUE",
+        "help": "change one key of --config (repeatable); VALUE is JSON, or else a string",
+    },
+    "--batch-size": {"type": positive_int, "metavar": "N", "help": "images per forward pass"},
+    "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, ... (default: the accelerator if there is one)"},
+    "--json": {"action": "store_true", "help": "print one JSON object instead of text"},
+    "--num-samples": {"type": positive_int, "metavar": "N", "help": "images to generate"},
+    "--output": {"type": Path, "metavar": "PATH", "help": "file or folder to write"},
+    "--seed": {"type": int, "metavar": "N", "help": "seed of the random numbers"},
+    "--trunk-weights": {
+        "metavar": "DIR",
+        "help": "folder of feature network (trunk) weights for LPIPS and the Frechet distance, as loss.trunk_weights",
+    },
+}
+
+
+def add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) -> None:
+    """Add a shared option to a parser, or to a group of one.
+
+    Args:
+        parser: The parser or group.
+        name: A key of `_OPTIONS`, such as "--batch-size".
+        changes: Arguments of `add_argument` that differ here, such as `default`, which the help text then names.
+    """
+    settings = _OPTIONS[name] | changes
+    if changes.get("default") is not None:
+        settings["help"] += " (default: %(default)s)"
+    parser.add_argument(name, **settings)
+
+
+def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
+    """Run a command; errors that the user can correct become one `error:` line on standard error.
+
+    Args:
+        command: Does the work; returns an exit code, or None for 0.
+        arguments: Its parsed arguments.
+
+    Returns:
+        The exit code: the command's, 2 for ValueError, OSError and UserError, 130 after Ctrl-C, 1 if nobody reads
+        standard output any more. Other exceptions are faults of the program and keep their traceback.
+    """
+    try:
+        code = command(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its exit
+        return 1
+    except (ValueError, OSError, UserError) as error:
+        print("error: " + " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def select_device(name: str | None) -> torch.device:
+    """The device that `--device` names; None is the accelerator of this machine if there is one, else the CPU.
+
+    Raises:
+        ValueError: No such device here.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device of PyTorch: use cpu, cuda or cuda:1.") from None
+    if device.type not in ("cpu", "meta"):
+        count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: this machine has {count} {device.type} devices; use another, or cpu.")
+    return device
+
+
+# ---------------------------------------------------------------------- MODEL
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where `from_pretrained(source.path, subfolder=source.subfolder)` finds a model.
+
+    Attributes:
+        path: Folder that holds the model's `config.json`, or a Hub id.
+        subfolder: Folder inside a Hub repository; None for a local folder.
+        config: Content of the model's `config.json`; `_class_name` names the class.
+    """
+
+    path: str
+    subfolder: str | None
+    config: dict[str, Any]
+
+
+def resolve_model(model: str, subfolder: str | None = None) -> ModelSource:
+    """Find the model that MODEL on a command line means.
+
+    Args:
+        model: One of: the folder of an exported model; a run's folder (its best model, by the state that the newest
+            checkpoint recorded); a checkpoint's folder; a pipeline's folder (its `vae`); a Hub id.
+        subfolder: Folder inside it to look into first.
+
+    Raises:
+        ValueError: There is no such model; the message lists what was looked for.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+            raise ValueError(
+                f"there is no folder {model}, and it is not a Hub id (organization/model): give the folder of an "
+                "exported model, a run or a checkpoint, or a Hub id."
+            )
+        return _find_on_hub(model, subfolder)
+    # A run also has a config.json: the training configuration.
+    if (folder / "checkpoints").is_dir() or (folder / "status.json").is_file():
+        candidates = [best_checkpoint(folder) / "model"]
+    else:
+        candidates = [folder / place for place in ([subfolder] if subfolder else []) + [".", "model", "vae"]]
+    for place in candidates:
+        if (place / "config.json").is_file():
+            return ModelSource(str(place), None, _read_object(place / "config.json"))
+    found = ", ".join(sorted(path.parent.name for path in folder.glob("*/config.json")))
+    hint = f"; there is one in {found}, so give --subfolder" if found else ""
+    raise ValueError(
+        f"{model} holds no model{hint}: looked for config.json (an exported model), model/config.json (a checkpoint), "
+        "vae/config.json (a pipeline) and checkpoints/step_* (a run)."
+    )
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of a run's best model.
+
+    The newest complete checkpoint records the best step, or else `status.json` does. Links named `best` and `latest`
+    are not read: copies of a run turn them into folders that grow old.
+
+    Returns:
+        The checkpoint's folder; the newest one, with a warning, if no best one is recorded or it is gone.
+
+    Raises:
+        ValueError: The run has no complete checkpoint.
+    """
+    complete = {
+        int(match[1]): path
+        for path in (run_dir / "checkpoints").glob("step_*")
+        # The manifest is written last.
+        if (match := _CHECKPOINT_NAME.fullmatch(path.name)) and (path / "manifest.json").is_file()
+    }
+    if not complete:
+        raise ValueError(
+            f"{run_dir} has no complete checkpoint yet (checkpoints/step_* with a manifest.json): let it train on, or "
+            "give the folder of an exported model."
+        )
+    newest = complete[max(complete)]
+    for path, key in ((newest / "training_state" / "trainer_state.json", "progress"), (run_dir / "status.json", None)):
+        recorded = _read_object(path) if path.is_file() else {}
+        best = (recorded.get(key) or {} if key else recorded).get("best") or {}
+        if best.get("step") in complete:
+            return complete[best["step"]]
+    logger.warning("%s: no checkpoint of a best model is recorded; using the newest, %s", run_dir, newest.name)
+    return newest
+
+
+def _find_on_hub(model: str, subfolder: str | None) -> ModelSource:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    for place in ([subfolder] if subfolder else []) + [None, "vae"]:
+        try:
+            path = huggingface_hub.hf_hub_download(model, "config.json", subfolder=place)
+            return ModelSource(model, place, _read_object(Path(path)))
+        except errors.LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but caused by the network
+            raise ValueError(f"there is no folder {model}, and the Hub does not answer ({error}).") from error
+        except errors.EntryNotFoundError:
+            continue
+        except errors.HfHubHTTPError as error:
+            raise ValueError(
+                f"there is no folder {model}, and the Hub refuses the model of that name ({error}): check the name, or "
+                "log in (`hf auth login`)."
+            ) from error
+    raise ValueError(f"{model} on the Hub holds no model: looked for config.json and vae/config.json.")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}.")
+    return value
