@@ -214,7 +214,10 @@ def best_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     if problems:
         shown = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise ValueError(f"the best model of {run_dir} is damaged ({shown}): restore it from a copy.")
-    raise ValueError(f"{run_dir} has no model yet (the first validation chooses one): continue the training.")
+    raise ValueError(
+        f"{run_dir} has no best model yet (the first validation chooses one): continue the training, or "
+        "give one of its checkpoints."
+    )
 
 
 def _recorded_bests(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -231,31 +234,28 @@ def _recorded_bests(run_dir: Path) -> Iterator[dict[str, Any]]:
         yield best
 
 
-def is_model(folder: Path) -> bool:
-    """Whether a folder holds a model as `save_pretrained` writes it."""
-    return (folder / "config.json").is_file() and any(folder.glob("diffusion_pytorch_model*.safetensors"))
+def find_model(path: Path) -> tuple[Path, Path | None] | None:
+    """The folder of the model that a path into a run means.
 
-
-def find_model(path: Path) -> tuple[Path, Path | None]:
-    """The model that a path means: a run's best one, a checkpoint's, or an exported one.
-
-    A run's exported model lies outside of the run, where a later run of the same name replaces it: it is taken, with
+    A run's exported model lies outside of the run, where a later run of the same name replaces it. It is taken, with
     the priors and variants added to it, only while its weights are those of the run's best checkpoint.
 
     Args:
-        path: A run's folder, `checkpoints/step_XXXXXXXX` (or `best`, `latest`) in it, or a model's folder.
+        path: A run's folder or `best` in it (its best model), or `checkpoints/` with `step_XXXXXXXX`, `best` or
+            `latest`; the links need not exist.
 
     Returns:
-        The model's folder; the run's folder where the model is the best of a run, else None.
+        The model's folder, and the run's folder if the model is the best of a run; None if the path is none of these.
 
     Raises:
-        ValueError: There is no model, or it is damaged.
+        ValueError: The run has no model yet, or the model is damaged.
     """
-    name, parent = os.path.basename(os.path.abspath(path)), Path(os.path.abspath(path)).parent
-    run_dir = parent.parent if parent.name == "checkpoints" else parent
-    if name == "best" and is_run(run_dir):  # a link, a copy of one, or missing where links cannot be made
+    absolute = Path(os.path.abspath(path))
+    in_checkpoints = absolute.parent.name == "checkpoints"
+    run_dir = absolute.parents[1] if in_checkpoints else absolute.parent
+    if absolute.name == "best" and is_run(run_dir):
         path = run_dir
-    elif name == "latest" and parent.name == "checkpoints" and list_checkpoints(run_dir):
+    elif absolute.name == "latest" and in_checkpoints and list_checkpoints(run_dir):
         path = list_checkpoints(run_dir)[-1]
     if is_run(path):
         checkpoint, _ = best_checkpoint(path)
@@ -270,7 +270,4 @@ def find_model(path: Path) -> tuple[Path, Path | None]:
         except InvalidCheckpointError as error:
             raise ValueError(f"the checkpoint {path} cannot be used: {error}.") from None
         return path / "model", None
-    if is_model(path):
-        return path, None
-    problem = "holds neither a run, a checkpoint nor a model" if path.exists() else "does not exist"
-    raise ValueError(f"{path} {problem}: give a run's folder, a checkpoint in it, or the folder of an exported model.")
+    return None
