@@ -144,3 +144,21 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def http_response(error: BaseException) -> Any | None:
+    """The HTTP response that an error or one of its causes carries, or None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (response := getattr(cause, "response", None)) is not None:
+            return response
+        cause = cause.__cause__
+    return None
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that a server asks to wait (`Retry-After`), or None where it names none or a date."""
+    try:
+        return float(http_response(error).headers["Retry-After"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
