@@ -52,6 +52,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "SECTION.KEY=VALUE",
         "help": "change one key of --config (repeatable); VALUE is JSON, or else a string",
     },
+    "--data": {"metavar": "SOURCE", "help": "synthetic_faces, imagefolder:DIR, parquet:GLOB or a Hub data set"},
+    "--crop-px": {
+        "type": positive_int,
+        "metavar": "N",
+        "help": "size of the center crop, pixels (default: all, squared)",
+    },
     "--batch-size": {"type": positive_int, "metavar": "N", "help": "images per forward pass"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, ... (default: the accelerator if there is one)"},
     "--json": {"action": "store_true", "help": "print one JSON object instead of text"},
@@ -77,6 +83,27 @@ def add_option(parser: argparse._ActionsContainer, name: str, **changes: Any) ->
     if changes.get("default") is not None:
         settings["help"] += " (default: %(default)s)"
     parser.add_argument(name, **settings)
+
+
+def data_source(source: str, split: str) -> dict[str, Any]:
+    """The keys of the section `data` that `--data SOURCE` sets.
+
+    Args:
+        source: `synthetic_faces`, `imagefolder:DIR`, `parquet:GLOB` or a Hub data set.
+        split: The split that the files of `parquet:GLOB` are.
+
+    Raises:
+        ValueError: No place after `imagefolder:` or `parquet:`.
+    """
+    kind, _, place = source.partition(":")
+    keys = {"dataset": source, "revision": None, "data_files": None, "data_dir": None}
+    if kind == "imagefolder":
+        keys |= {"dataset": kind, "data_dir": place}
+    elif kind == "parquet":
+        keys |= {"dataset": kind, "data_files": {split: place}}
+    if kind in ("imagefolder", "parquet") and not place:
+        raise ValueError(f"--data {source}: write {kind}:{'DIR' if kind == 'imagefolder' else 'GLOB'}.")
+    return keys
 
 
 def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

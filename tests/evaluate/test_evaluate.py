@@ -1,4 +1,4 @@
-"""`python -m training.evaluate` on ours and on stock diffusers models, against diffusers, `validate` and scipy."""
+"""`python -m training.evaluate` on ours and on diffusers' models, against diffusers, `validate` and scipy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.config import Config, config_from_dict
 from training.data.images import normalize
 from training.data.stream import TrainStream, load_validation
 from training.evaluate import command as evaluate
-from training.evaluate.measure import bootstrap_means, decode_both
+from training.evaluate.measure import bootstrap_means, reconstruct
 from training.evaluate.models import Autoencoder
 from training.evaluate.validation import validate
 from training.losses.objective import LossWeights
@@ -35,7 +35,7 @@ TRUNK = ["--lpips", "st_alexnet", "--frechet", "st_alexnet"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Tiny models with random weights: `ours`, and stock `kl`, `tiny`, `dc`."""
+    """Tiny models with random weights: `ours`, and diffusers' `kl`, `tiny`, `dc`."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     ours = AutoencoderKLUltra(**tiny.SETTINGS["model"])
@@ -92,7 +92,7 @@ def compared(models, config_file, tmp_path_factory) -> tuple[dict, Path]:
         *TRUNK,
     ]
     arguments += ["--pca", "5", "--batch-size", "4", "--device", "cpu"]
-    arguments += ["--output-dir", str(folder / "out"), "--html", str(folder / "sub" / "page.html")]
+    arguments += ["--output", str(folder / "out")]
     assert evaluate.main(arguments) == 0
     return json.loads((folder / "out" / "evaluation.json").read_text()), folder
 
@@ -104,7 +104,7 @@ def images(config_file) -> tuple[torch.Tensor, list[int]]:
 
 
 def error(capsys, *arguments: str | Path) -> str:
-    """The one line of a refusal."""
+    """The command's only line, an error."""
     capsys.readouterr()
     assert evaluate.main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
@@ -113,7 +113,7 @@ def error(capsys, *arguments: str | Path) -> str:
     return line
 
 
-def test_ours_has_the_figures_of_validation(compared, models, images, session):
+def test_ours_has_the_metrics_of_validation(compared, models, images, session):
     found = compared[0]["models"][0]
     trunk = PerceptualTrunk("st_alexnet")
     values = validate(
@@ -136,7 +136,7 @@ def test_ours_has_the_figures_of_validation(compared, models, images, session):
 
 
 @pytest.mark.parametrize("number, cls", [(1, "AutoencoderKL"), (2, "AutoencoderTiny"), (3, "AutoencoderDC")])
-def test_stock_models_have_the_figures_of_their_own_encode_and_decode(compared, models, images, number, cls):
+def test_diffusers_models_have_the_metrics_of_their_own_encode_and_decode(compared, models, images, number, cls):
     found = compared[0]["models"][number]
     model = getattr(diffusers, cls).from_pretrained(found["model"])
     pixels = normalize(images[0])
@@ -158,31 +158,31 @@ def test_stock_models_have_the_figures_of_their_own_encode_and_decode(compared, 
         kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean().item()
         assert found["kl"]["mean"] == pytest.approx(kl, rel=1e-4)
         assert found["active_units"] == int((encoded.mean.var(dim=0, unbiased=False) > 0.01).sum())
-        # A draw's error is larger: its noise has nothing to do with the image.
-        assert found["draw"]["mse_-1_1"]["mean"] > part["mse_-1_1"]["mean"]
+        # The error of a sample is larger: its noise is independent of the image.
+        assert found["posterior_sample"]["mse_-1_1"]["mean"] > part["mse_-1_1"]["mean"]
     else:
-        assert [found[key] for key in ("draw", "kl", "active_units", "posterior_sigma")] == [None] * 4
+        assert [found[key] for key in ("posterior_sample", "kl", "active_units", "posterior_sigma")] == [None] * 4
 
 
-def test_pca_is_the_linear_floor(compared, config_file, images):
+def test_pca_baseline(compared, config_file, images):
     """Against numpy's singular value decomposition of the same training images."""
     found = compared[0]["models"][4]
     values = json.loads(config_file.read_text())
     values["data"] |= {"horizontal_flip": False}
     stream = TrainStream(config_from_dict(values).data, resolution=SIZE, seed=3, global_batch=20, rank=0, world_size=1)
     train = next(iter(stream.epoch_batches(5))).pixels
-    rows = normalize(train).flatten(1).double().numpy()
-    mean = rows.mean(axis=0)
-    axes = np.linalg.svd(rows - mean, full_matrices=False)[2][:5]
+    samples = normalize(train).flatten(1).double().numpy()
+    mean = samples.mean(axis=0)
+    axes = np.linalg.svd(samples - mean, full_matrices=False)[2][:5]
     pixels = normalize(images[0]).flatten(1).double().numpy()
     made = np.clip(mean + (pixels - mean) @ axes.T @ axes, -1, 1)
     assert found["class"] == "PCA" and found["model"] == "PCA of 20 training images" and found["latent_dim"] == 5
     assert found["reconstruction"]["mse_-1_1"]["mean"] == pytest.approx(((made - pixels) ** 2).mean(), rel=1e-4)
-    assert found["kl"] is None and found["draw"] is None
+    assert found["kl"] is None and found["posterior_sample"] is None
 
 
 def test_an_image_does_not_depend_on_its_batch(compared, models, config_file, capsys):
-    """Nor do the draws: the same images in pieces of 1 and of 4."""
+    """Nor does the posterior's noise: the same images in batches of 1 and of 4."""
     arguments = [
         str(models / "kl"),
         "--config",
@@ -198,7 +198,7 @@ def test_an_image_does_not_depend_on_its_batch(compared, models, config_file, ca
     assert evaluate.main(arguments) == 0
     alone = json.loads(capsys.readouterr().out)["models"][0]  # standard output is JSON and nothing else
     together = compared[0]["models"][1]
-    for kind in ("reconstruction", "draw"):
+    for kind in ("reconstruction", "posterior_sample"):
         for name, value in together[kind].items():
             other = alone[kind][name]
             assert other == pytest.approx(value, rel=1e-4), (kind, name)
@@ -217,23 +217,23 @@ class Transparent(Autoencoder):
         return latents
 
 
-def test_a_draw_has_the_posteriors_spread():
+def test_a_posterior_sample_has_the_posteriors_spread():
     pixels = torch.zeros(3, 3, SIZE, SIZE)
-    mean, draw, _, _ = decode_both(Transparent(), pixels, [4, 7, 9])
+    mean, sampled, _, _ = reconstruct(Transparent(), pixels, [4, 7, 9])
     assert torch.equal(mean, pixels)
-    assert draw.std(dim=(1, 2, 3)).tolist() == pytest.approx([0.2] * 3, rel=0.05)
-    assert draw.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.0] * 3, abs=0.02)
-    # By the image's number, wherever it stands; others have other noise.
-    again = decode_both(Transparent(), pixels[:2], [9, 5])[1]
-    assert torch.equal(again[0], draw[2]) and not any(torch.equal(again[1], other) for other in draw)
+    assert sampled.std(dim=(1, 2, 3)).tolist() == pytest.approx([0.2] * 3, rel=0.05)
+    assert sampled.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.0] * 3, abs=0.02)
+    # The noise depends on the image's index alone.
+    again = reconstruct(Transparent(), pixels[:2], [9, 5])[1]
+    assert torch.equal(again[0], sampled[2]) and not any(torch.equal(again[1], other) for other in sampled)
 
 
-def test_a_draw_that_shows_in_no_pixel_is_left_out(models, config_file, tmp_path, capsys):
+def test_a_posterior_sample_that_changes_no_pixel_is_left_out(models, config_file, tmp_path, capsys):
     model = AutoencoderKLUltra.from_pretrained(models / "ours")
     torch.nn.init.constant_(model.logvar_bias, -40.0)  # clamped to a sigma of 4.5e-5
     model.save_pretrained(tmp_path / "sharp")
     assert evaluate.main([str(tmp_path / "sharp"), "--config", str(config_file), *TRUNK, "--device", "cpu"]) == 0
-    assert "posterior mean" in (out := capsys.readouterr().out) and "posterior draw" not in out
+    assert "posterior mean" in (out := capsys.readouterr().out) and "posterior sample" not in out
     assert "\n│ LPIPS, st_alexnet " in out and "not FID" in out and "6 are few" in out
 
 
@@ -241,10 +241,10 @@ def test_files(compared, images):
     result, folder = compared
     with (folder / "out" / "per_image.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    kinds = [(m["model"], kind) for m in result["models"] for kind in ("reconstruction", "draw") if m[kind]]
+    kinds = [(m["model"], kind) for m in result["models"] for kind in ("reconstruction", "posterior_sample") if m[kind]]
     assert len(kinds) == 7 and len(lines) == 7 * IMAGES
     first = [line for line in lines if (line["model"], line["set"]) == kinds[0]]
-    assert [int(line["row"]) for line in first] == images[1]
+    assert [int(line["image"]) for line in first] == images[1]
     mean = np.mean([float(line["psnr"]) for line in first])
     assert mean == pytest.approx(result["models"][0]["reconstruction"]["psnr"]["mean"])
 
@@ -252,14 +252,14 @@ def test_files(compared, images):
     worst = max(first, key=lambda line: float(line["lpips_st_alexnet"]))
     (path,) = (folder / "out").glob("extremes_0_*ours.png")
     grid = np.asarray(Image.open(path))
-    tile = images[0][images[1].index(int(worst["row"]))].permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1)
+    tile = images[0][images[1].index(int(worst["image"]))].permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1)
     assert np.array_equal(grid[40 : 40 + 160, 8 : 8 + 160], tile)
     beside = grid[40 : 40 + 160, 168 : 168 + 160].astype(float) / 127.5 - 1
     squares = ((beside - (tile / 127.5 - 1)) ** 2).mean()
     assert 10 * math.log10(4 / squares) == pytest.approx(float(worst["psnr"]), abs=0.05)
     assert len(list((folder / "out").glob("extremes_*.png"))) == 5
 
-    page = (folder / "sub" / "page.html").read_text()
+    page = (folder / "out" / "evaluation.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and page.count("data:image/svg+xml;base64,") == 5
     assert "://" not in page and "<script" not in page
     assert "content=\"default-src 'none'; img-src data:" in page
@@ -274,7 +274,7 @@ def test_bootstrap_interval():
     assert found["gamma"]["mean"] == pytest.approx(values.mean())
     assert found["gamma"]["low"] == pytest.approx(wanted.low, abs=0.05 * width)
     assert found["gamma"]["high"] == pytest.approx(wanted.high, abs=0.05 * width)
-    # All figures are resampled alike, again in a second call.
+    # All metrics are resampled alike, and again in a second call.
     assert found["shifted"]["low"] - found["gamma"]["low"] == pytest.approx(5)
     assert found["constant"] == {"mean": 3.0, "low": pytest.approx(3.0), "high": pytest.approx(3.0)}
     assert bootstrap_means({"gamma": values})["gamma"] == pytest.approx(found["gamma"])
@@ -284,9 +284,8 @@ def test_bootstrap_interval():
 def test_a_pipelines_autoencoder_is_in_its_subfolder(models, config_file, tmp_path, capsys):
     diffusers.AutoencoderTiny.from_pretrained(models / "tiny").save_pretrained(tmp_path / "pipe" / "vae")
     rest = ["--config", config_file, "--resolution", SIZE, *TRUNK, "--device", "cpu", "--max-images", "2"]
-    assert "one in vae, so give --subfolder" in error(capsys, tmp_path / "pipe", *rest)
-    # Others, which have it at the top, beside it.
-    arguments = [tmp_path / "pipe", models / "ours", "--subfolder", "vae", *rest, "--json"]
+    # Beside another model, which has its config.json at the top.
+    arguments = [tmp_path / "pipe", models / "ours", *rest, "--json"]
     assert evaluate.main([str(argument) for argument in arguments]) == 0
     assert [m["class"] for m in json.loads(capsys.readouterr().out)["models"]] == [
         "AutoencoderTiny",
@@ -298,12 +297,12 @@ def test_models_that_cannot_be_evaluated(models, config_file, tmp_path, capsys):
     rest = ("--config", config_file, *TRUNK, "--device", "cpu")
     assert "there is no folder /none/at/all" in error(capsys, "/none/at/all", *rest)
     (tmp_path / "empty").mkdir()
-    assert "holds no config.json: give the folder of a saved model." in error(capsys, tmp_path / "empty", *rest)
+    assert "holds no model: looked for config.json" in error(capsys, tmp_path / "empty", *rest)
     (tmp_path / "empty" / "config.json").write_text("{")
     assert "is not JSON" in error(capsys, tmp_path / "empty", *rest)
     (tmp_path / "empty" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    assert "is of UNet2DModel, and evaluated are AutoencoderKLUltra, " in error(capsys, tmp_path / "empty", *rest)
-    assert "does not say its image size: give --resolution" in error(capsys, models / "tiny", *rest)
+    assert "names UNet2DModel, which must be AutoencoderKLUltra or " in error(capsys, tmp_path / "empty", *rest)
+    assert "has no sample_size in its config.json: give --resolution" in error(capsys, models / "tiny", *rest)
     line = error(capsys, models / "ours", *rest, "--resolution", "48")
     assert "cannot reconstruct 48x48 images" in line and "the vector layout takes 40x40 only" in line
     assert "cannot reconstruct 41x41" in error(capsys, models / "kl", *rest, "--resolution", "41")
@@ -313,7 +312,7 @@ def test_models_that_cannot_be_evaluated(models, config_file, tmp_path, capsys):
     weights = tmp_path / "lost" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     save_file({key: value for key, value in state.items() if key != "logvar_bias"}, weights, {"format": "pt"})
-    assert "lacks 1 of its weights, such as logvar_bias" in error(capsys, tmp_path / "lost", *rest)
+    assert "1 weights do not fit its config.json, such as logvar_bias" in error(capsys, tmp_path / "lost", *rest)
     save_file(state | {"logvar_bias": torch.full((16,), math.nan)}, weights, {"format": "pt"})
     assert "values that are not finite" in error(capsys, tmp_path / "lost", *rest)
     (tmp_path / "cut" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
@@ -326,22 +325,24 @@ def test_a_hub_that_does_not_answer(config_file, capsys, monkeypatch):
     assert "there is no folder someone/something-not-cached, and the Hub does not answer" in line
 
 
-def test_data_and_figures_that_cannot_be(models, config_file, tmp_path, capsys):
+def test_impossible_data_and_metrics(models, config_file, tmp_path, capsys):
     ours = models / "ours"
     rest = ("--config", config_file, *TRUNK, "--device", "cpu")
     assert "no images are named: give --data or --config" in error(capsys, ours)
     assert "--set changes a configuration" in error(capsys, ours, "--data", "synthetic_faces", "--set", "a.b=1")
     assert "write imagefolder:DIR" in error(capsys, ours, "--data", "imagefolder")
-    assert "drawn for validation only" in error(capsys, ours, *rest, "--split", "train")
+    assert "synthetic_faces have the split validation only" in error(capsys, ours, *rest, "--split", "train")
     assert "is not a folder of images" in error(capsys, ours, *TRUNK, "--data", f"imagefolder:{tmp_path}/none")
     assert "matches no file" in error(capsys, ours, *TRUNK, "--data", f"parquet:{tmp_path}/*.parquet")
     assert "no training images besides" in error(capsys, ours, "--data", "parquet:x-*.parquet", "--pca", "4")
     assert "determine at most 19 components" in error(capsys, ours, *rest, "--pca", "20")
     assert "unknown perceptual trunk 'vgg'" in error(capsys, ours, *rest, "--lpips", "vgg")
     assert "too small for the trunk st_alexnet" in error(capsys, models / "kl", *rest, "--resolution", "16")
-    assert "too small for SSIM" in error(capsys, models / "kl", *rest, "--resolution", "8")
+    assert "SSIM needs images of at least 11 pixels, these have 8" in error(
+        capsys, models / "kl", *rest, "--resolution", "8"
+    )
     assert "is not a folder" in error(capsys, ours, *rest, "--lpips", "alexnet", "--trunk-weights", tmp_path / "none")
-    assert "a Frechet distance needs two images" in error(capsys, ours, *rest, "--max-images", "1")
+    assert "a Frechet distance needs at least two images" in error(capsys, ours, *rest, "--max-images", "1")
 
 
 def parsed(*arguments: str, config: Config | None = None):
@@ -360,7 +361,7 @@ def test_where_images_come_from(tmp_path):
     assert parsed("--config", "x", config=held_out).validation_split is None  # as in training
 
 
-def test_a_folder_of_images_is_evaluated_whole_or_by_its_split(models, tmp_path, capsys):
+def test_an_image_folder_is_evaluated_in_full_or_by_its_split(models, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for place in ("a.png", "below/b.png", "validation/c.png"):
         path = tmp_path / place
@@ -387,11 +388,3 @@ def test_a_folder_of_images_is_evaluated_whole_or_by_its_split(models, tmp_path,
     assert count() == 1 and count("--split", "below") == 1
     (tmp_path / "validation").rename(tmp_path / "more")
     assert count() == 3 and count("--max-images", "2") == 2
-
-
-def test_help_needs_no_torch():
-    """What is imported at the top is the standard library and the configuration."""
-    from test_imports import ROOT, imports
-
-    top = imports(ROOT / "training" / "evaluate" / "command.py", only_top=True)
-    assert {name for name in top if name.startswith(("training", "torch"))} == {"training.config"}

@@ -1,9 +1,8 @@
 """Frechet distance between two sets of images, in the features of a named network.
 
-What it is for: how far the reconstructions, as a set, are from the originals, as a set: blur that every pixel-wise
-figure forgives moves all of them to one side. The features decide what the distance means, so its name always carries
-theirs; only `inception` is what papers call FID (of reconstructions: rFID). What it is not for: differences between an
-image and its own reconstruction (metrics.py).
+It measures how far the reconstructions, as a set, are from the originals, and so finds blur that pixel-wise metrics
+forgive. The features decide what the distance means, so its name always carries theirs; only `inception` is what papers
+call FID (of reconstructions: rFID).
 
 The estimate is biased upwards, more so with fewer images (Chong and Forsyth 2020, "Effectively Unbiased FID and
 Inception Score"): below a few thousand images only distances over the same images may be compared.
@@ -23,9 +22,9 @@ from training.data.shards import in_one_line
 from training.losses.perceptual import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, PerceptualTrunk
 
 # ViT-L/14 and its class token are what Stein et al. 2023 ("Exposing flaws of generative model evaluation metrics and
-# their unfair treatment of diffusion models") found closest to human judgement.
+# their unfair treatment of diffusion models") found closest to human judgment.
 DINOV2 = "facebook/dinov2-large"
-_DINOV2_SIZE = 224  # pixels a side, as there
+_DINOV2_SIZE = 224  # pixels, as there
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
@@ -33,7 +32,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
         |m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2)
 
-    With centred features A and B (images x dimensions) scaled so that S = A^T A, the eigenvalues of S_a S_b are the
+    With centered features A and B (images x dimensions) scaled so that S = A^T A, the eigenvalues of S_a S_b are the
     squared singular values of A B^T, so the last trace is their sum. No covariance is formed and no matrix root is
     taken: this is exact also for fewer images than dimensions, where roots of singular matrices lose half the digits.
 
@@ -41,7 +40,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
         features_a, features_b: (images, dimensions) each, at least two images.
 
     Returns:
-        The squared distance, as is the custom, in squared units of the features; float64 inside.
+        The squared distance, as is customary, in squared units of the features; computed in float64.
 
     Raises:
         ValueError: Fewer than two images, or different dimensions.
@@ -55,9 +54,9 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     def mean_and_factor(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         features = features.astype(np.float64)
         mean = features.mean(axis=0)
-        centred = (features - mean) / (len(features) - 1) ** 0.5
+        centered = (features - mean) / (len(features) - 1) ** 0.5
         # A = Q R: Q drops out of the singular values, and R is at most dimensions x dimensions.
-        return mean, np.linalg.qr(centred, mode="r")
+        return mean, np.linalg.qr(centered, mode="r")
 
     mean_a, factor_a = mean_and_factor(features_a)
     mean_b, factor_b = mean_and_factor(features_b)
@@ -67,20 +66,21 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
 
 class FrechetFeatures:
-    """Images to the features of a network.
+    """Computes the features of a network.
 
     Args:
-        name: A perceptual trunk ("vgg16", "st_vgg16", ...: mean over positions of its last stage), "dinov2" (class
+        name: A feature network of LPIPS (trunk: "vgg16", "st_vgg16", ...; mean over positions of its last layer), "dinov2" (class
             token of ViT-L/14) or "dinov2:MODEL" (another DINOv2, Hub id or folder), or "inception" (FID's network, by
             torchmetrics and torch-fidelity).
         device: Where to compute.
 
     Attributes:
-        key: The figure's name in files: `frechet_<network>`.
-        label: The same for people.
+        key: The metric's name in files: `frechet_<network>`.
+        label: Its name for people.
+        trunk_name: The trunk whose feature layers `__call__` needs; None for the other networks.
 
     Raises:
-        ValueError: Unknown name, or a network that cannot be had.
+        ValueError: Unknown name, or a network that cannot be loaded.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -93,18 +93,18 @@ class FrechetFeatures:
         self.label = {
             "dinov2": f"Frechet distance, DINOv2 class token ({source or DINOV2}); not FID",
             "inception": "Frechet distance, Inception (rFID)",
-        }.get(kind, f"Frechet distance, {kind} trunk's last stage; not FID")
+        }.get(kind, f"Frechet distance, last layer of {kind}; not FID")
         load = {"dinov2": _load_dinov2, "inception": _load_inception}.get(kind)
         self._network = load(source).to(device) if load else None
         self._kind = kind
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, feature_layers: list[Tensor] | None = None) -> Tensor:
-        """Features of some images.
+        """Features of images.
 
         Args:
             pixels: (N, 3, H, W) in [-1, 1].
-            taps: What the trunk of that name gave for them (`PerceptualTrunk.features`); only for trunks.
+            feature_layers: What the trunk of that name returned for them (`PerceptualTrunk.features`); only for trunks.
 
         Returns:
             (N, dimensions), float32.
@@ -122,13 +122,13 @@ class FrechetFeatures:
 def load_trunks(
     names: list[str], weights: str | None, device: torch.device, resolution: int
 ) -> dict[str, PerceptualTrunk]:
-    """The trunks that LPIPS and the Frechet distance read, each once.
+    """Load the feature networks (trunks) of LPIPS and the Frechet distance, each once.
 
     Args:
-        names: Trunks, repeated or not.
+        names: Of trunks, with or without repetitions.
         weights: Folder of weights (`loss.trunk_weights`), or None.
         device: Where to compute.
-        resolution: Smallest side of the images to come, pixels.
+        resolution: Smallest size of the images, pixels.
 
     Raises:
         ValueError: Unknown name, no weights, or images too small for a trunk.
@@ -137,7 +137,7 @@ def load_trunks(
     for name in dict.fromkeys(names):
         if name in ARCHITECTURES and resolution < ARCHITECTURES[name].min_size:
             raise ValueError(
-                f"images of {resolution} pixels a side are too small for the trunk {name}, which needs "
+                f"images of {resolution} pixels are too small for the trunk {name}, which needs "
                 f"{ARCHITECTURES[name].min_size}: name other trunks in --lpips and --frechet (or none), or give "
                 "--resolution."
             )
@@ -169,10 +169,10 @@ def _load_inception(_source: str) -> torch.nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:
-        # Without antialiasing: the resizing of the network's first home, TensorFlow, which published FIDs went through.
+        # Without antialiasing, as TensorFlow's resizing, which published FIDs used.
         return NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False)
     except OSError as error:
         raise ValueError(
-            f"--frechet inception: cannot fetch the weights ({in_one_line(error)}): check the network, or use --frechet "
+            f"--frechet inception: cannot download the weights ({in_one_line(error)}): check the network, or use --frechet "
             "vgg16."
         ) from error

@@ -1,8 +1,6 @@
-"""Measures an autoencoder on fixed images: every figure of every image, and what only a set of images has.
+"""Runs the metrics: those of every image, and those that only a set of images has, by the same code for every model.
 
-What it is for: figures that can be compared between models, by one code for all. Computed in float32 whatever the
-weights were stored in. What it is not for: deciding things during training (validation.py), loading models
-(autoencoders.py), presenting results (evaluate.py, evaluate_report.py).
+Everything is computed in float32, whatever precision the weights are stored in.
 """
 
 from __future__ import annotations
@@ -19,115 +17,118 @@ from training.evaluate.frechet import FrechetFeatures, frechet_distance
 from training.evaluate.metrics import image_metrics
 from training.evaluate.models import Autoencoder
 from training.evaluate.validation import ACTIVE_VARIANCE
+from training.losses.objective import kl_per_dimension
 from training.losses.perceptual import PerceptualTrunk
-from training.step import sample_step_noise
 
-BOOTSTRAP_SAMPLES, BOOTSTRAP_LEVEL, BOOTSTRAP_SEED = 2000, 0.95, 0
-_COUNTS_AT_ONCE = 4_000_000  # bootstrap counts held at once, 32 MB
-_HALF_LEVEL = 1 / 255  # of 8-bit colour, in [-1, 1]
-_DRAW_SEED = 20_241_122  # of the posterior's draws: the same for every model with the same latent shape
+BOOTSTRAP_SAMPLES, BOOTSTRAP_LEVEL = 2000, 0.95
+_HALF_LEVEL = 1 / 255  # half a level of 8-bit color, in [-1, 1]
+_NOISE_SEED = 20_241_122  # the same posterior noise for all models with the same latent shape
 
 
 @dataclass(frozen=True)
-class Instruments:
-    """What measures.
+class MetricNetworks:
+    """The networks that metrics need, on one device.
 
     Attributes:
         lpips: Names of the trunks whose LPIPS is reported.
-        trunks: By name; also the one that `frechet` may need.
-        frechet: Features of the Frechet distance; None leaves it out.
+        trunks: Name -> feature network, also the one that `frechet` may need.
+        frechet: Features for the Frechet distance; None leaves it out.
     """
 
     lpips: tuple[str, ...]
     trunks: Mapping[str, PerceptualTrunk]
     frechet: FrechetFeatures | None
 
-    def read(self, pixels: Tensor) -> tuple[dict[str, list[Tensor]], Tensor | None]:
-        """Trunk activations, and features for the Frechet distance, of images (N, 3, H, W) in [-1, 1]."""
-        feature_layers = {name: trunk.features(pixels) for name, trunk in self.trunks.items()}
+    def features(self, pixels: Tensor) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+        """Feature layers of each trunk, and features for the Frechet distance, of images (N, 3, H, W) in [-1, 1]."""
+        layers = {name: trunk.features(pixels) for name, trunk in self.trunks.items()}
         if self.frechet is None:
-            return feature_layers, None
-        return feature_layers, self.frechet(pixels, feature_layers.get(self.frechet.trunk_name)).cpu()
+            return layers, None
+        return layers, self.frechet(pixels, layers.get(self.frechet.trunk_name)).cpu()
 
 
 @dataclass
-class Reconstructions:
-    """Figures of one set of reconstructions.
+class SetMetrics:
+    """Metrics of one set of reconstructions.
 
     Attributes:
-        of_image: For each figure its value for each image, (n,) float64: `psnr` dB, `ssim`, `mse_-1_1` and `mse_0_1`
+        per_image: Metric -> its value for each image, (n,) float64: `psnr` dB, `ssim`, `mse_-1_1` and `mse_0_1`
             (mean squared error of images in [-1, 1] and in [0, 1], a fourth of it), `l1_-1_1`, `lpips_<trunk>`.
-        frechet: Distance of the whole set to the originals; None if not measured.
+        frechet: Frechet distance of the whole set to the originals; None if not measured.
     """
 
-    of_image: dict[str, np.ndarray]
+    per_image: dict[str, np.ndarray]
     frechet: float | None
 
 
 @dataclass
-class Measurement:
-    """All figures of one model.
+class ModelResult:
+    """All metrics of one model.
 
     Attributes:
         model: What was measured.
-        indices: Row number of each image.
+        indices: Index of each image in the data set.
         latent_shape: (C, h, w) of one image.
         reconstruction: Decoded from the posterior's mean, or from the latents of a model without a posterior.
-        draw: Decoded from one draw of each posterior; None where there is no posterior, or where it nowhere differs
-            by half a level of 8-bit colour.
-        posterior: For each image, (n,): `kl` to the standard normal, mean over latent numbers, nats, and
-            `posterior_sigma`, mean over numbers; None without a posterior.
-        active_units: Latent numbers whose posterior mean has a variance above 0.01 over these images (Burda et al.
+        posterior_sample: Decoded from one sample of each posterior; None without a posterior, or where it differs
+            from `reconstruction` by less than half a level of 8-bit color everywhere.
+        posterior: For each image, (n,): `kl` to the standard normal, nats per dimension, and `posterior_sigma`, mean
+            over dimensions; None without a posterior.
+        active_units: Latent dimensions whose posterior mean has a variance above 0.01 over these images (Burda et al.
             2016, section 2); None without a posterior.
     """
 
     model: Autoencoder
     indices: list[int]
     latent_shape: tuple[int, ...]
-    reconstruction: Reconstructions
-    draw: Reconstructions | None
+    reconstruction: SetMetrics
+    posterior_sample: SetMetrics | None
     posterior: dict[str, np.ndarray] | None
     active_units: int | None
 
 
-class _Set:
-    """Collects figures of one set of reconstructions, batch by batch."""
+class _SetAccumulator:
+    """Collects the metrics of one set of reconstructions, batch by batch."""
 
-    def __init__(self, instruments: Instruments) -> None:
-        self._instruments, self._values, self._features = instruments, {}, []
+    def __init__(self, networks: MetricNetworks) -> None:
+        self._networks, self._values, self._features = networks, {}, []
 
-    def add(self, images: Tensor, pixels: Tensor, feature_layers: Mapping[str, list[Tensor]]) -> None:
+    def add(self, images: Tensor, pixels: Tensor, layers: Mapping[str, list[Tensor]]) -> None:
+        """Add reconstructions of `pixels`, whose feature layers are `layers`."""
         images = images.clamp(-1, 1)
         values = image_metrics(images, pixels, trunk=None)
         mse = values.pop("mse")
         values |= {"mse_-1_1": mse, "mse_0_1": mse / 4, "l1_-1_1": (images - pixels).abs().mean(dim=(1, 2, 3))}
-        own_layers, features = self._instruments.read(images)
-        for name in self._instruments.lpips:
-            values[f"lpips_{name}"] = self._instruments.trunks[name].lpips(own_layers[name], feature_layers[name])
+        own_layers, features = self._networks.features(images)
+        for name in self._networks.lpips:
+            values[f"lpips_{name}"] = self._networks.trunks[name].lpips(own_layers[name], layers[name])
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.cpu())
         self._features.append(features)
 
-    def result(self, real: np.ndarray | None) -> Reconstructions:
-        of_image = {name: torch.cat(parts).double().numpy() for name, parts in self._values.items()}
-        distance = None if real is None else frechet_distance(torch.cat(self._features).numpy(), real)
-        return Reconstructions(of_image, distance)
+    def result(self, real_features: np.ndarray | None) -> SetMetrics:
+        """The metrics; `real_features` are those of the originals."""
+        per_image = {name: torch.cat(parts).double().numpy() for name, parts in self._values.items()}
+        if real_features is None:
+            return SetMetrics(per_image, None)
+        return SetMetrics(per_image, frechet_distance(torch.cat(self._features).numpy(), real_features))
 
 
-def decode_both(
+def reconstruct(
     model: Autoencoder, pixels: Tensor, indices: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Reconstruct images from the posterior's mean and from a draw that depends on the image's row number alone.
+    """Reconstruct images from the posterior's mean, and from a sample whose noise depends on the image's index alone.
 
     Returns:
-        Reconstruction, draw or None, posterior mean, log-variance or None.
+        Reconstruction; the one from the sample, or None; posterior mean; log-variance, or None.
     """
     mean, logvar = model.encode(pixels)
     reconstruction = model.decode(mean)
     if logvar is None:
         return reconstruction, None, mean, None
-    noise = sample_step_noise(_DRAW_SEED, 0, indices, mean.shape[1:], 0).noise.to(mean)
-    return reconstruction, model.decode(mean + torch.exp(0.5 * logvar) * noise), mean, logvar
+    generators = [torch.Generator().manual_seed(_NOISE_SEED + index) for index in indices]
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+    return reconstruction, model.decode(mean + torch.exp(0.5 * logvar) * noise.to(mean)), mean, logvar
 
 
 @torch.no_grad()
@@ -136,111 +137,102 @@ def measure(
     images: Tensor,
     indices: list[int],
     *,
-    instruments: Instruments,
-    batch: int,
+    networks: MetricNetworks,
+    batch_size: int,
     device: torch.device,
-) -> Measurement:
+) -> ModelResult:
     """Measure a model.
 
     Args:
         model: On `device`.
-        images: (n, 3, resolution, resolution), uint8, on the host.
-        indices: Row number of each image.
-        instruments: On `device`.
-        batch: Images in one forward pass.
+        images: (n, 3, resolution, resolution), uint8, on the CPU.
+        indices: Index of each image in the data set.
+        networks: On `device`.
+        batch_size: Images per forward pass.
         device: Where to compute.
 
     Raises:
-        ValueError: The model gives values that are not finite.
+        ValueError: The model returns values that are not finite.
     """
-    mean_set, render_set = _Set(instruments), _Set(instruments)
-    real, posterior, differs = [], {"kl": [], "posterior_sigma": []}, False
-    sums = squares = 0.0
-    for start in range(0, len(images), batch):
-        pixels = normalize(images[start : start + batch].to(device))
-        reconstruction, draw, mean, logvar = decode_both(model, pixels, indices[start : start + batch])
-        given = (part for part in (reconstruction, draw, mean, logvar) if part is not None)
-        if not all(part.isfinite().all() for part in given):
-            raise ValueError(f"{model.name} gives values that are not finite: its weights are damaged or diverged.")
-        feature_layers, features = instruments.read(pixels)
-        real.append(features)
-        mean_set.add(reconstruction, pixels, feature_layers)
-        if draw is None:
+    from_mean, from_sample = _SetAccumulator(networks), _SetAccumulator(networks)
+    real_features, kl, sigma, differs = [], [], [], False
+    total = total_squared = 0.0  # of the posterior means, float64
+    for start in range(0, len(images), batch_size):
+        pixels = normalize(images[start : start + batch_size].to(device))
+        reconstruction, sampled, mean, logvar = reconstruct(model, pixels, indices[start : start + batch_size])
+        outputs = (tensor for tensor in (reconstruction, sampled, mean, logvar) if tensor is not None)
+        if not all(tensor.isfinite().all() for tensor in outputs):
+            raise ValueError(f"{model.name} returns values that are not finite: its weights are corrupt or diverged.")
+        layers, features = networks.features(pixels)
+        real_features.append(features)
+        from_mean.add(reconstruction, pixels, layers)
+        if sampled is None:
             continue
-        render_set.add(draw, pixels, feature_layers)
-        differs = differs or bool((reconstruction - draw).abs().max() > _HALF_LEVEL)
-        of_number = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        posterior["kl"].append(of_number.flatten(1).mean(dim=1).cpu())
-        posterior["posterior_sigma"].append(torch.exp(0.5 * logvar).flatten(1).mean(dim=1).cpu())
+        from_sample.add(sampled, pixels, layers)
+        differs = differs or bool((reconstruction - sampled).abs().max() > _HALF_LEVEL)
+        kl.append(kl_per_dimension(mean, logvar))
+        sigma.append(torch.exp(0.5 * logvar).flatten(1).mean(dim=1))
         means = mean.cpu().double()
-        sums, squares = sums + means.sum(dim=0), squares + means.square().sum(dim=0)
-    has_posterior = bool(posterior["kl"])
-    known = torch.cat(real).numpy() if instruments.frechet is not None else None
-    active = None
-    if has_posterior:
-        variance = squares / len(images) - (sums / len(images)).square()
+        total, total_squared = total + means.sum(dim=0), total_squared + means.square().sum(dim=0)
+    real = torch.cat(real_features).numpy() if networks.frechet is not None else None
+    posterior = active = None
+    if kl:
+        parts = {"kl": kl, "posterior_sigma": sigma}
+        posterior = {name: torch.cat(values).cpu().double().numpy() for name, values in parts.items()}
+        variance = total_squared / len(images) - (total / len(images)).square()
         active = int((variance > ACTIVE_VARIANCE).sum())
-    return Measurement(
+    return ModelResult(
         model=model,
         indices=indices,
         latent_shape=tuple(mean.shape[1:]),
-        reconstruction=mean_set.result(known),
-        draw=render_set.result(known) if differs else None,
-        posterior={k: torch.cat(parts).double().numpy() for k, parts in posterior.items()} if has_posterior else None,
+        reconstruction=from_mean.result(real),
+        posterior_sample=from_sample.result(real) if differs else None,
+        posterior=posterior,
         active_units=active,
     )
 
 
-def bootstrap_means(of_image: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Means over images, with percentile-bootstrap intervals (Efron 1979): what other images of the kind might give.
+def bootstrap_means(per_image: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Means over images, with percentile-bootstrap intervals (Efron 1979).
 
-    How often each image is drawn is multinomial, so a resampled mean is a product of counts and values. The counts
-    depend on the number of images alone: all figures and all models are resampled alike.
+    How often a resample contains each image is multinomial, so its mean is a product of counts and values. The counts
+    depend on the number of images alone: all metrics and all models are resampled alike.
 
     Args:
-        of_image: (n,) for each figure.
+        per_image: (n,) for each metric.
 
     Returns:
-        For each figure `mean`, `low` and `high`, the bounds of the 95 % interval.
+        For each metric `mean`, and `low` and `high`, the bounds of the 95 % interval.
     """
-    values = np.stack(list(of_image.values()), axis=1).astype(np.float64)
+    values = np.stack(list(per_image.values()), axis=1).astype(np.float64)
     count = len(values)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    rows = max(1, _COUNTS_AT_ONCE // count)
-    resampled = []
-    for start in range(0, BOOTSTRAP_SAMPLES, rows):
-        draws = min(rows, BOOTSTRAP_SAMPLES - start)
-        resampled.append(rng.multinomial(count, np.full(count, 1 / count), size=draws) @ values / count)
+    rng, even = np.random.default_rng(0), np.full(count, 1 / count)
+    resampled = np.stack([rng.multinomial(count, even) @ values / count for _ in range(BOOTSTRAP_SAMPLES)])
     tail = (1 - BOOTSTRAP_LEVEL) / 2
-    low, high = np.quantile(np.concatenate(resampled), [tail, 1 - tail], axis=0)
-    means = values.mean(axis=0)
-    return {
-        name: {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])} for i, name in enumerate(of_image)
-    }
+    bounds = (values.mean(axis=0), *np.quantile(resampled, [tail, 1 - tail], axis=0))
+    return {name: dict(zip(("mean", "low", "high"), map(float, row))) for name, row in zip(per_image, zip(*bounds))}
 
 
-def summarize(measurement: Measurement, instruments: Instruments) -> dict:
-    """A measurement as JSON-able figures: means with intervals, and null for what the model does not have."""
+def summarize(result: ModelResult, networks: MetricNetworks) -> dict:
+    """A result as JSON values: means with intervals, and null for what the model does not have."""
 
-    def figures(part: Reconstructions | None) -> dict | None:
+    def metrics(part: SetMetrics | None) -> dict | None:
         if part is None:
             return None
-        frechet = {} if instruments.frechet is None else {instruments.frechet.key: part.frechet}
-        return bootstrap_means(part.of_image) | frechet
+        frechet = {} if networks.frechet is None else {networks.frechet.key: part.frechet}
+        return bootstrap_means(part.per_image) | frechet
 
-    model, posterior = measurement.model, measurement.posterior
-    of_posterior = {"kl": None, "posterior_sigma": None} if posterior is None else bootstrap_means(posterior)
+    model, posterior = result.model, result.posterior
     return {
         "model": model.name,
         "class": model.class_name,
         "parameters": model.num_parameters,
         "resolution": model.resolution,
-        "images": len(measurement.indices),
-        "latent_shape": list(measurement.latent_shape),
-        "latent_dim": int(np.prod(measurement.latent_shape)),
-        "reconstruction": figures(measurement.reconstruction),
-        "draw": figures(measurement.draw),
-        "kl": of_posterior["kl"],
-        "active_units": measurement.active_units,
-        "posterior_sigma": of_posterior["posterior_sigma"],
+        "images": len(result.indices),
+        "latent_shape": list(result.latent_shape),
+        "latent_dim": int(np.prod(result.latent_shape)),
+        "reconstruction": metrics(result.reconstruction),
+        "posterior_sample": metrics(result.posterior_sample),
+        **({"kl": None, "posterior_sigma": None} if posterior is None else bootstrap_means(posterior)),
+        "active_units": result.active_units,
     }

@@ -1,24 +1,18 @@
-"""Autoencoders behind one interface, so that one measurement serves ours, diffusers' own, and a linear floor.
-
-What it is for: finding out from `config.json` which class a folder or Hub repository holds, loading it completely, and
-giving latents and images in the same terms for all. What it is not for: measuring (evaluation.py).
-"""
+"""Loads autoencoders behind one interface: ours, diffusers' own, and a PCA baseline."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import re
-from pathlib import Path
+from collections.abc import Sequence
 
 import diffusers
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.cli import resolve_model
+from training.config import DataConfig
 from training.data.images import normalize
 from training.data.shards import in_one_line
 from training.data.stream import TrainStream
@@ -26,23 +20,66 @@ from training.pca_init import principal_components
 
 logger = logging.getLogger(__name__)
 
-# All of them take images in [-1, 1] and give images in [-1, 1]; others in diffusers take video or [0, 1].
+# All of them take and give images in [-1, 1]; other autoencoders of diffusers take video, or images in [0, 1].
 CLASSES = {
     "AutoencoderKLUltra": AutoencoderKLUltra,
     "AutoencoderKL": diffusers.AutoencoderKL,
     "AutoencoderDC": diffusers.AutoencoderDC,
     "AutoencoderTiny": diffusers.AutoencoderTiny,
 }
-_CHUNK = 64  # images turned to float at once
+
+
+def load_model(
+    model: str,
+    subfolder: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    classes: Sequence[str] = ("AutoencoderKLUltra",),
+) -> nn.Module:
+    """Load a complete model in float32 and evaluation mode.
+
+    Args:
+        model, subfolder: See `training.cli.resolve_model`.
+        device: Where to put it.
+        classes: Keys of `CLASSES` that are accepted.
+
+    Raises:
+        ValueError: No such model, another class, or weights that do not fit its `config.json`.
+    """
+    source = resolve_model(model, subfolder)
+    name = source.config.get("_class_name")
+    if name not in classes:
+        raise ValueError(
+            f"{model}: its config.json names {name or 'no class'}, which must be {' or '.join(classes)}; for the "
+            "autoencoder of a pipeline give its subfolder."
+        )
+    try:
+        # Without low_cpu_mem_usage=False, missing weights would stay on the meta device.
+        loaded, info = CLASSES[name].from_pretrained(
+            source.path,
+            subfolder=source.subfolder,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{model} ({name}) cannot be loaded: {in_one_line(error)}") from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise ValueError(
+            f"{model} ({name}): {len(wrong)} weights do not fit its config.json, such as {wrong[0]}: export or download "
+            "it again."
+        )
+    return loaded.to(device).eval()
 
 
 class Autoencoder:
-    """An autoencoder as the measurement sees it.
+    """An autoencoder as `measure` sees it.
 
     Attributes:
         name: As the user gave it.
         class_name: Of the model.
-        resolution: Side of the images, pixels.
+        resolution: Size of the images, pixels.
         num_parameters: Of encoder and decoder together.
     """
 
@@ -54,7 +91,7 @@ class Autoencoder:
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, 3, H, W) in [-1, 1] to the posterior's mean and log-variance, (N, C, h, w), float32.
 
-        A model without a posterior gives its latents, and None.
+        A model without a posterior returns its latents, and None.
         """
         output = self.model.encode(pixels)
         if "latent_dist" in output:
@@ -67,34 +104,34 @@ class Autoencoder:
 
     @torch.no_grad()
     def check(self, device: torch.device) -> None:
-        """Pass one grey image through.
+        """Reconstruct one gray image.
 
         Raises:
-            ValueError: The model cannot take or give images of this resolution.
+            ValueError: The model cannot reconstruct images of this resolution.
         """
         shape = (1, 3, self.resolution, self.resolution)
         try:
-            given = tuple(self.decode(self.encode(torch.zeros(shape, device=device))[0]).shape)
+            result = tuple(self.decode(self.encode(torch.zeros(shape, device=device))[0]).shape)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            given = in_one_line(error)
-        if given != shape:
+            result = in_one_line(error)
+        if result != shape:
             raise ValueError(
                 f"{self.name} ({self.class_name}) cannot reconstruct {self.resolution}x{self.resolution} images "
-                f"({given}): give --resolution, a multiple of its downsampling factor (a vector layout takes its own "
-                "sample_size only)."
+                f"({result}): give a --resolution that is a multiple of its compression ratio (a model with a vector "
+                "latent takes its own sample_size only)."
             )
 
 
 class PCABaseline(Autoencoder):
-    """Principal components of training images: what a linear autoencoder with as many numbers achieves.
+    """Principal components of training images: the best linear autoencoder with as many latent dimensions.
 
     Args:
         components: Orthonormal columns (3 x resolution^2, k).
         mean: (3 x resolution^2,).
-        resolution: Side of the images, pixels.
-        num_images: That they were fitted to.
+        resolution: Size of the images, pixels.
+        num_images: Images that the components were computed from.
     """
 
     def __init__(self, components: Tensor, mean: Tensor, resolution: int, num_images: int) -> None:
@@ -107,113 +144,59 @@ class PCABaseline(Autoencoder):
         return ((pixels.flatten(1) - self._mean) @ self._components)[:, :, None, None], None
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The nearest point of the components' plane."""
-        rows = latents.flatten(1) @ self._components.T + self._mean
-        return rows.view(-1, 3, self.resolution, self.resolution)
+        """Mean plus the components weighted by the coordinates."""
+        pixels = latents.flatten(1) @ self._components.T + self._mean
+        return pixels.view(-1, 3, self.resolution, self.resolution)
 
 
-def fit_pca_baseline(config, count: int, max_images: int, resolution: int, device: torch.device) -> PCABaseline:
-    """Fit principal components to training images, unmirrored. All are held in float32: 0.8 MB each at 256 pixels.
+def fit_pca_baseline(
+    data: DataConfig, count: int, max_images: int, resolution: int, device: torch.device
+) -> PCABaseline:
+    """Compute principal components of training images, not flipped.
+
+    All images are held in memory as float32: 0.8 MB each at 256 pixels.
 
     Args:
-        config: The `data` section.
+        data: The `data` section.
         count: Components.
-        max_images: Most images to fit to, in the order of a training run's first epoch.
-        resolution: Side of the images, pixels.
+        max_images: Use at most so many images, in the order of a training run's first epoch.
+        resolution: Size of the images, pixels.
         device: Where to compute.
 
     Raises:
-        ValueError: No training rows, or too few for so many components.
+        ValueError: No training images, or too few for so many components.
     """
-    config = dataclasses.replace(config, horizontal_flip=False)
-    # Batches of one, so that no row is left over.
-    stream = TrainStream(config, resolution=resolution, seed=0, global_batch=1, rank=0, world_size=1)
+    data = dataclasses.replace(data, horizontal_flip=False)
+    # A batch size of 1 leaves no incomplete batch to drop.
+    stream = TrainStream(data, resolution=resolution, seed=0, global_batch=1, rank=0, world_size=1)
     images = torch.cat([batch.pixels for batch in stream.epoch_batches(0, max_batches=max_images)])
     if len(images) <= count:
         raise ValueError(
             f"--pca {count}: {len(images)} training images determine at most {len(images) - 1} components; ask for "
             "fewer, or raise --pca-images."
         )
-    logger.info("fitting %d principal components to %d images of %d pixels", count, len(images), resolution)
-    rows = torch.cat([normalize(part.to(device)).flatten(1) for part in images.split(_CHUNK)])
-    mean = rows.mean(dim=0)
-    components = principal_components(rows.sub_(mean), count)[1]
+    logger.info("computing %d principal components of %d images of %d pixels", count, len(images), resolution)
+    samples = torch.cat([normalize(part.to(device)).flatten(1) for part in images.split(64)])
+    mean = samples.mean(dim=0)
+    components = principal_components(samples.sub_(mean), count)[1]
     return PCABaseline(components, mean, resolution, len(images))
 
 
 def load_autoencoder(model: str, subfolder: str | None, resolution: int | None, device: torch.device) -> Autoencoder:
-    """Load a model, ours or diffusers'.
+    """Load a model, ours or diffusers', for `measure`.
 
     Args:
-        model: Folder, or Hub id.
-        subfolder: Folder inside it to look into first (`vae` in a whole pipeline).
-        resolution: Side of the images; None for the model's `sample_size`.
-        device: Where to.
+        model, subfolder: See `training.cli.resolve_model`.
+        resolution: Size of the images; None for the model's `sample_size`.
+        device: Where to put it.
 
     Raises:
-        ValueError: No such model, no `config.json`, another class, incomplete weights, or no resolution.
+        ValueError: See `load_model`; or the model does not take images of this resolution.
     """
-    config, place = _find_config(model, subfolder)
-    name = config.get("_class_name")
-    if name not in CLASSES:
-        raise ValueError(
-            f"{model}: its config.json is of {'no class' if name is None else name}, and evaluated are "
-            f"{', '.join(CLASSES)}; for the autoencoder of a whole pipeline give --subfolder vae."
-        )
-    size = resolution or config.get("sample_size")
+    loaded = load_model(model, subfolder, device=device, classes=tuple(CLASSES))
+    size = resolution or loaded.config.get("sample_size")
     if not isinstance(size, int):
-        raise ValueError(f"{model} ({name}) does not say its image size: give --resolution.")
-    where = {"subfolder": place} if place else {}
-    try:
-        loaded, info = CLASSES[name].from_pretrained(
-            model, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32, **where
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{model} ({name}) cannot be loaded: {in_one_line(error)}") from error
-    missing = [*info["missing_keys"], *info["mismatched_keys"]]
-    if missing:
-        raise ValueError(f"{model} ({name}) lacks {len(missing)} of its weights, such as {missing[0]}: fetch it anew.")
-    autoencoder = Autoencoder(model, loaded.to(device).eval(), size)
+        raise ValueError(f"{model} ({type(loaded).__name__}) has no sample_size in its config.json: give --resolution.")
+    autoencoder = Autoencoder(model, loaded, size)
     autoencoder.check(device)
     return autoencoder
-
-
-def _find_config(model: str, subfolder: str | None) -> tuple[dict, str | None]:
-    """`config.json` of a model, and the sub-folder it lies in."""
-    folder = Path(model).expanduser()
-    places = [subfolder, None] if subfolder else [None]
-    if folder.exists():
-        for place in places:
-            path = folder / (place or "") / "config.json"
-            if path.is_file():
-                return _read_json(path), place
-        found = ", ".join(sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/config.json")))
-        hint = f"; there is one in {found}, so give --subfolder" if found else ""
-        raise ValueError(f"{model} holds no config.json: give the folder of a saved model{hint}.")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
-        raise ValueError(f"there is no folder {model}, and it is no Hub id (name/model): give one of them.")
-    for place in places:
-        try:
-            return _read_json(huggingface_hub.hf_hub_download(model, "config.json", subfolder=place)), place
-        except hub_errors.LocalEntryNotFoundError as error:  # an EntryNotFoundError too, but of the network's making
-            raise ValueError(
-                f"there is no folder {model}, and the Hub does not answer ({in_one_line(error)})."
-            ) from error
-        except hub_errors.EntryNotFoundError:
-            continue
-        except hub_errors.HfHubHTTPError as error:
-            raise ValueError(
-                f"there is no folder {model}, and the Hub refuses the model of that name ({in_one_line(error)}): check "
-                "the name, or log in (`hf auth login`)."
-            ) from error
-    raise ValueError(f"{model} on the Hub holds no config.json: for a whole pipeline give --subfolder vae.")
-
-
-def _read_json(path: str | Path) -> dict:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, not a model's configuration.")
-    return values

@@ -1,7 +1,7 @@
-"""Evaluation figures for people: a table in the terminal, a grid of worst, median and best images, a page.
+"""Shows evaluation results: a table, a grid of the worst, median and best images, and an HTML page.
 
-What it is for: `python -m training.evaluate`'s output. The page is one file: images and charts are inside it, it has no
-script, and its content security policy forbids the network. What it is not for: measuring (evaluation.py).
+The page is one file: images and charts are inside it, it has no script, and its content security policy forbids the
+network.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from training.data.images import denormalize, normalize
-from training.evaluate.measure import Instruments, Measurement, decode_both
+from training.evaluate.measure import MetricNetworks, ModelResult, reconstruct
 
-_IN_A_ROW = 4  # images of each kind in the grid
-_SMALLEST_TILE = 128  # pixels; smaller images are enlarged by a whole factor
+_COLUMNS = 4  # images of each kind in the grid
+_MIN_TILE = 128  # pixels; smaller images are enlarged by an integer factor
 _GAP, _LINE = 8, 20
 _LABELS = {
     "psnr": ("PSNR, dB", "{:.2f}"),
@@ -31,9 +31,9 @@ _LABELS = {
     "mse_-1_1": ("MSE, images in [-1, 1]", "{:.5f}"),
     "mse_0_1": ("MSE, images in [0, 1]", "{:.5f}"),
     "l1_-1_1": ("L1, images in [-1, 1]", "{:.4f}"),
-    "kl": ("KL, nats per number", "{:.3f}"),
+    "kl": ("KL, nats per dimension", "{:.3f}"),
     "posterior_sigma": ("posterior sigma", "{:.4f}"),
-    "active_units": ("active units", "{:,}"),
+    "active_units": ("active latent dimensions", "{:,}"),
 }
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem 1.5rem; color: #1c2126 }
@@ -46,28 +46,28 @@ td { font-variant-numeric: tabular-nums; white-space: nowrap } small { color: #5
 """
 
 
-def label_and_format(name: str, instruments: Instruments) -> tuple[str, str]:
-    """A figure's name for people, and how to write its value."""
-    if instruments.frechet is not None and name == instruments.frechet.key:
-        return instruments.frechet.label, "{:.4g}"
+def label_and_format(name: str, networks: MetricNetworks) -> tuple[str, str]:
+    """A metric's name for people, and the format of its values."""
+    if networks.frechet is not None and name == networks.frechet.key:
+        return networks.frechet.label, "{:.4g}"
     if name.startswith("lpips_"):
         return f"LPIPS, {name.removeprefix('lpips_')}", "{:.4f}"
     return _LABELS[name]
 
 
-def table_rows(summaries: Sequence[dict], instruments: Instruments) -> tuple[list[str], list[list[str]]]:
-    """The comparison as text: a column for each set of reconstructions, a row for each figure.
+def table_rows(summaries: Sequence[dict], networks: MetricNetworks) -> tuple[list[str], list[list[str]]]:
+    """The comparison as text: a column for each set of reconstructions, a row for each metric.
 
     Returns:
         Heads of the columns after the first; rows, each beginning with its label. A dash is what a model does not
-        have; figures of the posterior stand in the column of its mean.
+        have; metrics of the posterior stand in the column of its mean.
     """
-    columns = [(s, kind) for s in summaries for kind in ("reconstruction", "draw") if s[kind] is not None]
-    kinds = {"reconstruction": "posterior mean", "draw": "posterior draw"}
+    columns = [(s, kind) for s in summaries for kind in ("reconstruction", "posterior_sample") if s[kind] is not None]
+    kinds = {"reconstruction": "posterior mean", "posterior_sample": "posterior sample"}
     heads = [f"{s['model']}\n{kinds[kind] if s['kl'] is not None else s['class']}" for s, kind in columns]
 
     def cells(name: str, values: list) -> list[str]:
-        label, form = label_and_format(name, instruments)
+        label, form = label_and_format(name, networks)
         texts = []
         for value in values:
             if isinstance(value, dict):
@@ -80,7 +80,7 @@ def table_rows(summaries: Sequence[dict], instruments: Instruments) -> tuple[lis
     rows = [
         ["class", *(s["class"] for s, _ in columns)],
         ["image size, pixels", *(str(s["resolution"]) for s, _ in columns)],
-        ["latent numbers", *(f"{s['latent_dim']:,} ({'x'.join(map(str, s['latent_shape']))})" for s, _ in columns)],
+        ["latent dimensions", *(f"{s['latent_dim']:,} ({'x'.join(map(str, s['latent_shape']))})" for s, _ in columns)],
         ["parameters", *(f"{s['parameters']:,}" for s, _ in columns)],
     ]
     rows += [cells(name, [s[kind][name] for s, kind in columns]) for name in summaries[0]["reconstruction"]]
@@ -89,19 +89,19 @@ def table_rows(summaries: Sequence[dict], instruments: Instruments) -> tuple[lis
     return heads, rows
 
 
-def remarks(summaries: Sequence[dict], instruments: Instruments) -> list[str]:
-    """What one must know to read the figures."""
+def reading_notes(summaries: Sequence[dict], networks: MetricNetworks) -> list[str]:
+    """What to know when reading the table."""
     counts = sorted({s["images"] for s in summaries})
     lines = [
-        f"{' or '.join(f'{count:,}' for count in counts)} images; means over images, [percentile-bootstrap 95 % "
-        "interval over images]. Reconstructions of a model with a posterior: from its mean, and from one draw."
+        f"{' or '.join(f'{count:,}' for count in counts)} images; means over images, [95 % percentile-bootstrap "
+        "interval over images]. A model with a posterior reconstructs from its mean, and from one sample of it."
     ]
     if len({s["resolution"] for s in summaries}) > 1:
-        lines.append("The image sizes differ, so no figure is comparable between columns: give --resolution.")
-    if instruments.frechet is not None:
+        lines.append("The image sizes differ, so no metric is comparable between columns: give --resolution.")
+    if networks.frechet is not None:
         few = f", and {counts[0]:,} are few" if counts[0] < 5000 else ""
         lines.append(
-            f"{instruments.frechet.label}: its estimate is biased upwards, the more the fewer images{few}; compare it "
+            f"{networks.frechet.label}: its estimate is biased upwards, the more the fewer images{few}; compare it "
             "only over the same images and features."
         )
     return lines
@@ -119,61 +119,53 @@ def terminal_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
     return table
 
 
-def ranking_metric(measurement: Measurement) -> tuple[str, np.ndarray]:
-    """By what images are called worst and best: the first LPIPS, else the squared error; its name, and (n,)."""
-    of_image = measurement.reconstruction.of_image
-    name = next((name for name in of_image if name.startswith("lpips_")), "mse_-1_1")
-    return name, of_image[name]
+def ranking_metric(result: ModelResult) -> tuple[str, np.ndarray]:
+    """The metric that ranks images from worst to best, the first LPIPS or else the MSE; its name and values (n,)."""
+    per_image = result.reconstruction.per_image
+    name = next((name for name in per_image if name.startswith("lpips_")), "mse_-1_1")
+    return name, per_image[name]
 
 
 @torch.no_grad()
-def extremes_grid(measurement: Measurement, images: Tensor, device: torch.device) -> Image.Image:
-    """The images that a model reconstructs worst, those around the median, and the best, with their figures.
+def extremes_grid(result: ModelResult, images: Tensor, device: torch.device) -> Image.Image:
+    """The worst, median and best reconstructions of a model, with their metrics.
 
     Args:
-        measurement: Of these images.
+        result: Of these images.
         images: (n, 3, H, W), uint8.
         device: Of the model.
 
     Returns:
-        One row each; every image beside its reconstruction, and under both its row number and figures.
+        A row for each kind: every image beside its reconstruction, its index and metrics below.
     """
-    name, values = ranking_metric(measurement)
+    name, values = ranking_metric(result)
     order = np.argsort(-values, kind="stable")
-    count = min(_IN_A_ROW, len(order))
+    count = min(_COLUMNS, len(order))
     middle = (len(order) - count) // 2
     kinds = {"worst": order[:count], "median": order[middle : middle + count], "best": order[::-1][:count]}
-    side = images.shape[-1]
-    factor = max(1, -(-_SMALLEST_TILE // side))
-    tile = side * factor
-    font = ImageFont.load_default(size=14)
-    width = _GAP + count * (2 * tile + 2 * _GAP)
-    canvas = Image.new("RGB", (width, _LINE + 3 * (2 * _LINE + tile + _GAP)), "white")
-    draw = ImageDraw.Draw(canvas)
-    title = f"by {name}; left the image, right its reconstruction" + (
-        " from the posterior's mean" if measurement.posterior is not None else ""
-    )
-    draw.text((_GAP, 2), title, "black", font)
+    tile = images.shape[-1] * max(1, -(-_MIN_TILE // images.shape[-1]))
+    column, row = 2 * (tile + _GAP), tile + 2 * _LINE + _GAP
+    canvas = Image.new("RGB", (_GAP + count * column, _LINE + 3 * (row + _LINE)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    origin = " from the posterior's mean" if result.posterior is not None else ""
+    draw.text((_GAP, 2), f"by {name}; left: image, right: reconstruction{origin}", "black", font)
     top = _LINE
-    for kind, places in kinds.items():
+    for kind, chosen in kinds.items():
         draw.text((_GAP, top + 2), kind, "black", font)
         top += _LINE
-        chosen = [measurement.indices[place] for place in places]
-        originals = images[torch.as_tensor(places.copy())]
-        made = denormalize(decode_both(measurement.model, normalize(originals.to(device)), chosen)[0]).cpu()
-        left = _GAP
-        for place, number, *pair in zip(places, chosen, originals, made):
-            for offset, picture in zip((0, tile), pair):
-                picture = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
-                    (tile, tile), Image.Resampling.NEAREST
-                )
-                canvas.paste(picture, (left + offset, top))
-            text = f"row {number}: {measurement.reconstruction.of_image['psnr'][place]:.1f} dB"
+        indices = [result.indices[i] for i in chosen]
+        originals = images[torch.as_tensor(chosen.copy())]
+        decoded = denormalize(reconstruct(result.model, normalize(originals.to(device)), indices)[0]).cpu()
+        for i, *pair in zip(range(count), originals, decoded):
+            left = _GAP + i * column
+            for offset, pixels in zip((0, tile), pair):
+                picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+                canvas.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (left + offset, top))
+            text = f"image {indices[i]}: {result.reconstruction.per_image['psnr'][chosen[i]]:.1f} dB"
             if name.startswith("lpips_"):
-                text += f", LPIPS {values[place]:.3f}"
+                text += f", LPIPS {values[chosen[i]]:.3f}"
             draw.text((left, top + tile + 2), text, "black", font)
-            left += 2 * tile + 2 * _GAP
-        top += tile + _LINE + _GAP
+        top += row
     return canvas
 
 
@@ -183,9 +175,9 @@ def _data_uri(save: Callable[[io.BytesIO], None], kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _histogram(name: str, measurements: Sequence[Measurement], label: str) -> str:
-    """Distribution over images, one line a model, as a data URI."""
-    values = [(m.model.name, m.reconstruction.of_image[name]) for m in measurements]
+def _histogram(name: str, results: Sequence[ModelResult], label: str) -> str:
+    """Distribution over images, one line per model, as a data URI."""
+    values = [(r.model.name, r.reconstruction.per_image[name]) for r in results]
     edges = np.histogram_bin_edges(np.concatenate([part for _, part in values]), bins=40)
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(5, 3), layout="constrained")
@@ -201,19 +193,19 @@ def page(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
-    measurements: Sequence[Measurement],
+    results: Sequence[ModelResult],
     grids: Sequence[Image.Image],
-    instruments: Instruments,
+    networks: MetricNetworks,
 ) -> str:
     """The comparison as one HTML file.
 
     Args:
         title: What was evaluated on what.
         heads, rows: Of `table_rows`.
-        notes: Of `remarks`.
-        measurements: Of each model.
+        notes: Of `reading_notes`.
+        results: Of each model.
         grids: Of each model.
-        instruments: For the figures' names.
+        networks: Name the metrics.
     """
 
     def cell(tag: str, text: str) -> str:
@@ -222,15 +214,15 @@ def page(
     lines = ["<tr>" + "".join(cell("th", head) for head in ["", *heads]) + "</tr>"]
     lines += ["<tr>" + cell("th", row[0]) + "".join(cell("td", text) for text in row[1:]) + "</tr>" for row in rows]
     charts = [
-        f'<img src="{_histogram(name, measurements, label_and_format(name, instruments)[0])}" alt="{html.escape(name)}">'
-        for name in measurements[0].reconstruction.of_image
-        if name != "mse_0_1"  # the same picture as on [-1, 1]
+        f'<img src="{_histogram(name, results, label_and_format(name, networks)[0])}" alt="{html.escape(name)}">'
+        for name in results[0].reconstruction.per_image
+        if name != "mse_0_1"  # the same shape as on [-1, 1]
     ]
     pictures = [
-        f'<h2>{html.escape(m.model.name)}</h2>\n<img alt="worst, median and best" src="'
+        f'<h2>{html.escape(r.model.name)}</h2>\n<img alt="worst, median and best" src="'
         + _data_uri(lambda buffer, grid=grid: grid.save(buffer, "PNG"), "png")
         + '">'
-        for m, grid in zip(measurements, grids)
+        for r, grid in zip(results, grids)
     ]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return "\n".join(
@@ -243,7 +235,7 @@ def page(
             "<div><table>",
             *lines,
             "</table></div>",
-            "<h2>Figures of single images</h2>",
+            "<h2>Distributions over images</h2>",
             *charts,
             *pictures,
             "</body></html>\n",

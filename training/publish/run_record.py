@@ -1,7 +1,7 @@
 """What a run says about itself, read from its folder when it has ended or stopped: for the model card.
 
 What it is for: `config.json`, `status.json`, `metrics.jsonl`, `samples/` and, where there is one, the `evaluation.json`
-that `python -m training.evaluate MODEL --config RUN/config.json --output-dir RUN` writes, as plain values. What it is
+that `python -m training.evaluate MODEL --config RUN/config.json --output RUN` writes, as plain values. What it is
 not for: watching a run that trains (monitor_run.py), or saying anything (model_card.py).
 """
 
