@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import platform
 import statistics
@@ -34,10 +35,11 @@ from training.budget.plan import count_cost
 from training.builders import build_model, build_optimizer, resolve_precision
 from training.config import Config, config_from_dict, load_config
 from training.data.images import normalize
-from training.losses.objective import LossWeights
+from training.ema import EMAWeights
+from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
 from training.pca_init import freeze_pca_branch
-from training.step import EMAWeights, TrainStep
+from training.step import TrainStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,7 +54,7 @@ class Bench:
     """
 
     def __init__(self, config: Config, batch: int, trunk_weights: str | None) -> None:
-        presets, loss = config.training_presets, config.loss
+        presets = config.training_presets
         cpu = not torch.accelerator.is_available()
         device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
         self.config, self.batch, self.trunk_weights = config, batch, trunk_weights
@@ -67,8 +69,10 @@ class Bench:
         self.model.to(self.device, memory_format=self.format)
         if presets.compile:
             self.model.compile()
-        self.trunks = [self.build_trunk(name) for name, _ in loss.trunks]
-        trunk, lpips_trunk = [*self.trunks, None, None][:2]
+        loss = dataclasses.replace(config.loss, trunk_weights=trunk_weights)
+        self.loss = ReconstructionLoss.from_config(
+            loss, self.device, memory_format=self.format, load_weights=trunk_weights is not None
+        )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, self.model, self.parameters, self.device)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -81,14 +85,10 @@ class Bench:
             self.optimizer,
             self.parameters,
             ema=self.ema,
-            trunk=trunk,
-            lpips_trunk=lpips_trunk,
-            weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
+            loss=self.loss,
             seed=presets.seed,
             latent_shape=(shape.latent_channels, shape.latent_size, shape.latent_size),
             micro_batch=batch,
-            crop_px=loss.perceptual_crop_px,
-            lpips_crop_px=loss.lpips_crop_px,
             max_grad_norm=presets.max_grad_norm,
         )
         self.pixels = random_pixels(batch, self.side)
@@ -187,12 +187,12 @@ def _one_round(bench: Bench) -> dict[str, float]:
     for name in ("encoder", "decoder"):
         gradient = torch.full_like(kept[name], 1e-6)
         timed(f"{name} backward", lambda name=name, gradient=gradient: kept[name].backward(gradient))
-    if bench.trunks:
-        sides = [min(side or bench.side, bench.side) for _, side in config.loss.trunks]
+    if bench.loss.networks:
+        sides = [min(side or bench.side, bench.side) for side in bench.loss.crop_sizes]
         crops = [pixels[..., :side, :side].clone(memory_format=torch.contiguous_format) for side in sides]
 
         def features() -> list[torch.Tensor]:
-            return [tap for trunk, window in zip(bench.trunks, crops) for tap in trunk.features(window)]
+            return [tap for trunk, window in zip(bench.loss.networks, crops) for tap in trunk.features(window)]
 
         with bench.autocast():
             with torch.no_grad():

@@ -12,6 +12,7 @@ does besides: no resume, no validation, one process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,9 +29,9 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltraOutput
 from training.builders import resolve_precision
 from training.config import Config
 from training.data.stream import TrainStream
-from training.losses.objective import LossWeights
-from training.losses.perceptual import PerceptualTrunk
-from training.step import EMAWeights, TrainStep
+from training.ema import EMAWeights
+from training.losses.objective import ReconstructionLoss
+from training.step import TrainStep
 
 
 class StockModel(nn.Module):
@@ -54,7 +55,7 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
         config: Says everything but the model; of its model only `sample_size` counts.
         name: Key of `STOCK`.
     """
-    presets, loss = config.training_presets, config.loss
+    presets = config.training_presets
     torch.manual_seed(presets.seed)
     cpu = not torch.accelerator.is_available()
     precision, _ = resolve_precision(presets.mixed_precision, torch.device("cpu") if cpu else torch.device("cuda"))
@@ -69,11 +70,6 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
     betas = (presets.adam_beta1, presets.adam_beta2)
     optimizer = kind(parameters, lr=presets.learning_rate, betas=betas, weight_decay=presets.weight_decay)
     ema = EMAWeights(parameters, decay=presets.ema_decay, use_ema_warmup=True, power=presets.ema_power)
-    trunks: list[PerceptualTrunk | None] = [
-        PerceptualTrunk(name, loss.trunk_weights).to(accelerator.device, memory_format=layout)
-        for name, _ in loss.trunks
-    ]
-    trunk, lpips_trunk = [*trunks, None, None][:2]
     stages = len(STOCK[name]["block_out_channels"])
     side = config.model["sample_size"] // 2 ** (stages - 1)
     micro = presets.micro_batch_size
@@ -82,11 +78,7 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
         *accelerator.prepare(wrapped, optimizer),
         parameters,
         ema=ema if presets.ema_decay > 0 else None,
-        trunk=trunk,
-        crop_px=loss.perceptual_crop_px,
-        lpips_trunk=lpips_trunk,
-        lpips_crop_px=loss.lpips_crop_px,
-        weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
+        loss=ReconstructionLoss.from_config(config.loss, accelerator.device, memory_format=layout),
         seed=presets.seed,
         latent_shape=(STOCK[name]["latent_channels"], side, side),
         micro_batch=micro if isinstance(micro, int) else presets.batch_size,
@@ -130,13 +122,9 @@ def train(config: Config, name: str, minutes: Sequence[float], output: Path) -> 
             number += 1
             if seconds >= 60 * wanted[0]:
                 folder = output / f"{wanted.pop(0):g}"
-                if step.ema is not None:
-                    step.ema.store(step.parameters)
-                    step.ema.copy_to(step.parameters)
                 model.register_to_config(sample_size=config.model["sample_size"])
-                model.save_pretrained(folder)
-                if step.ema is not None:
-                    step.ema.restore(step.parameters)
+                with contextlib.nullcontext() if step.ema is None else step.ema.applied(step.parameters):
+                    model.save_pretrained(folder)
                 images = number * presets.batch_size
                 yield f"{folder}: {seconds / 60:.1f} minutes, {number} steps, {images} images, loss {loss:.4f}"
                 if not wanted:

@@ -12,24 +12,22 @@ import test_step
 import torch
 from safetensors.torch import save_file
 
-from training.losses.perceptual import PerceptualTrunk
-
 
 def main(folder: Path) -> None:
-    trunk = PerceptualTrunk("st_alexnet", load_weights=False)
+    loss = test_step.make_loss()
     pixels = (torch.arange(8 * 3 * 40 * 40).reshape(8, 3, 40, 40) % 251).byte()
     for name, adapt, short in (("plain", False, False), ("short", True, True)):
-        step = test_step.make_step(trunk, micro_batch=4 if short else 2, adapt_micro_batch=adapt)
+        step = test_step.make_step(loss, micro_batch=4 if short else 2, adapt_micro_batch=adapt)
         rank = step.accelerator.process_index
         assert step.accelerator.num_processes == 2
         if short and rank == 1:  # in its second step
             calls, backward = [], step.accelerator.backward
 
-            def failing(loss, calls=calls, backward=backward):
+            def failing(total, calls=calls, backward=backward):
                 calls.append(1)
                 if len(calls) == 2:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-                backward(loss)
+                backward(total)
 
             step.accelerator.backward = failing
         halved = []

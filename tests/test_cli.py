@@ -158,7 +158,7 @@ def test_trunk_weights_that_are_nowhere(cli, monkeypatch, tmp_path):
 def test_a_trunk_that_needs_larger_images(cli):
     sizes = {"model__sample_size": "16", "model__pca_size": "8", "model__pca_decode_size": "8"}
     error = cli.error(**sizes)
-    assert "loss.trunk st_alexnet needs images or crops of 21 pixels, these have 16" in error
+    assert "loss.trunk st_alexnet needs images or crops of at least 21 pixels, got 16" in error
 
 
 def test_a_batch_that_cannot_be_divided(cli, monkeypatch):

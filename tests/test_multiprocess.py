@@ -92,7 +92,7 @@ def test_gradients_equal_those_of_one_process(folders):
     scale = max(gradient.abs().max().item() for gradient in one.values())
     for name, gradient in one.items():
         torch.testing.assert_close(
-            two[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=lambda text, n=name: f"{n}: {text}"
+            two[name], gradient, rtol=1e-5, atol=3e-5 * scale, msg=lambda text, n=name: f"{n}: {text}"
         )
     norm = sum(gradient.square().sum() for gradient in one.values()).sqrt()
     difference = sum((two[name] - gradient).square().sum() for name, gradient in one.items()).sqrt()

@@ -25,10 +25,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
+from training.checkpoint.format import STATE_FILE, list_checkpoints
 from training.config import load_config
 from training.data.images import normalize
 from training.evaluate.validation import Validation
-from training.run_files import STATE_FILE, list_checkpoints
 from training.trainer import EXIT_STOPPED, Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,24 @@ def test_every_line_of_metrics_has_the_promised_names(finished):
         assert set(line) == {"kind", "time", "step", "epoch", "images_seen", *names}
         assert line["kind"] == "event" or all(math.isfinite(line[name]) for name in names)
         assert line["images_seen"] == 4 * line["step"]
+
+
+def test_a_loss_term_added_from_outside_is_trained_and_logged(session, faces, tmp_path):
+    def mean_color(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        return (reconstruction.float().mean(dim=(2, 3)) - pixels.mean(dim=(2, 3))).square().mean(dim=1)
+
+    presets = {"num_epochs": 1, "max_images_per_epoch": 8}  # two steps
+    losses = {"perceptual_weight": 0, "lpips_weight": 0}
+    trainer = Trainer(tiny.tiny_config(tmp_path, faces, training_presets=presets, loss=losses))
+    trainer.loss.add_term("mean_color", 3.0, mean_color)
+    assert trainer.run() == 0
+    (line,) = Run(trainer.config, trainer, 0).lines("train")
+    assert line["loss/mean_color"] > 0
+    assert line["weighted/mean_color"] == pytest.approx(3 * line["loss/mean_color"])
+    terms = 0.4 * line["loss/mse"] + 0.2 * line["loss/l1"] + line["weighted/mean_color"]
+    assert line["loss/reconstruction"] == pytest.approx(terms)
+    events = EventAccumulator(str(trainer.run_dir)).Reload()
+    assert events.Scalars("loss/mean_color")[0].value == pytest.approx(line["loss/mean_color"])
 
 
 def test_figures_agree_with_each_other(finished):

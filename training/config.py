@@ -149,15 +149,12 @@ class LossConfig:
         )
 
     @property
-    def needs_trunk(self) -> bool:
-        """Whether a weighted term reads the perceptual trunk."""
-        return self.perceptual_weight > 0 or self.lpips_weight > 0
-
-    @property
     def trunks(self) -> list[tuple[str, int | None]]:
-        """The networks that the terms read, each with the side of its windows in pixels; None for the whole image."""
+        """Name and crop size (pixels; None: full images) of each feature network that a term with weight reads."""
+        if self.perceptual_weight == 0 and self.lpips_weight == 0:
+            return []
         named = [(self.trunk, self.perceptual_crop_px), (self.lpips_trunk, self.lpips_crop_px)]
-        return [(name, side) for name, side in named if name is not None and self.needs_trunk]
+        return [(name, crop_size) for name, crop_size in named if name is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import LOGVAR_MIN, AutoencoderKLUltra
 from training.data.images import random_affine
+from training.losses.objective import kl_per_dimension
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def fit_pca_branch(
     model.logvar_bias.zero_()
     model.logvar_bias[:found] = (allowed / variances).clamp(max=1.0).log().clamp(min=LOGVAR_MIN)
     logvar = model.logvar_bias
-    kl = 0.5 * (squares / number + logvar.exp() - 1.0 - logvar).mean()
+    kl = kl_per_dimension((squares / number).sqrt(), logvar).mean()
     result = {
         "kept_fraction": (variances.sum() / total).item(),
         "components": found,

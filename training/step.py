@@ -1,101 +1,24 @@
-"""One optimizer update: forward and backward over the pieces of a batch, clipping, Adam, the averaged weights.
+"""One optimizer step: forward and backward over the micro-batches, clipping, the optimizer, the EMA weights.
 
-Everything random in a step is a pure function of (seed, step, position in the global batch): the posterior's noise, the
-windows of the perceptual terms, the moves of `augment`. So the mathematics of a step does not depend on how the batch is
-cut into processes and pieces, and a resume needs no random state. What this file is not for: when a step happens
-(trainer.py), which images it gets (data.py), which beta (kl.py).
+Everything random is a pure function of the seed, the step and the position in the global batch (randomness.py), so a step
+does not depend on how its batch is split into processes and micro-batches, and a resume needs no random state.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data.images import normalize, random_affine
-from training.losses.objective import Crop, LossWeights, vae_loss
-from training.losses.perceptual import PerceptualTrunk
-
-_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: neighbouring keys give unrelated seeds
-_MASK = (1 << 63) - 1
-
-
-def image_generator(seed: int, step: int, index: int) -> torch.Generator:
-    """A CPU random generator for one image of one step.
-
-    Args:
-        seed: Of the run.
-        step: Optimizer updates before this one.
-        index: Position in the global batch.
-    """
-    mixed = 0
-    for number in (seed, step, index):
-        mixed = ((mixed ^ (number + 1)) * _MULTIPLIER) & ((1 << 64) - 1)
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed & _MASK)
-
-
-@dataclass(frozen=True)
-class StepNoise:
-    """Random draws for some images of a step.
-
-    Attributes:
-        noise: Standard normal numbers (N, C, h, w), float32, on the host.
-        windows: Of each window asked for, what `vae_loss` takes: corners, N integers each, and the side, pixels; None
-            for the whole image.
-        moves: Uniform numbers (N, 5) for `training.data.images.move`, on the host.
-    """
-
-    noise: Tensor
-    crops: tuple[Crop | None, ...]
-    affine_params: Tensor
-
-
-def _corner(last: int, generator: torch.Generator) -> list[int]:
-    """Top and left of a window, each uniform in [0, last]."""
-    return torch.randint(0, last + 1, (2,), generator=generator).tolist()
-
-
-def sample_step_noise(
-    seed: int,
-    step: int,
-    indices: Sequence[int],
-    latent_shape: Sequence[int],
-    side: int = 0,
-    crop_sizes: Sequence[int | None] = (),
-) -> StepNoise:
-    """Draw what images `indices` of global batch `step` need.
-
-    Args:
-        seed, step: See `image_generator`.
-        indices: Positions in the global batch.
-        latent_shape: (C, h, w).
-        side: Of the images, pixels.
-        crop_sizes: A window of each of these sides is drawn uniformly; None, or no less than `side`, is the whole
-            image.
-    """
-    cut = [window if window is not None and window < side else None for window in crop_sizes]
-    noises, corners, affine_params = [], [], []
-    for index in indices:
-        generator = image_generator(seed, step, index)
-        ranges = [0 if window is None else side - window for window in cut]
-        # What came later is drawn later, so that older runs go on with the numbers they began with.
-        own = [_corner(last, generator) for last in ranges[:1]]
-        noises.append(torch.randn(*latent_shape, generator=generator))
-        corners.append(own + [_corner(last, generator) for last in ranges[1:]])
-        affine_params.append(torch.rand(5, generator=generator))
-    crops = tuple(
-        None if window is None else ([own[place][0] for own in corners], [own[place][1] for own in corners], window)
-        for place, window in enumerate(cut)
-    )
-    return StepNoise(torch.stack(noises), crops, torch.stack(affine_params))
+from training.ema import EMAWeights
+from training.losses.objective import ReconstructionLoss, vae_loss
+from training.randomness import sample_step_noise
 
 
 @dataclass
@@ -106,7 +29,7 @@ class StepResult:
         parts: Means over this process's images of the loss terms (`vae_loss`), on the device.
         grad_norm: Norm of the global batch's gradient before clipping.
         skipped: The gradient was not finite, so nothing was updated.
-        halved: The micro batch was too large for the memory, and is smaller from this step on.
+        halved: The micro-batch did not fit into memory, and is smaller from this step on.
     """
 
     parts: dict[str, Tensor]
@@ -115,45 +38,28 @@ class StepResult:
     halved: bool
 
 
-class EMAWeights(EMAModel):
-    """diffusers' averaged weights, updated in one pass over each tensor instead of three.
-
-    A third of the memory traffic: the update is bound by nothing else.
-    """
-
-    @torch.no_grad()
-    def step(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Move the average towards the parameters."""
-        self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
-
-
 class OutOfMemory(RuntimeError):
-    """A forward and backward pass does not fit; nothing was updated, so that a checkpoint of this moment is whole."""
+    """A forward and backward pass does not fit; nothing was updated, so a checkpoint of this moment is valid."""
 
 
 class TrainStep:
-    """Performs updates on a prepared model and optimizer.
+    """Performs optimizer steps on a prepared model and optimizer.
 
     Args:
         accelerator: Owns precision, processes and gradient scaling.
-        model: As `accelerator.prepare` returned it.
+        model: As `accelerator.prepare` returned it; called as `model(pixels, noise=noise)`.
         optimizer: As `accelerator.prepare` returned it.
         parameters: The trained parameters.
-        ema: Averaged weights of `parameters`, or None.
-        trunk: Perceptual trunk on the device, or None if no term needs it.
-        weights: Weights of the reconstruction terms.
+        ema: EMA weights of `parameters`, or None.
+        loss: The reconstruction terms, on the device.
         seed: Of the run.
         latent_shape: (C, h, w).
         micro_batch: Most images in one forward pass.
-        adapt_micro_batch: Whether a process that is out of memory makes all of them halve the micro batch and begin
-            the step again. Gradients are then exchanged after the last backward pass and not during it, because the
-            processes must first agree that all of them got there.
-        crop_px: Side of the perceptual window; None for the whole image.
-        lpips_trunk, lpips_crop_px: The same for the second network of LPIPS, if there is one.
+        adapt_micro_batch: Whether all processes halve the micro-batch and restart the step when one of them is out of
+            memory. Gradients are then reduced after the last backward pass and not during it, because the processes must
+            first agree that all of them got there.
         max_grad_norm: Gradients are clipped to this norm.
-        augment: Shift, turn and scale each image a little (`training.data.images.move`).
+        augment: Apply `training.data.images.random_affine` to each image.
     """
 
     def __init__(
@@ -164,15 +70,11 @@ class TrainStep:
         parameters: list[nn.Parameter],
         *,
         ema: EMAWeights | None,
-        trunk: PerceptualTrunk | None,
-        weights: LossWeights,
+        loss: ReconstructionLoss,
         seed: int,
         latent_shape: tuple[int, int, int],
         micro_batch: int,
-        crop_px: int | None,
         max_grad_norm: float,
-        lpips_trunk: PerceptualTrunk | None = None,
-        lpips_crop_px: int | None = None,
         adapt_micro_batch: bool = False,
         augment: bool = False,
     ) -> None:
@@ -181,15 +83,11 @@ class TrainStep:
         self.optimizer = optimizer
         self.parameters = parameters
         self.ema = ema
-        self.trunk = trunk
-        self.weights = weights
+        self.loss = loss
         self.seed = seed
         self.latent_shape = latent_shape
         self.micro_batch = micro_batch
         self.adapt_micro_batch = adapt_micro_batch
-        self.lpips_trunk = lpips_trunk
-        self.crop_sizes = (crop_px, lpips_crop_px)
-        self._ahead: dict[tuple, StepNoise] = {}  # what the next step draws first
         self.max_grad_norm = max_grad_norm
         self.augment = augment
 
@@ -201,86 +99,73 @@ class TrainStep:
 
         Args:
             pixels_uint8: This process's slice of the global batch, (N, 3, H, W), uint8; every process has N images.
-            step: Optimizer updates before this one.
+            step: Optimizer steps before this one.
             beta: Weight of KL.
-            resolution: Average the images down to this side first, a divisor of theirs.
+            resolution: Downsample the images to this size first, by averaging; a divisor of theirs.
 
         Returns:
             Means over these images of the loss terms, float32 scalars on the device.
         """
-        device, count = self.accelerator.device, len(pixels_uint8)
-        shrink = 1 if resolution is None else pixels_uint8.shape[-1] // resolution
-        side = pixels_uint8.shape[-1] // shrink
-        latent_shape = (self.latent_shape[0], *(size // shrink for size in self.latent_shape[1:]))
-        first = self.accelerator.process_index * count
-        totals: dict[str, Tensor] = {}
+        accelerator, count = self.accelerator, len(pixels_uint8)
+        factor = 1 if resolution is None else pixels_uint8.shape[-1] // resolution
+        channels, *latent_size = self.latent_shape
+        noise = sample_step_noise(
+            self.seed,
+            step,
+            accelerator.num_processes * count,
+            latent_shape=(channels, *(size // factor for size in latent_size)),
+            resolution=pixels_uint8.shape[-1] // factor,
+            crop_sizes=self.loss.crop_sizes,
+        )
+        first = accelerator.process_index * count
+        noise = noise[first : first + count].to(accelerator.device)
+        means: dict[str, Tensor] = {}
         for start in range(0, count, self.micro_batch):
-            piece = pixels_uint8[start : start + self.micro_batch].to(device, non_blocking=True)
-            indices = range(first + start, first + start + len(piece))
-            draws = self._draws(step, indices, latent_shape, side)
-            crop, lpips_crop = draws.crops
-            is_last = start + self.micro_batch >= count
-            # Processes exchange gradients once, during the last piece.
-            exchange = is_last and not self.adapt_micro_batch
-            sync = contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model)
-            with sync:
-                pixels = normalize(piece)
-                if self.augment:
-                    pixels = random_affine(pixels, draws.affine_params)
-                if shrink > 1:
-                    pixels = F.avg_pool2d(pixels, shrink)
-                output = self.model(pixels, noise=self._to_device(draws.noise))
-                with self.accelerator.autocast():  # for the trunk's convolutions; the terms themselves are float32
+            images = slice(start, start + self.micro_batch)
+            pixels = normalize(pixels_uint8[images].to(accelerator.device, non_blocking=True))
+            micro_noise, fraction = noise[images], len(pixels) / count
+            if self.augment:
+                pixels = random_affine(pixels, micro_noise.affine_params)
+            if factor > 1:
+                pixels = F.avg_pool2d(pixels, factor)
+            # DDP reduces gradients once, during the last backward pass.
+            reduce_now = start + self.micro_batch >= count and not self.adapt_micro_batch
+            with contextlib.nullcontext() if reduce_now else accelerator.no_sync(self.model):
+                output = self.model(pixels, noise=micro_noise.noise)
+                with accelerator.autocast():  # for the convolutions of the feature networks; the terms are float32
                     loss, parts = vae_loss(
+                        self.loss,
                         output.sample,
                         pixels,
                         output.posterior.mean,
                         output.posterior.logvar,
-                        weights=self.weights,
                         beta=beta,
-                        trunk=self.trunk,
-                        crop=crop,
-                        lpips_trunk=self.lpips_trunk,
-                        lpips_crop=lpips_crop,
+                        crops=micro_noise.crops,
                     )
-                share = len(piece) / count
-                # A loss that is not finite makes the gradient NaN, so that no process updates anything.
-                self.accelerator.backward(loss * (share + 0.0 * loss.detach()))
+                # `0 * loss` propagates a non-finite loss to every gradient, so all processes skip this step.
+                accelerator.backward(loss * (fraction + 0.0 * loss.detach()))
             for name, value in parts.items():
-                totals[name] = totals.get(name, 0.0) + value * share
-        # While the device is still at work, and not after this step's result, when the device waits for the host.
-        following = range(first, first + min(self.micro_batch, count))
-        self._ahead = {(step + 1, following, latent_shape, side): self._draws(step + 1, following, latent_shape, side)}
-        return totals
+                means[name] = means.get(name, 0.0) + value * fraction
+        return means
 
-    def _draws(self, step: int, indices: range, latent_shape: tuple[int, ...], side: int) -> StepNoise:
-        """`sample_step_noise`, unless it was drawn ahead."""
-        draws = self._ahead.pop((step, indices, latent_shape, side), None)
-        return draws or sample_step_noise(self.seed, step, indices, latent_shape, side, self.crop_sizes)
-
-    def _to_device(self, numbers: Tensor) -> Tensor:
-        """A copy that the host does not wait for: of memory that is not page-locked, it waits for all work before."""
-        device = self.accelerator.device
-        return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
-
-    def find_micro_batch(self, local_batch: int, side: int) -> None:
+    def find_micro_batch(self, local_batch: int, resolution: int) -> None:
         """Halve the micro batch until a forward and backward pass fits on every process.
 
         Args:
             local_batch: Images of a step on this process.
-            side: Of the images, pixels.
+            resolution: Of the images, in pixels.
 
         Raises:
             OutOfMemory: Not even one image fits.
         """
-        blank = torch.zeros(min(self.micro_batch, local_batch), 3, side, side, dtype=torch.uint8)
+        blank = torch.zeros(min(self.micro_batch, local_batch), 3, resolution, resolution, dtype=torch.uint8)
         self._fitting_gradients(blank, step=0, beta=0.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _fitting_gradients(
         self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None
     ) -> dict[str, Tensor]:
-        """`gradients` of the global batch, in pieces that fit."""
+        """`gradients` of the global batch, in micro-batches that fit."""
         while True:
             shortage = None
             try:
@@ -310,14 +195,14 @@ class TrainStep:
             self.micro_batch = -(-self.micro_batch // 2)
 
     def _any_process(self, flag: bool) -> bool:
-        """Whether any process raises the flag; asked only where processes wait for the answer."""
+        """Whether any process raises the flag; with a fixed micro-batch only the own flag counts, without communication."""
         if self.accelerator.num_processes == 1 or not self.adapt_micro_batch:
             return flag
         raised = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(raised, reduction="sum").item() > 0)
 
     def _average_gradients(self) -> None:
-        """Replace each process's gradients by their mean, in one exchange."""
+        """Replace each process's gradients by their mean, in one reduction."""
         if self.accelerator.num_processes == 1:
             return
         gradients = [parameter.grad for parameter in self.parameters]
@@ -326,13 +211,13 @@ class TrainStep:
             gradient.copy_(mean.view(gradient.shape))
 
     def __call__(self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None) -> StepResult:
-        """Do one update.
+        """Perform one optimizer step.
 
         Args:
             pixels_uint8, step, beta, resolution: See `gradients`.
 
         Raises:
-            OutOfMemory: The pieces do not fit, and may not or cannot be smaller.
+            OutOfMemory: The micro-batches do not fit, and may not or cannot be smaller.
         """
         micro_batch = self.micro_batch
         parts = self._fitting_gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)

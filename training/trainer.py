@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from modeling.latent_prior import fit_gaussian
 from training.budget.plan import describe_plan, planned_micro_batch
 from training.builders import (
     build_accelerator,
@@ -29,25 +28,33 @@ from training.builders import (
     join_processes,
     micro_batch_size,
 )
-from training.checkpoint.format import CheckpointWriter, Snapshot, quarantine_newer
+from training.checkpoint.format import (
+    CheckpointWriter,
+    Snapshot,
+    list_checkpoints,
+    quarantine_newer,
+    read_state,
+    step_folder,
+)
 from training.checkpoint.resume import check_resume, newest_valid
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import RunState
 from training.config import Config, config_from_dict
 from training.data.stream import TrainStream, load_validation
 from training.distributed import on_main_process
-from training.evaluate.validation import Validation, posterior_samples, reconstruction_grid, sample_grid, validate
+from training.ema import EMAWeights
+from training.evaluate.grids import image_grids
+from training.evaluate.validation import Validation, validate
 from training.losses.kl_control import KLController
-from training.losses.objective import LossWeights
+from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
 from training.pca_init import fit_pca_branch, freeze_pca_branch
 from training.publish import hub
 from training.publish.export import export_model, model_files
 from training.publish.run_record import describe_hardware
 from training.publish.stage import publish
-from training.run_files import list_checkpoints, read_state, step_folder
 from training.signals import StopSignal
-from training.step import EMAWeights, OutOfMemory, TrainStep
+from training.step import OutOfMemory, TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress, ProgressLine
 from training.tracking.trackers import Tracker, setup_logging
@@ -57,8 +64,6 @@ logger = logging.getLogger(__name__)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` goes on
 SIGNALLED = "a signal"
 REORDER = 1_000_003  # added to the seed by a roll-back: other images, other noise
-PRIOR_IMAGES = 2048  # validation images whose latents the grids' Gaussian prior is fitted to
-GRID_IMAGES = 8  # validation images in the grid of reconstructions
 
 # Of the plateau scheduler; its settings come from the configuration, which a resume may change.
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -109,26 +114,15 @@ class Trainer:
             on_main_process(accelerator, lambda: hub.check_access(config.hub))
 
         with accelerator.main_process_first():  # the first may download, the others find it in the cache
-            names = {output.eval_lpips_trunk, *(name for name, _ in config.loss.trunks)}
-            trunks = {name: self._trunk(name) for name in sorted(names)}
-        self.reported_trunk = trunks[output.eval_lpips_trunk]
-        self.trunks = {  # of the loss, as the training step and validation take them
-            "trunk": trunks[config.loss.trunk] if config.loss.needs_trunk else None,
-            "crop_px": config.loss.perceptual_crop_px,
-            "lpips_trunk": trunks.get(config.loss.lpips_trunk) if config.loss.needs_trunk else None,
-            "lpips_crop_px": config.loss.lpips_crop_px,
-        }
-        for key, trunk, seen in (
-            ("loss.trunk", self.trunks["trunk"], self.trunks["crop_px"]),
-            ("loss.lpips_trunk", self.trunks["lpips_trunk"], self.trunks["lpips_crop_px"]),
-            ("output.eval_lpips_trunk", self.reported_trunk, None),
-        ):
-            seen = min(seen or side, side)
-            if trunk is not None and seen < trunk.min_size:
-                raise ValueError(
-                    f"{key} {trunk.name} needs images or crops of {trunk.min_size} pixels, these have {seen}: use larger "
-                    "ones, or another trunk."
-                )
+            memory_format = torch.channels_last if presets.channels_last else torch.contiguous_format
+            name, device = output.eval_lpips_trunk, accelerator.device
+            self.reported_trunk = PerceptualTrunk(name, config.loss.trunk_weights)
+            self.reported_trunk.to(device, memory_format=memory_format)
+            self.loss = ReconstructionLoss.from_config(
+                config.loss, device, memory_format=memory_format, networks={name: self.reported_trunk}
+            )
+        self.loss.check_resolution(side)
+        self.reported_trunk.check_size(side, "output.eval_lpips_trunk")
 
         with accelerator.main_process_first():
             self.stream = TrainStream(
@@ -196,8 +190,6 @@ class Trainer:
             min_lr=[presets.min_learning_rate * group["lr_scale"] for group in self.optimizer.param_groups],
         )
         self.kl = KLController(presets, controlled=presets.kl_control_enabled)
-        loss = config.loss
-        self.weights = LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight)
         model_config = self.model.config
         self.train_step = TrainStep(
             accelerator,
@@ -205,14 +197,13 @@ class Trainer:
             prepared_optimizer,
             self.parameters,
             ema=self.ema,
-            weights=self.weights,
+            loss=self.loss,
             seed=presets.seed,
             latent_shape=(model_config.latent_channels, model_config.latent_size, model_config.latent_size),
             micro_batch=micro_batch,
             adapt_micro_batch=presets.micro_batch_size == "auto",
             augment=presets.augment,
             max_grad_norm=presets.max_grad_norm,
-            **self.trunks,
         )
         self.progress = Progress()
         self.alerts = Alerts(presets)
@@ -247,10 +238,6 @@ class Trainer:
         self.progress_line = ProgressLine(total_steps, self.progress.step)
 
     # ------------------------------------------------------------------ building
-
-    def _trunk(self, name: str) -> PerceptualTrunk:
-        trunk = PerceptualTrunk(name, self.config.loss.trunk_weights).to(self.accelerator.device)
-        return trunk.to(memory_format=torch.channels_last) if self.config.training_presets.channels_last else trunk
 
     @property
     def num_train_images(self) -> int | None:
@@ -635,31 +622,21 @@ class Trainer:
 
     # ------------------------------------------------------------------ validation, best model, grids, the end
 
-    @contextlib.contextmanager
-    def _ema_weights(self):
-        """The model with the averaged weights, if there are any."""
-        if self.ema is None:
-            yield self.model
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        try:
-            yield self.model
-        finally:
-            self.ema.restore(self.parameters)
+    def _ema_weights(self) -> contextlib.AbstractContextManager:
+        """The model with the EMA weights, if there are any."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied(self.parameters)
 
     def _validate(self, when: str) -> Validation:
         progress = self.progress
-        with self._ema_weights() as model:
+        with self._ema_weights():
             result = validate(
                 self.accelerator,
-                model,
+                self.model,
                 self.validation_images,
                 self.validation_indices,
                 batch=self.train_step.micro_batch,
-                weights=self.weights,
+                loss=self.loss,
                 reported=self.reported_trunk,
-                **self.trunks,
             )
         lpips = f"lpips_{self.reported_trunk.name}"
         logger.info(
@@ -734,26 +711,16 @@ class Trainer:
     def _save_grids(self, label: str) -> None:
         if not self.accelerator.is_main_process:
             return
-        name, step, accelerator = self.config.output.run_name, self.progress.step, self.accelerator
-        count, seed, batch = (
-            self.config.output.num_samples,
-            self.config.training_presets.seed,
-            self.train_step.micro_batch,
-        )
-        images = self.validation_images[:GRID_IMAGES]
-        with self._ema_weights() as model:
-            model.eval()
-            standard = model.sample_latents(count, generator=torch.Generator().manual_seed(seed))
-            grids = {"samples": sample_grid(accelerator, model, standard, batch)}
-            # What N(0, 1) lacks shows beside a Gaussian of the latents of now. Of validation faces: there are enough of
-            # them in CelebA, and no training image has to be read again.
-            draws = posterior_samples(accelerator, model, self.validation_images[:PRIOR_IMAGES], seed, batch)
-            if len(draws) > 1 and draws.isfinite().all():
-                prior, _ = fit_gaussian(draws)
-                fitted = prior.sample(count, torch.Generator().manual_seed(seed)).view_as(standard)
-                grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
-            grids["reconstructions"] = reconstruction_grid(accelerator, model, images)
-            model.train()
+        name, step = self.config.output.run_name, self.progress.step
+        with self._ema_weights():
+            grids = image_grids(
+                self.accelerator,
+                self.model,
+                self.validation_images,
+                num_samples=self.config.output.num_samples,
+                seed=self.config.training_presets.seed,
+                batch=self.train_step.micro_batch,
+            )
         for kind, grid in grids.items():
             final = label == "final" and kind != "reconstructions"
             file = f"{name}_final_{kind}.png" if final else f"{name}_{kind}_{label}.png"

@@ -21,12 +21,13 @@ from training.budget.memory import (
 )
 from training.builders import build_model, build_optimizer, micro_batch_size
 from training.config import Config, config_from_dict
+from training.ema import EMAWeights
 from training.losses import objective as losses
 from training.losses import perceptual
-from training.losses.objective import LossWeights
+from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
 from training.pca_init import freeze_pca_branch
-from training.step import EMAWeights, TrainStep
+from training.step import TrainStep
 
 SIDE = 64  # large enough for activations to outweigh the weights
 
@@ -62,18 +63,15 @@ def allocated(**presets) -> int:
     if config.training_presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = config.loss
     step = TrainStep(
         accelerator,
         *accelerator.prepare(model, build_optimizer(config, model, parameters, accelerator.device)),
         parameters,
         ema=EMAWeights(parameters, decay=0.9),
-        trunk=PerceptualTrunk(loss.trunk, load_weights=False),
-        weights=LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight),
+        loss=ReconstructionLoss.from_config(config.loss, "cpu", load_weights=False),
         seed=0,
         latent_shape=(16, 1, 1),
         micro_batch=micro_batch_size(config, 1),
-        crop_px=loss.perceptual_crop_px,
         max_grad_norm=1.0,
     )
     pixels = torch.zeros(config.training_presets.batch_size, 3, SIDE, SIDE, dtype=torch.uint8)

@@ -26,7 +26,7 @@ from training.evaluate import command as evaluate
 from training.evaluate.measure import bootstrap_means, reconstruct
 from training.evaluate.models import Autoencoder
 from training.evaluate.validation import validate
-from training.losses.objective import LossWeights
+from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
 
 SIZE, IMAGES = 40, 6
@@ -121,9 +121,7 @@ def test_ours_has_the_metrics_of_validation(compared, models, images, session):
         AutoencoderKLUltra.from_pretrained(models / "ours"),
         *images,
         batch=4,
-        weights=LossWeights(mse=1, l1=0, perceptual=0, lpips=0),
-        trunk=None,
-        crop_px=None,
+        loss=ReconstructionLoss(mse=1, l1=0, perceptual=0, lpips=0),
         reported=trunk,
     ).values
     for name, key in (("mse", "mse_-1_1"), ("psnr", "psnr"), ("ssim", "ssim"), ("lpips_st_alexnet",) * 2):

@@ -29,9 +29,9 @@ from training.budget.devices import Device
 from training.builders import build_model
 from training.config import Config
 from training.data.images import normalize
-from training.losses.objective import LossWeights, vae_loss
-from training.losses.perceptual import PerceptualTrunk
+from training.losses.objective import ReconstructionLoss, vae_loss
 from training.pca_init import freeze_pca_branch
+from training.randomness import sample_crops
 
 GIB = 2**30
 
@@ -197,35 +197,33 @@ def plan_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, prec
         ValueError: The model's section cannot be built.
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        return _walk(config, build_model(config), _fake_trunks(config), micro_batch, keeps_gradients, precision)
+        return _walk(config, build_model(config), _fake_loss(config), micro_batch, keeps_gradients, precision)
 
 
-def _fake_trunks(config: Config) -> list[PerceptualTrunk]:
-    trunks = []
-    for trunk_name, _ in config.loss.trunks:
-        with unset_fake_temporarily(), torch.device("meta"):
-            trunk = PerceptualTrunk(trunk_name, load_weights=False)
-        for module in trunk.modules():
+def _fake_loss(config: Config) -> ReconstructionLoss:
+    with unset_fake_temporarily(), torch.device("meta"):
+        loss = ReconstructionLoss.from_config(config.loss, "meta", load_weights=False)
+    for network in loss.networks:
+        for module in network.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        trunks.append(trunk)
-    return trunks
+    return loss
 
 
 def _walk(
     config: Config,
     model: AutoencoderKLUltra,
-    trunks: list[PerceptualTrunk],
+    loss: ReconstructionLoss,
     micro_batch: int,
     keeps_gradients: bool,
     precision: str,
 ) -> MemoryPlan:
-    presets, loss = config.training_presets, config.loss
+    presets = config.training_presets
     freeze_pca_branch(model, presets.pca_lr_scale)
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if presets.channels_last:  # Module.to cannot exchange parameters without contents
-        maps = [*model.parameters(), *(buffer for trunk in trunks for buffer in trunk.buffers())]
+        maps = [*model.parameters(), *(buffer for network in loss.networks for buffer in network.buffers())]
         for tensor in (each for each in maps if each.ndim == 4):
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -233,7 +231,7 @@ def _walk(
     ledger = _Ledger()
     lasting: dict[str, list[Tensor]] = {
         "weights": [*model.parameters(), *model.buffers()],
-        "trunk weights": [buffer for trunk in trunks for buffer in trunk.buffers()],
+        "trunk weights": [buffer for network in loss.networks for buffer in network.buffers()],
         "optimizer moments": [torch.empty_like(parameter) for parameter in (*trained, *trained)],
         "averaged weights": [torch.empty_like(parameter) for parameter in trained] if averaged else [],
     }
@@ -248,11 +246,8 @@ def _walk(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter(p.grad, "gradients"))
 
     shape = model.config
-    side, corners = shape.sample_size, [0] * micro_batch
-    crops = [None if cut is None or cut >= side else (corners, corners, cut) for _, cut in loss.trunks]
-    perceptual = {"trunk": None, "crop": None}
-    for names, trunk, window in zip((("trunk", "crop"), ("lpips_trunk", "lpips_crop")), trunks, crops):
-        perceptual |= zip(names, (trunk, window))
+    resolution = shape.sample_size
+    crops = sample_crops(micro_batch, resolution, loss.crop_sizes, torch.Generator())
     saving = "saved activations"
 
     def pack(tensor: Tensor) -> Tensor:
@@ -263,15 +258,14 @@ def _walk(
     autocast = torch.autocast("cpu", dtype=_HALF.get(precision), enabled=precision in _HALF)
     # As in `training.step.TrainStep.gradients`, where accelerate's wrapper puts the model under autocast of its own.
     with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pixels = normalize(torch.zeros(micro_batch, 3, side, side, dtype=torch.uint8))
+        pixels = normalize(torch.zeros(micro_batch, 3, resolution, resolution, dtype=torch.uint8))
         noise = torch.zeros(micro_batch, shape.latent_channels, shape.latent_size, shape.latent_size)
         with autocast:
             output = model(pixels, noise=noise)
         saving = "saved in the losses"
-        weights = LossWeights(loss.mse_weight, loss.l1_weight, loss.perceptual_weight, loss.lpips_weight)
         mean, logvar = output.posterior.mean, output.posterior.logvar
         with autocast:
-            total, _ = vae_loss(output.sample, pixels, mean, logvar, weights=weights, beta=1.0, **perceptual)
+            total, _ = vae_loss(loss, output.sample, pixels, mean, logvar, beta=1.0, crops=crops)
         kept_bytes = ledger.held["saved activations"] + ledger.held["saved in the losses"]
         saving = "saved activations"  # what gradient checkpointing computes again
         total.backward()

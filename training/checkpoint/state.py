@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.checkpoint.format import copy_into, host_copy, read_tensors
-from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
-from training.step import EMAWeights
+from training.checkpoint.format import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, copy_into, host_copy, read_tensors
+from training.ema import EMAWeights
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
 

@@ -170,7 +170,7 @@ def measure(
             continue
         from_sample.add(sampled, pixels, layers)
         differs = differs or bool((reconstruction - sampled).abs().max() > _HALF_LEVEL)
-        kl.append(kl_per_dimension(mean, logvar))
+        kl.append(kl_per_dimension(mean, logvar).flatten(1).mean(dim=1))
         sigma.append(torch.exp(0.5 * logvar).flatten(1).mean(dim=1))
         means = mean.cpu().double()
         total, total_squared = total + means.sum(dim=0), total_squared + means.square().sum(dim=0)

@@ -1,134 +1,72 @@
-"""The training loss: a sum of named, weighted terms, as pure functions of tensors.
+"""The training loss: named, weighted terms that compare a reconstruction with its target, and KL.
 
-What it is for: 0.4 MSE + 0.2 L1 + 0.2 perceptual + 0.2 LPIPS + beta KL by default, each term raw and weighted
-for the log. What it is not for: choosing beta (kl.py), drawing the crops (step.py), loading the trunk
-(perceptual.py).
+By default 0.4 MSE + 0.2 L1 + 0.2 perceptual + 0.2 LPIPS + beta KL. `ReconstructionLoss` owns the feature networks
+(trunks), the sizes of their random crops and the weights; `vae_loss` adds KL and averages over the images.
 
-Images are in [-1, 1], so an MSE of 0.01 is 26 dB. All terms are float32 outside autocast; only the trunk's
-convolutions follow it. Each term is one number an image, averaged over the images: the mean over equally
-large ranks is the value of the global batch.
+Images are in [-1, 1], so an MSE of 0.01 is a PSNR of 26 dB. All terms are float32 outside autocast; only the
+convolutions of the feature networks follow it. Each term has one value per image, averaged over the images: the mean over
+equally large ranks is the value of the global batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from training.config import LossConfig
 from training.losses.perceptual import PerceptualTrunk, cache_slices, full_precision
 
-# Tops and lefts, one of each an image, and the side, all in pixels (`random_crops`).
-Crop = tuple[Sequence[int], Sequence[int], int]
-
-
-@dataclass(frozen=True, slots=True)
-class LossWeights:
-    """Weights of the reconstruction terms; KL's weight, beta, moves during training and is no part of this.
-
-    Raises:
-        ValueError: A weight that is negative, infinite or NaN.
-    """
-
-    mse: float = 0.4
-    l1: float = 0.2
-    perceptual: float = 0.2
-    lpips: float = 0.2
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            weight = getattr(self, field.name)
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"the weight of {field.name} is {weight}: give a finite number, 0 or larger")
-
-    @property
-    def needs_trunk(self) -> bool:
-        """Whether a term has weight that reads the perceptual trunk."""
-        return self.perceptual > 0 or self.lpips > 0
+_RESERVED = ("kl", "reconstruction", "total")  # other parts of `vae_loss`
 
 
 def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp logvar) || N(0, 1)), averaged over an image's latent numbers.
+    """KL(N(mean, exp logvar) || N(0, 1)) of each latent dimension.
 
-    The closed form of Kingma and Welling 2014 (app. B): (mean^2 + exp logvar - 1 - logvar) / 2 a number.
+    The closed form of Kingma and Welling 2014 (app. B): (mean^2 + exp logvar - 1 - logvar) / 2.
 
-    The mean, not the sum: its scale does not depend on the latent's size. The bound on the image's likelihood
-    (the ELBO, nats per image) has the sum, which is this times the number of latent numbers; so the same beta
-    on the sum would weigh 1,024 times more for a latent of 1,024 numbers.
+    The loss takes the mean over dimensions, whose scale does not depend on the size of the latent. The bound on the
+    likelihood of an image (ELBO, nats per image) has the sum, which is the mean times the number of latent dimensions.
 
     Args:
-        mean: (N, ...), the posterior's mean.
-        logvar: The same shape, natural logarithm of its variance.
+        mean: Posterior mean, any shape.
+        logvar: The same shape, natural logarithm of the posterior variance.
 
     Returns:
-        (N,), float32 outside autocast, nats per number, at least 0.
+        The same shape, float32 outside autocast, nats per dimension, at least 0.
 
     Raises:
         ValueError: The shapes differ.
     """
     if mean.shape != logvar.shape:
         raise ValueError(
-            f"the posterior's mean is {tuple(mean.shape)} and its logvar {tuple(logvar.shape)}: give equal shapes"
+            f"the posterior mean is {tuple(mean.shape)} and its logvar {tuple(logvar.shape)}: give equal shapes."
         )
     with full_precision(mean.device):
         mean, logvar = mean.float(), logvar.float()
         # expm1 keeps the digits that exp(logvar) - 1 loses near the prior.
-        return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).flatten(1).mean(dim=1)
+        return 0.5 * (mean.square() + torch.expm1(logvar) - logvar)
 
 
-def random_crops(pixels_pair: Sequence[Tensor], tops: Sequence[int], lefts: Sequence[int], size: int) -> list[Tensor]:
-    """The same square window of image i out of each tensor, at (tops[i], lefts[i]), with gradient.
+def random_crops(images: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Crop each image at its own position, in one gather.
 
     Args:
-        pixels_pair: Tensors (N, C, H, W) of one shape: the reconstruction and its target.
-        tops: N integers on the host (reading a device tensor would wait for the device), in [0, H - size].
-        lefts: N integers on the host, in [0, W - size].
-        size: Side of the window, in pixels.
+        images: (N, C, H, W).
+        positions: Top and left of each crop in pixels, (N, 2), int64, on the device of the images, inside them.
+        size: Height and width of the crops, in pixels.
 
     Returns:
-        One tensor (N, C, size, size) for each given, in its memory format.
-
-    Raises:
-        ValueError: Shapes that differ, a number of positions other than N, or a window that leaves the image.
+        (N, C, size, size), channels_last, with gradient.
     """
-    shape = pixels_pair[0].shape
-    for pixels in pixels_pair:
-        if pixels.shape != shape:
-            raise ValueError(
-                f"cannot crop {tuple(shape)} and {tuple(pixels.shape)} at the same places: give equal shapes"
-            )
-    number, _, height, width = shape
-    if len(tops) != number or len(lefts) != number:
-        raise ValueError(
-            f"there are {number} images, {len(tops)} tops and {len(lefts)} lefts: give one of each an image"
-        )
-    corners = [(int(top), int(left)) for top, left in zip(tops, lefts, strict=True)]
-    for top, left in corners:
-        if size < 1 or not (0 <= top <= height - size and 0 <= left <= width - size):
-            raise ValueError(
-                f"a crop of {size} pixels at top {top}, left {left} leaves the image of {height} x {width}: "
-                "give a crop no larger than the image and positions inside it"
-            )
-    # split first: its backward is one concatenation, where slicing the batch image by image would make the
-    # backward fill a zero tensor of the whole batch for every image. cat keeps channels_last, stack does not.
-    crops = []
-    for pixels in pixels_pair:
-        views = [
-            image[..., top : top + size, left : left + size]
-            for image, (top, left) in zip(pixels.split(1), corners, strict=True)
-        ]
-        crops.append(torch.cat(views))
-    return crops
-
-
-def _features(
-    trunk: PerceptualTrunk, reconstruction: Tensor, pixels: Tensor, crop: Crop | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of the reconstructions, with gradient, and of their targets, without."""
-    if crop is not None:
-        reconstruction, pixels = random_crops((reconstruction, pixels), *crop)
-    with torch.no_grad():
-        target_features = trunk.features(pixels)
-    return trunk.features(reconstruction), target_features
+    _, channels, _, width = images.shape
+    offsets = torch.arange(size, device=images.device)
+    rows, columns = positions[:, :, None].add(offsets).unbind(dim=1)  # (N, size) each
+    index = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (N, size * size)
+    pixels = images.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H * W, C), a view where the images are channels_last
+    crops = torch.gather(pixels, 1, index[:, :, None].expand(-1, -1, channels))
+    return crops.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 
 class _PixelDistances(torch.autograd.Function):
@@ -163,76 +101,205 @@ class _PixelDistances(torch.autograd.Function):
         return gradient, -gradient if ctx.needs_input_grad[1] else None
 
 
+class ReconstructionLoss:
+    """Weighted reconstruction terms, with everything that they read.
+
+    Args:
+        networks: Frozen feature networks (trunks) on the device. The perceptual term reads the first one; LPIPS is the
+            mean over all of them. Empty if both terms have weight 0.
+        crop_sizes: For each network the height and width of the random crops that it reads, in pixels; None for full
+            images. Omitted, all networks read full images.
+        mse, l1, perceptual, lpips: Weights of the terms. MSE and L1 read full images.
+
+    Attributes:
+        networks, crop_sizes: As given.
+        weights: Weight of each term by name.
+
+    Raises:
+        ValueError: A weight that is negative or not finite, or a perceptual term with weight and no network.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[PerceptualTrunk] = (),
+        crop_sizes: Sequence[int | None] | None = None,
+        *,
+        mse: float = 0.4,
+        l1: float = 0.2,
+        perceptual: float = 0.2,
+        lpips: float = 0.2,
+    ) -> None:
+        self.networks = list(networks)
+        self.crop_sizes = [None] * len(self.networks) if crop_sizes is None else list(crop_sizes)
+        self.weights = {"mse": mse, "l1": l1, "perceptual": perceptual, "lpips": lpips}
+        self._added_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        for name, weight in self.weights.items():
+            _check_weight(name, weight)
+        if (perceptual > 0 or lpips > 0) and not self.networks:
+            raise ValueError(
+                f"the weights of perceptual ({perceptual}) and lpips ({lpips}) need a feature network: give one, or "
+                "set both weights to 0."
+            )
+        if len(self.crop_sizes) != len(self.networks):
+            raise ValueError(f"{len(self.crop_sizes)} crop sizes for {len(self.networks)} networks: give one for each.")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LossConfig,
+        device: torch.device | str,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        load_weights: bool = True,
+        networks: Mapping[str, PerceptualTrunk] | None = None,
+    ) -> ReconstructionLoss:
+        """Build the loss of a configuration and load its networks.
+
+        Args:
+            config: The `loss` section.
+            device: Of the networks.
+            memory_format: Of the networks' weights.
+            load_weights: False gives random weights, see `PerceptualTrunk`.
+            networks: Networks that are loaded already, by name; they are used as they are.
+
+        Raises:
+            ValueError: Weights that cannot be found, read or matched.
+        """
+        loaded = dict(networks or {})
+        for name, _ in config.trunks:
+            if name not in loaded:
+                network = PerceptualTrunk(name, config.trunk_weights, load_weights=load_weights)
+                loaded[name] = network.to(device, memory_format=memory_format)
+        return cls(
+            [loaded[name] for name, _ in config.trunks],
+            [crop_size for _, crop_size in config.trunks],
+            mse=config.mse_weight,
+            l1=config.l1_weight,
+            perceptual=config.perceptual_weight,
+            lpips=config.lpips_weight,
+        )
+
+    def add_term(self, name: str, weight: float, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Add a term to the sum and to the log, as `loss/<name>` and `weighted/<name>`.
+
+        Args:
+            name: Must be new.
+            weight: Finite, at least 0; with 0 the term is logged only.
+            function: Maps the reconstruction and its target, (N, 3, H, W), to one value per image, (N,), float32. It
+                runs outside autocast; the reconstruction may have another floating-point dtype.
+
+        Raises:
+            ValueError: The name is taken, or the weight is negative or not finite.
+        """
+        if name in self.weights or name in _RESERVED or "/" in name:
+            raise ValueError(f"a loss term cannot be called {name!r}: use a name that is not taken, without '/'.")
+        _check_weight(name, weight)
+        self.weights[name] = weight
+        self._added_terms[name] = function
+
+    def check_resolution(self, resolution: int) -> None:
+        """Check that images of a resolution, and the crops of them, are large enough for the networks.
+
+        Raises:
+            ValueError: They are not; the message names the configuration key.
+        """
+        for key, network, crop_size in zip(("loss.trunk", "loss.lpips_trunk"), self.networks, self.crop_sizes):
+            network.check_size(min(crop_size or resolution, resolution), key)
+
+    def __call__(
+        self, reconstruction: Tensor, pixels: Tensor, crops: Sequence[Tensor | None] | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the raw terms.
+
+        Each network runs once on the targets, without gradient, and once on the reconstructions, and not at all when
+        both perceptual terms have weight 0.
+
+        Args:
+            reconstruction: (N, 3, H, W), about [-1, 1], not clamped; any floating-point dtype.
+            pixels: The targets, same shape, in [-1, 1].
+            crops: Positions of each network's random crops (`random_crops`), or None where it reads full images;
+                omitted, all networks do.
+
+        Returns:
+            Term -> (N,), float32: `mse`, `l1`, `perceptual` and `lpips` (absent where no network runs: a 0 in the log
+            would look like a perfect score), then the added terms.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        if reconstruction.shape != pixels.shape:
+            raise ValueError(
+                f"the reconstruction is {tuple(reconstruction.shape)} and its target {tuple(pixels.shape)}: give equal "
+                "shapes."
+            )
+        terms: dict[str, Tensor] = {}
+        with full_precision(pixels.device):
+            terms["mse"], terms["l1"] = _PixelDistances.apply(reconstruction, pixels)
+        if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
+            lpips = []
+            crops = [None] * len(self.networks) if crops is None else crops
+            for network, size, positions in zip(self.networks, self.crop_sizes, crops, strict=True):
+                images, targets = reconstruction, pixels
+                if positions is not None:
+                    images, targets = (random_crops(each, positions, size) for each in (images, targets))
+                with torch.no_grad():
+                    target_features = network.features(targets)
+                features = network.features(images)
+                if not lpips:
+                    terms["perceptual"], distance = network.distances(features, target_features)
+                else:
+                    distance = network.lpips(features, target_features)
+                lpips.append(distance)
+            with full_precision(pixels.device):
+                terms["lpips"] = torch.stack(lpips).mean(dim=0)
+        with full_precision(pixels.device):
+            for name, function in self._added_terms.items():
+                terms[name] = function(reconstruction, pixels)
+        return terms
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"the weight of {name} is {weight}: give a finite number, 0 or larger.")
+
+
 def vae_loss(
+    loss: ReconstructionLoss,
     reconstruction: Tensor,
     pixels: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
+    posterior_mean: Tensor,
+    posterior_logvar: Tensor,
     *,
-    weights: LossWeights,
     beta: float,
-    trunk: PerceptualTrunk | None,
-    crop: Crop | None,
-    lpips_trunk: PerceptualTrunk | None = None,
-    lpips_crop: Crop | None = None,
+    crops: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one batch, and its parts for the log.
 
-    A trunk runs once on the targets without gradient and once on the reconstructions with gradient to them,
-    and not at all when both perceptual terms have weight 0.
-
     Args:
-        reconstruction: (N, 3, H, W), about [-1, 1], not clamped; any floating-point dtype.
-        pixels: The targets, same shape, in [-1, 1].
-        mean: (N, ...), the posterior's mean.
-        logvar: The same shape, natural logarithm of its variance.
-        weights: Weights of the reconstruction terms.
-        beta: Weight of `kl_per_dimension`.
-        trunk: May be None when `weights.needs_trunk` is False.
-        crop: (tops, lefts, size) of the window of each image that the trunk sees (`random_crops`), or None
-            for the whole image. MSE and L1 always read the whole image.
-        lpips_trunk: A second network, whose LPIPS is averaged with that of `trunk`.
-        lpips_crop: The window that this one sees.
+        loss: The reconstruction terms.
+        reconstruction, pixels, crops: See `ReconstructionLoss.__call__`.
+        posterior_mean: (N, ...).
+        posterior_logvar: The same shape, natural logarithm of the variance.
+        beta: Weight of KL, the mean of `kl_per_dimension`.
 
     Returns:
-        The total, a float32 scalar with gradient: the mean over images. And detached float32 scalars: raw
-        `mse`, `l1`, `perceptual`, `lpips` and `kl` (nats per number); the same under `weighted/` times their
-        weight (`kl` times beta); `reconstruction`, the sum of the weighted terms without KL; `total`. Where
-        the trunk did not run, `perceptual` and `lpips` are absent, raw and weighted: a 0 in the log would
-        look like a perfect score.
+        The total, a float32 scalar with gradient: the mean over images. And detached float32 scalars: each raw term of
+        `loss` and `kl` (nats per dimension); the same under `weighted/`, times their weight (`kl` times beta);
+        `reconstruction`, the sum of the weighted terms without KL; `total`.
 
     Raises:
-        ValueError: Shapes that differ, or a perceptual weight above 0 without a trunk.
+        ValueError: Shapes that differ.
     """
-    if reconstruction.shape != pixels.shape:
-        raise ValueError(
-            f"the reconstruction is {tuple(reconstruction.shape)} and its target {tuple(pixels.shape)}: "
-            "give equal shapes"
-        )
-    if weights.needs_trunk and trunk is None:
-        raise ValueError(
-            f"the weights of perceptual ({weights.perceptual}) and lpips ({weights.lpips}) need a perceptual "
-            "trunk and there is none: give one, or set both weights to 0"
-        )
-    terms: dict[str, Tensor] = {}  # (N,) each
-    with full_precision(pixels.device):
-        terms["mse"], terms["l1"] = _PixelDistances.apply(reconstruction, pixels)
-    if weights.needs_trunk:
-        features = _features(trunk, reconstruction, pixels, crop)
-        terms["perceptual"], terms["lpips"] = trunk.distances(*features)
-        if lpips_trunk is not None:
-            second = lpips_trunk.lpips(*_features(lpips_trunk, reconstruction, pixels, lpips_crop))
-            terms["lpips"] = (terms["lpips"] + second) / 2
-
+    terms = loss(reconstruction, pixels, crops)
     with full_precision(pixels.device):
         parts = {name: term.mean() for name, term in terms.items()}
-        weighted = {name: getattr(weights, name) * value for name, value in parts.items()}
-        # A term of weight 0 stays out of the sum: it is logged, but nothing is propagated through it.
+        weighted = {name: loss.weights[name] * value for name, value in parts.items()}
+        # A term of weight 0 stays out of the sum: 0 times infinity would be NaN.
         reconstruction_loss = torch.zeros((), device=pixels.device)
         for name, value in weighted.items():
-            if getattr(weights, name) > 0:
+            if loss.weights[name] > 0:
                 reconstruction_loss = reconstruction_loss + value
-        parts["kl"] = kl_per_dimension(mean, logvar).mean()
+        parts["kl"] = kl_per_dimension(posterior_mean, posterior_logvar).mean()
         weighted["kl"] = beta * parts["kl"]
         total = reconstruction_loss + weighted["kl"]
         parts |= {f"weighted/{name}": value for name, value in weighted.items()}

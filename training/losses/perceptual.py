@@ -178,6 +178,22 @@ class PerceptualTrunk(nn.Module):
         """Stays in eval mode, whatever `mode` says: the trunk is an instrument, not a student."""
         return super().train(False)
 
+    def check_size(self, size: int, key: str) -> None:
+        """Check that images or crops of a size are large enough.
+
+        Args:
+            size: Height and width in pixels.
+            key: Configuration key that chose this network, for the message.
+
+        Raises:
+            ValueError: They are smaller than `min_size`.
+        """
+        if size < self.min_size:
+            raise ValueError(
+                f"{key} {self.name} needs images or crops of at least {self.min_size} pixels, got {size}: use larger "
+                "ones, or another network."
+            )
+
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Activations after the last ReLU of each stage, with gradient to `pixels`.
 
