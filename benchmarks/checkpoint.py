@@ -20,12 +20,13 @@ import torch
 from accelerate import Accelerator
 
 from training.builders import build_model, build_optimizer
-from training.checkpoint.format import Snapshot, verify, write_checkpoint
+from training.checkpoint.format import Snapshot, write_checkpoint
 from training.checkpoint.state import RunState
 from training.config import load_config
 from training.ema import EMAWeights
 from training.pca_init import freeze_pca_branch
 from training.publish.export import model_files
+from training.run_files import verify
 
 
 def main(argv: Sequence[str] | None = None) -> None:

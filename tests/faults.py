@@ -41,9 +41,9 @@ import torch  # noqa: E402
 from runs import differences, fork, run, wait_for  # noqa: E402
 
 from training.checkpoint import format as checkpoint  # noqa: E402
-from training.checkpoint.format import list_checkpoints, verify  # noqa: E402
 from training.checkpoint.resume import find_run  # noqa: E402
 from training.config import Config  # noqa: E402
+from training.run_files import list_checkpoints, verify  # noqa: E402
 from training.trainer import EXIT_STOPPED, Trainer  # noqa: E402
 
 # Calls by which a checkpoint gets on the disk, and older ones off it.
@@ -110,7 +110,8 @@ def _say_phases(page: mmap.mmap) -> None:
     say(Trainer, "_finish", MAIN, EXPORTING)
     say(checkpoint, "write_checkpoint", WRITER, WRITING)
     say(checkpoint, "rename_folder", WRITER, TIDYING)
-    say(checkpoint, "_tidy", WRITER, TIDYING)
+    say(checkpoint, "_update_links", WRITER, TIDYING)
+    say(checkpoint, "_prune", WRITER, TIDYING)
 
 
 def _life(config: Config, page: mmap.mmap, dies_at_call: int | None) -> int:

@@ -19,8 +19,8 @@ import tiny
 import torch
 
 from training import trainer as trainer_module
-from training.checkpoint.format import STATE_FILE, list_checkpoints
 from training.config import Config
+from training.run_files import STATE_FILE, list_checkpoints
 from training.trainer import Trainer
 
 EPOCHS, STEPS = 3, 5  # of the run that tests share, and steps of an epoch

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 
 import pytest
 import torch
 
 from training import cli
-from training.checkpoint.format import list_checkpoints
 from training.data.images import DataError
+from training.run_files import list_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -65,29 +64,10 @@ def test_devices(monkeypatch):
 # ---- MODEL ----
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    """A run's folder with checkpoints of steps 5, 10 and 15, of which the newest records 10 as the best."""
-    for step in (5, 10, 15):
-        checkpoint = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
-        (checkpoint / "model").mkdir(parents=True)
-        (checkpoint / "training_state").mkdir()
-        (checkpoint / "model" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLUltra"}))
-        state = {"progress": {"best": {"step": 5 if step == 5 else 10}}}
-        (checkpoint / "training_state" / "trainer_state.json").write_text(json.dumps(state))
-        (checkpoint / "manifest.json").write_text("{}")
-    (tmp_path / "run" / "config.json").write_text("{}")
-    return tmp_path / "run"
-
-
-def resolved_step(run_dir):
-    return int(cli.best_checkpoint(run_dir).name.removeprefix("step_"))
-
-
 def test_a_run_means_its_best_model(finished):
     best = finished.status["best"]["step"]
     source = cli.resolve_model(str(finished.folder))
-    assert source.path == str(finished.folder / "checkpoints" / f"step_{best:08d}" / "model")
+    assert source.path in (finished.status["model_dir"], str(finished.folder / f"checkpoints/step_{best:08d}/model"))
     assert source.config["_class_name"] == "AutoencoderKLUltra" and source.subfolder is None
 
 
@@ -101,27 +81,7 @@ def test_a_checkpoint_an_exported_folder_and_a_pipeline_are_found(finished, tmp_
     assert cli.resolve_model(str(tmp_path / "pipeline"), "other").path == str(tmp_path / "pipeline" / "other")
 
 
-def test_the_best_model_is_decided_by_recorded_state(run_dir):
-    # What a copy makes of the link `best`: a folder that grows old.
-    shutil.copytree(run_dir / "checkpoints" / "step_00000005", run_dir / "checkpoints" / "best")
-    assert resolved_step(run_dir) == 10
-    # Interrupted while it was written: its state is not read.
-    (run_dir / "checkpoints" / "step_00000015" / "manifest.json").unlink()
-    (run_dir / "checkpoints" / "step_00000010" / "manifest.json").unlink()
-    assert resolved_step(run_dir) == 5
-
-
-def test_status_json_names_the_best_model_where_the_checkpoint_does_not(run_dir, caplog):
-    state = run_dir / "checkpoints" / "step_00000015" / "training_state" / "trainer_state.json"
-    state.write_text(json.dumps({"progress": {"best": None}}))
-    (run_dir / "status.json").write_text(json.dumps({"best": {"step": 5}}))
-    assert resolved_step(run_dir) == 5 and not caplog.messages
-    (run_dir / "status.json").write_text(json.dumps({"best": {"step": 99}}))
-    assert resolved_step(run_dir) == 15
-    assert "no checkpoint of a best model is recorded; using the newest, step_00000015" in caplog.text
-
-
-def test_what_is_no_model(run_dir, tmp_path):
+def test_what_is_no_model(tmp_path):
     def message(model: str, subfolder: str | None = None) -> str:
         with pytest.raises(ValueError) as caught:
             cli.resolve_model(model, subfolder)
@@ -134,6 +94,5 @@ def test_what_is_no_model(run_dir, tmp_path):
     (tmp_path / "pipe" / "autoencoder" / "config.json").write_text("[]")
     assert "holds no model; there is one in autoencoder, so give --subfolder" in message(str(tmp_path / "pipe"))
     assert "must be a JSON object, got list" in message(str(tmp_path / "pipe"), "autoencoder")
-    shutil.rmtree(run_dir / "checkpoints")
-    (run_dir / "status.json").write_text("{}")
-    assert "has no complete checkpoint yet" in message(str(run_dir))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "has no best model yet" in message(str(tmp_path / "run"))

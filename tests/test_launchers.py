@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from training import step as step_module
 from training.builders import join_processes
-from training.checkpoint.format import MODEL_FILE, list_checkpoints, read_state, verify
 from training.config import Config, config_from_dict
+from training.run_files import MODEL_FILE, list_checkpoints, read_state, verify
 from training.trainer import Trainer
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]

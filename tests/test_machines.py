@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from training.checkpoint.format import list_checkpoints
+from training.run_files import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.multiprocess

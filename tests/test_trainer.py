@@ -25,10 +25,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
-from training.checkpoint.format import STATE_FILE, list_checkpoints
 from training.config import load_config
 from training.data.images import normalize
 from training.evaluate.validation import Validation
+from training.run_files import STATE_FILE, list_checkpoints
 from training.trainer import EXIT_STOPPED, Trainer
 
 ROOT = Path(__file__).parent.parent

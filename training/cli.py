@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -22,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.run_files import find_model
+
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
-
-_CHECKPOINT_NAME = re.compile(r"step_(\d{8,})")
 _MODEL_HELP = "folder of an exported model, a run (its best model) or a checkpoint; or a Hub id"
 
 
@@ -185,60 +183,24 @@ def resolve_model(model: str, subfolder: str | None = None) -> ModelSource:
         ValueError: There is no such model; the message lists what was looked for.
     """
     folder = Path(model).expanduser()
-    if not folder.is_dir():
+    if in_run := find_model(folder):
+        folder, subfolder = in_run[0], None
+    elif not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
             raise ValueError(
                 f"there is no folder {model}, and it is not a Hub id (organization/model): give the folder of an "
                 "exported model, a run or a checkpoint, or a Hub id."
             )
         return _find_on_hub(model, subfolder)
-    # A run also has a config.json: the training configuration.
-    if (folder / "checkpoints").is_dir() or (folder / "status.json").is_file():
-        candidates = [best_checkpoint(folder) / "model"]
-    else:
-        candidates = [folder / place for place in ([subfolder] if subfolder else []) + [".", "model", "vae"]]
-    for place in candidates:
+    for place in (folder / name for name in ([subfolder] if subfolder else []) + [".", "vae"]):
         if (place / "config.json").is_file():
             return ModelSource(str(place), None, _read_object(place / "config.json"))
     found = ", ".join(sorted(path.parent.name for path in folder.glob("*/config.json")))
     hint = f"; there is one in {found}, so give --subfolder" if found else ""
     raise ValueError(
-        f"{model} holds no model{hint}: looked for config.json (an exported model), model/config.json (a checkpoint), "
-        "vae/config.json (a pipeline) and checkpoints/step_* (a run)."
+        f"{model} holds no model{hint}: looked for config.json (an exported model), vae/config.json (a pipeline) and "
+        "checkpoints/step_* (a run)."
     )
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of a run's best model.
-
-    The newest complete checkpoint records the best step, or else `status.json` does. Links named `best` and `latest`
-    are not read: copies of a run turn them into folders that grow old.
-
-    Returns:
-        The checkpoint's folder; the newest one, with a warning, if no best one is recorded or it is gone.
-
-    Raises:
-        ValueError: The run has no complete checkpoint.
-    """
-    complete = {
-        int(match[1]): path
-        for path in (run_dir / "checkpoints").glob("step_*")
-        # The manifest is written last.
-        if (match := _CHECKPOINT_NAME.fullmatch(path.name)) and (path / "manifest.json").is_file()
-    }
-    if not complete:
-        raise ValueError(
-            f"{run_dir} has no complete checkpoint yet (checkpoints/step_* with a manifest.json): let it train on, or "
-            "give the folder of an exported model."
-        )
-    newest = complete[max(complete)]
-    for path, key in ((newest / "training_state" / "trainer_state.json", "progress"), (run_dir / "status.json", None)):
-        recorded = _read_object(path) if path.is_file() else {}
-        best = (recorded.get(key) or {} if key else recorded).get("best") or {}
-        if best.get("step") in complete:
-            return complete[best["step"]]
-    logger.warning("%s: no checkpoint of a best model is recorded; using the newest, %s", run_dir, newest.name)
-    return newest
 
 
 def _find_on_hub(model: str, subfolder: str | None) -> ModelSource:

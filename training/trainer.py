@@ -28,14 +28,7 @@ from training.builders import (
     join_processes,
     micro_batch_size,
 )
-from training.checkpoint.format import (
-    CheckpointWriter,
-    Snapshot,
-    list_checkpoints,
-    quarantine_newer,
-    read_state,
-    step_folder,
-)
+from training.checkpoint.format import CheckpointWriter, Snapshot, quarantine_newer
 from training.checkpoint.resume import check_resume, newest_valid
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import RunState
@@ -53,6 +46,7 @@ from training.publish import hub
 from training.publish.export import export_model, model_files
 from training.publish.run_record import describe_hardware
 from training.publish.stage import publish
+from training.run_files import list_checkpoints, read_state, step_folder
 from training.signals import StopSignal
 from training.step import OutOfMemory, TrainStep
 from training.tracking.alerts import Alerts

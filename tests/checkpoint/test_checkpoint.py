@@ -21,27 +21,29 @@ from faults import watched_calls
 from runs import EPOCHS, differences, run
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.checkpoint import format as checkpoint_module
 from training.checkpoint.format import (
-    MANIFEST,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
     CheckpointWriter,
-    InvalidCheckpointError,
     Snapshot,
     copy_into,
     host_copy,
-    list_checkpoints,
     quarantine_newer,
-    read_state,
     read_tensors,
     sweep,
-    verify,
     write_checkpoint,
 )
 from training.checkpoint.resume import newest_valid
 from training.checkpoint.state import RunState
+from training.io import file_sha256
+from training.run_files import (
+    MANIFEST,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    InvalidCheckpointError,
+    list_checkpoints,
+    read_state,
+    verify,
+)
 from training.trainer import Trainer
 
 
@@ -172,8 +174,8 @@ def test_a_fault_at_any_call_of_a_write_costs_that_checkpoint_at_most(two, tmp_p
                 assert hidden(run_dir) in ([], [".replaced_step_00000002"])
         sweep(run_dir)  # as a resume does
         assert not hidden(run_dir)
-        newest, passed_over = newest_valid(run_dir, None)
-        assert not passed_over  # what has its name is whole
+        newest, skipped = newest_valid(run_dir, None)
+        assert not skipped  # what has its name is whole
         there = (newest.name, read_state(newest)["mark"])
         assert there in {("step_00000002", ""), (f"step_{step:08d}", "again")}
         if written:
@@ -218,7 +220,7 @@ def test_older_checkpoints_that_cannot_be_removed_are_said_and_no_failure(two, c
     with watched_calls(watch), caplog.at_level(logging.WARNING):
         write_checkpoint(two, snapshot(3), keep=2)
     assert names(two) == ["step_00000001", "step_00000002", "step_00000003"]
-    assert "step_00000003 is whole, but links and older checkpoints beside it stay as they are" in caplog.text
+    assert "step_00000003 is valid, but older checkpoints could not be removed" in caplog.text
 
 
 def test_the_writer_says_what_went_wrong_and_goes_on(two, monkeypatch):
@@ -244,15 +246,15 @@ def test_a_copy_to_host_memory_does_not_follow_training():
     assert not copied.requires_grad
 
 
-def test_what_is_newer_is_set_aside_and_kept(two):
+def test_what_is_newer_is_quarantined_and_kept(two):
     write_checkpoint(two, snapshot(3), keep=9)
     assert quarantine_newer(two, two / "checkpoints" / "step_00000001") == [
-        "set_aside_0_step_00000002",
-        "set_aside_0_step_00000003",
+        "quarantined_0_step_00000002",
+        "quarantined_0_step_00000003",
     ]
     write_checkpoint(two, snapshot(2), keep=9)
-    assert quarantine_newer(two, two / "checkpoints" / "step_00000001") == ["set_aside_1_step_00000002"]
-    for each in (two / "checkpoints").glob("set_aside_*"):
+    assert quarantine_newer(two, two / "checkpoints" / "step_00000001") == ["quarantined_1_step_00000002"]
+    for each in (two / "checkpoints").glob("quarantined_*"):
         verify(each)
 
 
@@ -298,10 +300,10 @@ FILES = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST)
 def test_a_spoilt_file_is_found_and_the_older_checkpoint_taken(two, how, name):
     newest = two / "checkpoints" / "step_00000002"
     SPOILING[how](newest / name)
-    found, (passed_over,) = newest_valid(two, None)
+    found, (skipped,) = newest_valid(two, None)
     assert found == newest.with_name("step_00000001")
-    assert re.match(rf"resume: passed over {newest}: (its )?{re.escape(name)} ", passed_over)
-    with pytest.raises(ValueError, match="step_00000002.*give another checkpoint of the run, or its folder"):
+    assert re.match(rf"resume: skipped {newest}: (its )?{re.escape(name)} ", skipped)
+    with pytest.raises(ValueError, match="step_00000002.*give another checkpoint of the run, or the run"):
         newest_valid(two, newest)
     assert not list(two.rglob("exploded"))
 
@@ -465,10 +467,10 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(finished, faces, tmp_path):
     assert (again.code, again.folder) == (0, run_dir)
     assert differences(run_dir, finished.folder) == []
     log = (run_dir / "training.log").read_text()
-    assert f"passed over {run_dir}/checkpoints/step_00000015: {MODEL_FILE} is not what was written" in log
+    assert f"skipped {run_dir}/checkpoints/step_00000015: {MODEL_FILE} is not what was written" in log
     assert "removed .writing_step_00000016, left by an interrupted write" in log
     # Out of the way, where it would count as one of those that are kept, and not thrown away.
-    assert (run_dir / "checkpoints" / "set_aside_0_step_00000015").is_dir()
+    assert (run_dir / "checkpoints" / "quarantined_0_step_00000015").is_dir()
     assert names(run_dir) == ["step_00000010", "step_00000015"] and not hidden(run_dir)
 
 
@@ -497,7 +499,7 @@ def test_a_best_model_that_is_damaged_is_replaced_by_the_next(finished, faces, t
     state["progress"]["best"]["step"] = 5
     path.write_text(json.dumps(state))
     manifest = json.loads((newest / MANIFEST).read_text())
-    manifest["files"][STATE_FILE] = {"size": path.stat().st_size, "sha256": checkpoint_module.file_sha256(path)}
+    manifest["files"][STATE_FILE] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     (newest / MANIFEST).write_text(json.dumps(manifest))
     spoil_bit(newest.with_name("step_00000005") / MODEL_FILE)
     ended = run(config_of(finished, faces, tmp_path), "auto")

@@ -17,8 +17,8 @@ from runs import EPOCHS, STEPS, assert_same_state, differences, run
 import train_vae
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.builders import build_model
-from training.checkpoint.format import list_checkpoints
 from training.config import config_from_dict
+from training.run_files import list_checkpoints
 from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
 

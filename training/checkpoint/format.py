@@ -1,16 +1,18 @@
-"""Checkpoints: `<run>/checkpoints/step_XXXXXXXX/`, what is in them, how they get there, when they are believed.
+"""Writes checkpoints, `<run>/checkpoints/step_XXXXXXXX/`, and reads their tensors.
 
-    model/                    the averaged weights, as `from_pretrained` loads them
-    training_state/           all else that a resume needs: safetensors and JSON, nothing pickled
-        weights.safetensors     the weights in training, where averaged ones are kept besides
-        optimizer.safetensors   Adam's moments and counts, by parameter
+    model/                      the EMA weights, as `from_pretrained` loads them
+    training_state/             what else a resume needs: safetensors and JSON, nothing pickled
+        weights.safetensors     the weights in training, where EMA weights are kept besides
+        optimizer.safetensors   Adam's state by parameter
         trainer_state.json      progress, plateau, KL controller, configuration, ...
-    manifest.json             size and SHA-256 of every file; written last
+    manifest.json               size and SHA-256 of every file; written last
 
-A checkpoint is written under a temporary name, every file and folder forced to disk, and renamed when complete: a
-folder with the final name is whole, and the manifest finds what a disk did to it since. Only then are older ones
-removed. `latest` and `best` beside them are links for people; a resume trusts manifests alone. What this file is not
-for: what the state is (trainer.py), which checkpoint a resume takes (resume.py).
+A checkpoint is written under a temporary name, every file and folder is fsynced, and the folder is renamed when it is
+complete. Only then are older checkpoints removed. `training.run_files` verifies checkpoints and finds the best one.
+
+`FORMAT` in `training.run_files` is the version of this layout. Raise it only when older code cannot read newer
+checkpoints, or the reverse. A field more or less in `trainer_state.json` does not: `training.io.restore_fields`
+ignores unknown fields and fills in missing ones.
 """
 
 from __future__ import annotations
@@ -19,15 +21,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import platform
-import re
 import shutil
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -37,35 +37,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from training.io import file_sha256, fsync_folder, point_to, remove_folder, rename_folder, write_bytes
+from training.io import fsync_folder, point_to, remove_folder, rename_folder, write_bytes
+from training.run_files import FORMAT, MANIFEST, STATE_FILE, list_checkpoints, step_folder, step_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE_FILE = "training_state/trainer_state.json"
-WEIGHTS_FILE = "training_state/weights.safetensors"
-OPTIMIZER_FILE = "training_state/optimizer.safetensors"
-MODEL_FILE = "model/diffusion_pytorch_model.safetensors"
-_REQUIRED = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _TEMPORARY, _REMOVED, _REPLACED = ".writing_", ".removed_", ".replaced_"
-_MAX_MANIFEST_BYTES = 16 << 20
-_SLACK_BYTES = 8 << 20  # of the disk, besides the tensors: JSON, sources, blocks half used
-
-
-class InvalidCheckpointError(ValueError):
-    """A checkpoint that cannot be believed, with the reason."""
+_EXTRA_BYTES = 8 << 20  # on disk besides the tensors: JSON, sources, partly used blocks
 
 
 @dataclass
 class Snapshot:
-    """A checkpoint in host memory: copies, which training does not change any more.
+    """A checkpoint in host memory.
 
     Attributes:
-        step: Optimizer updates done.
+        step: Optimizer steps done.
         model_files: Name below model/ -> content; all but the weights.
-        tensors: Name of a safetensors file in the checkpoint -> its tensors, on the CPU.
-        trainer_state: JSON-able.
+        tensors: Name of a safetensors file in the checkpoint -> copies of its tensors, on the CPU.
+        trainer_state: JSON values.
         best_step: Step of the best model so far, whose checkpoint is always kept.
     """
 
@@ -77,9 +66,8 @@ class Snapshot:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, nearly."""
-        held = sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
-        return held + _SLACK_BYTES
+        """Approximate bytes on disk."""
+        return _EXTRA_BYTES + sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
 def host_copy(tensor: Tensor) -> Tensor:
@@ -87,22 +75,11 @@ def host_copy(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; whether they can be believed, `verify` says."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name))
-
-
 def sweep(run_dir: Path) -> list[str]:
-    """Remove what an interrupted write or removal has left, and put back what it was about to replace.
+    """Remove what an interrupted write or removal left behind, and restore what it was about to replace.
 
     Returns:
-        The names of what was removed.
+        The names of the removed files and folders.
     """
     folder = run_dir / "checkpoints"
     for path in folder.glob(f"{_REPLACED}*"):
@@ -110,7 +87,7 @@ def sweep(run_dir: Path) -> list[str]:
         if not final.exists():
             rename_folder(path, final)
     stale = [path for path in folder.glob(".*") if path.name.startswith((_TEMPORARY, _REMOVED, _REPLACED))]
-    stale += folder.glob(".*.tmp")  # links
+    stale += [*folder.glob(".*.tmp"), *run_dir.glob(".best.tmp"), *run_dir.glob(f"{_REMOVED}*")]  # of links
     for path in stale:
         if path.is_symlink():
             path.unlink()
@@ -120,38 +97,37 @@ def sweep(run_dir: Path) -> list[str]:
 
 
 def quarantine_newer(run_dir: Path, checkpoint: Path) -> list[str]:
-    """Rename the checkpoints that are newer than one that a run goes back to, so that they are not taken for its own.
+    """Rename the checkpoints that are newer than the one that a run resumes from, so that they do not count any more.
 
     Returns:
-        Their new names; the folders are whole, and can be loaded by their paths once they are named step_... again.
+        The new names; a checkpoint that is renamed back to `step_...` can be loaded again.
     """
     names = []
     for path in list_checkpoints(run_dir):
-        if path.name > checkpoint.name:
-            number = sum(1 for _ in path.parent.glob(f"set_aside_*_{path.name}"))
-            path = path.rename(path.with_name(f"set_aside_{number}_{path.name}"))
-            names.append(path.name)
+        if step_of(path) > step_of(checkpoint):
+            number = sum(1 for _ in path.parent.glob(f"quarantined_*_{path.name}"))
+            names.append(path.rename(path.with_name(f"quarantined_{number}_{path.name}")).name)
     return names
 
 
 def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write a snapshot, then remove older checkpoints.
+    """Write a checkpoint, then remove older ones.
 
     Args:
         run_dir: The run's folder.
-        snapshot: What to write.
-        keep: Newest checkpoints to keep, this one included; the best one is kept besides.
+        snapshot: The content.
+        keep: Number of newest checkpoints to keep, this one included; the best one is kept as well.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: The disk is full or fails. Older checkpoints are as they were, and nothing half-written stays.
+        OSError: The disk is full or fails. Older checkpoints are unchanged, and no partial one is left.
     """
     final = step_folder(run_dir, snapshot.step)
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(run_dir)  # of an earlier write that failed
+    sweep(run_dir)  # after an earlier write that failed
     free = shutil.disk_usage(folder).free
     if free < snapshot.size:
         raise OSError(
@@ -165,7 +141,7 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
             part.mkdir()
         for name, content in _contents(snapshot):
             files[name] = {"size": len(content), "sha256": write_bytes(temporary / name, content)}
-            del content  # one file at a time in memory
+            del content  # so that one file at a time is in memory
         manifest = {
             "format": FORMAT,
             "step": snapshot.step,
@@ -190,29 +166,37 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
         raise
     for part in (folder, run_dir, run_dir.parent):  # the names of the two may be as new as the checkpoint
         fsync_folder(part)
+    best = None if snapshot.best_step is None else step_folder(run_dir, snapshot.best_step)
     try:
-        sweep(run_dir)  # what was replaced
-        _tidy(run_dir, final, snapshot.best_step, keep)
+        _update_links(run_dir, best)
     except OSError as error:
-        logger.warning("%s is whole, but links and older checkpoints beside it stay as they are (%s)", final, error)
+        logger.warning("%s is valid, but the links to it could not be updated (%s)", final, error)
+    try:
+        _prune(run_dir, best, keep)
+    except OSError as error:
+        logger.warning("%s is valid, but older checkpoints could not be removed (%s)", final, error)
     return final
 
 
-def _tidy(run_dir: Path, newest: Path, best_step: int | None, keep: int) -> None:
-    """Let the links point to the newest and the best checkpoint, and remove those that are neither kept nor best."""
+def _update_links(run_dir: Path, best: Path | None) -> None:
+    """Point `latest` and `best`, which are for people only, to their checkpoints."""
+    newest = list_checkpoints(run_dir)[-1]
     point_to(newest.with_name("latest"), newest.name)
-    kept = set(list_checkpoints(run_dir)[-keep:])
-    if best_step is not None and (best := step_folder(run_dir, best_step)).exists():
+    if best is not None and best.exists():
         point_to(newest.with_name("best"), best.name)
-        point_to(run_dir / "best", f"checkpoints/{best.name}/model")  # what `from_pretrained` wants
-        kept.add(best)
-    for old in list_checkpoints(run_dir):
-        if old not in kept:
+        point_to(run_dir / "best", f"checkpoints/{best.name}/model")
+
+
+def _prune(run_dir: Path, best: Path | None, keep: int) -> None:
+    """Remove what was replaced, and the checkpoints that are neither among the newest nor the best."""
+    sweep(run_dir)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        if old != best:
             remove_folder(old)
 
 
 def _contents(snapshot: Snapshot):
-    """(Name, bytes) of every file but the manifest, one at a time."""
+    """Yields (name, bytes) of every file but the manifest."""
     for name, content in snapshot.model_files.items():
         yield f"model/{name}", content
     for name, tensors in snapshot.tensors.items():
@@ -221,7 +205,7 @@ def _contents(snapshot: Snapshot):
 
 
 class CheckpointWriter:
-    """Writes snapshots in a thread, one at a time, so that training waits for the copy to host memory only.
+    """Writes checkpoints in a thread, one at a time; training waits only for the copy to host memory.
 
     Args:
         run_dir: The run's folder.
@@ -234,30 +218,30 @@ class CheckpointWriter:
         self._outcome: tuple[int, str | None] | None = None
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begin to write; the one before must have been waited for."""
+        """Start a write; call `wait` for the previous one first."""
         assert self._thread is None, "one checkpoint at a time"
 
         def write() -> None:
             try:
                 write_checkpoint(self.run_dir, snapshot, self.keep)
                 self._outcome = (snapshot.step, None)
-            except Exception as error:  # said at the next step; the run and older checkpoints go on
+            except Exception as error:  # logged by the trainer; training continues
                 self._outcome = (snapshot.step, f"{type(error).__name__}: {error}")
 
-        # Not a daemon: an exit of the interpreter waits for it.
+        # Not a daemon thread: the interpreter waits for it at exit.
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
     @property
     def is_done(self) -> bool:
-        """Whether a write has ended, and its outcome not been taken."""
+        """Whether a write has ended and `wait` has not been called yet."""
         return self._thread is not None and not self._thread.is_alive()
 
     def wait(self) -> tuple[int, str | None] | None:
-        """Wait for the write in hand.
+        """Wait for the current write.
 
         Returns:
-            (step, what went wrong or None), or None where nothing was being written.
+            (step, error message or None), or None if nothing was being written.
         """
         if self._thread is None:
             return None
@@ -269,70 +253,17 @@ class CheckpointWriter:
 # ---------------------------------------------------------------------- reading
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against the manifest; nothing is loaded.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        InvalidCheckpointError: What is wrong, in a few words.
-    """
-    path = _plain_file(checkpoint, MANIFEST)
-    try:
-        length = path.stat().st_size
-        if length > _MAX_MANIFEST_BYTES:
-            raise ValueError(f"{length} bytes")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, version = manifest["files"], manifest["format"]
-        entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InvalidCheckpointError(f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
-    if version != FORMAT:
-        raise InvalidCheckpointError(f"it has format {version!r}, and this version reads format {FORMAT}")
-    for name in _REQUIRED:
-        if name not in entries:
-            raise InvalidCheckpointError(f"its {MANIFEST} does not list {name}")
-    for name, (size, digest) in entries.items():
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or set(name) & {"\\", "\0"}:
-            raise InvalidCheckpointError(f"its {MANIFEST} lists {name!r}, outside of its folder")
-        try:
-            path = _plain_file(checkpoint, name)
-            found = path.stat().st_size
-            if found != size:
-                raise InvalidCheckpointError(f"{name} has {found} bytes instead of {size}")
-            if file_sha256(path) != digest:
-                raise InvalidCheckpointError(f"{name} is not what was written (SHA-256 differs)")
-        except OSError as error:
-            raise InvalidCheckpointError(f"{name} cannot be read ({error})") from None
-    return manifest
-
-
-def _plain_file(checkpoint: Path, name: str) -> Path:
-    """A file of a checkpoint, if it lies in its folder itself and not behind a link."""
-    path = checkpoint / name
-    if Path(os.path.realpath(path)) != Path(os.path.realpath(checkpoint)) / name or not path.is_file():
-        raise InvalidCheckpointError(f"{name} is missing or not a plain file")
-    return path
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's own state in a checkpoint."""
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-
-
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one of a checkpoint's files; empty where it has no such file."""
+    """The tensors of one file of a checkpoint; empty if there is no such file."""
     path = checkpoint / name
     return safetensors.torch.load(path.read_bytes()) if path.is_file() else {}
 
 
 def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
-    """Copy saved values into live tensors of the same names and shapes, whose strides and devices stay.
+    """Copy saved values into live tensors of the same names and shapes, which keep their strides and devices.
 
     Raises:
-        ValueError: A name or a shape differs; names the first.
+        ValueError: A name or a shape differs.
     """
     if odd := sorted(live.keys() ^ saved.keys()):
         raise ValueError(
@@ -343,6 +274,6 @@ def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str
             if tensor.shape != saved[name].shape:
                 raise ValueError(
                     f"--resume: {what} {name} has shape {tuple(saved[name].shape)} in the checkpoint and "
-                    f"{tuple(tensor.shape)} here: the model is another."
+                    f"{tuple(tensor.shape)} here: this is another model."
                 )
             tensor.copy_(saved[name])

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.checkpoint.format import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, copy_into, host_copy, read_tensors
+from training.checkpoint.format import copy_into, host_copy, read_tensors
 from training.ema import EMAWeights
+from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
 

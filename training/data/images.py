@@ -27,15 +27,15 @@ class CorruptImage(ValueError):
     """A row that cannot become pixels; the message is the reason."""
 
 
-def normalize(pixels_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Maps uint8 [0, 255] to [-1, 1] on the tensor's device: x / 127.5 - 1, computed in float32; any shape.
+def normalize(pixels_uint8: torch.Tensor) -> torch.Tensor:
+    """Maps uint8 [0, 255] to float32 [-1, 1] on the tensor's device: x / 127.5 - 1; any shape.
 
     Raises:
         TypeError: The input is not uint8, so it has been normalized before.
     """
     if pixels_uint8.dtype != torch.uint8:
         raise TypeError(f"normalize takes uint8, got {pixels_uint8.dtype}: pixels are normalized exactly once.")
-    return pixels_uint8.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
+    return pixels_uint8.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def denormalize(x: torch.Tensor) -> torch.Tensor:

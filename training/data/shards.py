@@ -24,6 +24,7 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub import errors as hub_errors
 
 from training.data.images import CorruptImage, DataError
+from training.io import http_response, retry_after
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Patience:
         is_lasting = _is_lasting(error) or "://" not in what  # a disk, unlike a network, seldom comes back
         if is_lasting and self._attempts >= _BAD_SHARD_ATTEMPTS:
             raise DataError(f"data: {what} cannot be read ({self._attempts} attempts): {reason}") from error
-        delay = _retry_after(error) or min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts - 1, 10))
+        delay = retry_after(error) or min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts - 1, 10))
         delay *= random.uniform(1.0, 1.25)  # many machines that were cut off at once come back one by one
         if waited + delay > self._timeout_s:
             raise DataError(
@@ -144,14 +145,7 @@ def _is_lasting(error: Exception) -> bool:
 
 
 def http_status(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _retry_after(error: Exception) -> float | None:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    with contextlib.suppress(ValueError, TypeError):  # it may be a date
-        return float(headers.get("Retry-After"))
-    return None
+    return getattr(http_response(error), "status_code", None)
 
 
 def in_one_line(error: Exception) -> str:

@@ -16,11 +16,9 @@ import tiny
 from runs import EPOCHS
 
 import train_vae
-from training.checkpoint import run_lock
-from training.checkpoint.format import list_checkpoints
-from training.checkpoint.resume import restarted_run
-from training.checkpoint.run_dir import RunFolder
-from training.checkpoint.run_lock import LOCK_FILE, RunLock
+from training.checkpoint import run_dir as run_dir_module
+from training.checkpoint.run_dir import LOCK_FILE, RunFolder, RunLock, restarted_run
+from training.run_files import list_checkpoints
 from training.trainer import Trainer
 
 
@@ -80,15 +78,15 @@ def test_an_owner_that_could_not_write_who_it_is_has_the_lock_all_the_same(owned
 
 
 def test_a_full_disk_is_no_reason_to_fail_and_one_that_cannot_lock_is_said(tmp_path, monkeypatch):
-    (tmp_path / LOCK_FILE).symlink_to("/dev/full")
+    (tmp_path / f"{LOCK_FILE}.tmp").symlink_to("/dev/full")
     RunLock(tmp_path).release()
 
     def refuse(self, timeout):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run_lock.filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(run_dir_module.filelock.FileLock, "acquire", refuse)
     with pytest.raises(
-        ValueError, match="cannot be locked .*No locks available.*give another place with output.runs_dir"
+        ValueError, match="cannot be locked .*No locks available.*set output.runs_dir to another folder"
     ):
         RunLock(tmp_path)
 
@@ -137,7 +135,7 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert restarted_run(tmp_path / "runs", "tiny") is None  # no owner known
-    (run_dir / LOCK_FILE).write_text(json.dumps({"launcher": run_lock.launcher() | {"pid": 1}}))
+    (run_dir / LOCK_FILE).write_text(json.dumps({"launcher": run_dir_module.launcher() | {"pid": 1}}))
     assert restarted_run(tmp_path / "runs", "tiny") is None  # another launcher's
     RunLock(run_dir).release()
     assert restarted_run(tmp_path / "runs", "tiny") == run_dir
@@ -147,7 +145,7 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
             trainer.tracker.close()
             trainer._folder.release()
         assert (trainer.run_dir, trainer.progress.step) == (run_dir, 15)
-        assert "restarted by the launcher: going on by itself" in (run_dir / "training.log").read_text()
+        assert "restarted by the launcher: resuming its run" in (run_dir / "training.log").read_text()
     assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000010", "step_00000015"]
     (run_dir / "checkpoints").rename(tmp_path / "gone")
     with tiny.process_state():
@@ -156,6 +154,6 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
         trainer._folder.release()
     assert trainer.run_dir != run_dir
     assert (
-        "restarted by the launcher before the first checkpoint: starting anew"
+        "restarted by the launcher before the first checkpoint: starting a new run"
         in (trainer.run_dir / "training.log").read_text()
     )
