@@ -205,8 +205,8 @@ def _state_without_clocks(checkpoint: Path) -> dict[str, Any]:
     for values, clocks in ((progress, ["train_seconds"]), (progress["window"], ["seconds", "waited"])):
         for name in clocks:
             values.pop(name, None)
-    del alerts["waiting"]
-    alerts["said"].pop("waiting", None)
+    del alerts["data_wait"]
+    alerts["active"] = [name for name in alerts["active"] if name != "data wait"]
     return state
 
 

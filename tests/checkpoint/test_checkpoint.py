@@ -535,7 +535,7 @@ def test_a_full_disk_costs_what_is_written_and_never_the_run(finished, faces, tm
         assert trainer.run() == 0
     said = capfd.readouterr().err
     for what in ("metrics.jsonl", "status.json", "training.log", "samples/", "TensorBoard"):
-        assert said.count(f"{what} cannot be written, the run goes on") == 1, said
+        assert said.count(f"{what} failed, training continues") == 1, said
     assert said.count("the checkpoint of step 15 could not be written, older ones are as they were (OSError") == 1
     assert "finished: 3 epochs; best model of epoch 2, step 10" in said
     assert "Logging error" not in said

@@ -7,10 +7,10 @@ not for: watching a run that trains (monitor_run.py), or saying anything (model_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,12 +141,12 @@ def describe_hardware(device: torch.device, num_processes: int, precision: str) 
     name, watts = device.type.upper(), None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+        query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):  # missing, hanging, or not text
             answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout
             match = re.match(r"\s*(\d+(?:\.\d+)?)", answer)
             watts = float(match[1]) if match else None
     elif device.type == "cpu" and Path("/proc/cpuinfo").is_file():
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
         name = match[1].strip() if match else name
     return {"device": name, "processes": num_processes, "precision": precision, "watts": watts}

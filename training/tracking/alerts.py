@@ -1,102 +1,103 @@
-"""Watches the figures of a run and says in a sentence when one of them has gone wrong, and what to do about it.
+"""Warnings about a run, from the metrics it logs: divergence, slow data, overfitting, posterior collapse and others.
 
-What this file is for: judging numbers that others measured, as they come. It is a state machine without tensors,
-files or clocks; spans are counted in images or steps, so the log interval may change. What it is not for: measuring
-(figures.py, validation.py), writing (tracking.py), or stopping and steering a run (trainer.py, kl.py).
+Spans are counted in images or steps, so that the log interval does not matter. Each warning is logged when its condition
+starts, and again only after it has cleared. The two thresholds differ, so that a metric near one of them does not
+produce a warning in every window. A metric that is missing leaves its warnings as they are; so does one that is not
+finite, except that a warning names it.
 
-A warning is said once when it begins. It is said again after it has ended and begun anew, or after `REPEAT_IMAGES`
-if it lasts. Beginning and end have different thresholds, so that a figure at the edge is not reported at every
-wobble. A figure that is missing or not finite is left out: it neither begins nor ends a warning.
-
-| warning | begins |
+| warning | starts |
 | --- | --- |
-| loss does not fall | `FALL` is not reached over the first `Alerts.first_images` images |
-| loss rises | its average is `RISE` times its best, or `RISE_OVER_START` times the loss before training |
-| always clipped | `CLIPPED` of the steps, averaged over `STEPS_HALF_LIFE` |
-| skipped steps | `SKIPPED` of the steps, likewise |
-| waits for images | `WAITING` of the time, likewise |
-| learning rate at its floor | no reduction is left to the plateau scheduler |
+| loss does not fall | less than `FALL` over the first `Alerts.first_images` images |
+| loss rises | average above `RISE` times its minimum, or `RISE_OVER_START` times the loss before training |
+| always clipped | `CLIPPED` of the steps, averaged with `STEPS_HALF_LIFE` |
+| skipped steps | `SKIPPED` of the steps, averaged likewise |
+| waits for data | `DATA_WAIT` of the time, averaged likewise |
+| minimum learning rate | the plateau scheduler cannot reduce it further |
 | overfitting | `WORSE_VALIDATIONS` in a row worse than the best, while the training loss improved |
-| posterior collapse | fewer active units than `ACTIVE_FRACTION`, or KL below `kl_collapse_nats` |
-| KL share out of its band | for longer than beta needs to cross its whole range |
+| posterior collapse | fewer active latent dimensions than `ACTIVE_FRACTION`, or KL below `kl_collapse_nats` |
+| KL outside its target range | for longer than beta needs to cross its whole range |
+| not finite | a logged metric is NaN or infinite |
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from training.config import TrainingPresets
+from training.io import restore_fields
 
-# A lasting warning is repeated after so many images: about every twelfth epoch of CelebA.
-REPEAT_IMAGES = 2_000_000
-
-# The loss of one image varies by a quarter of its mean (windows of 40 images of the ultra model: 4 %), so an average
-# with this half-life, in which about 24,000 images count, is uncertain by 0.2 %.
+# The loss of one image varies by a quarter of its mean (40-image windows of the ultra model: 4 %). This half-life
+# averages about 24,000 images, which leaves an uncertainty of 0.2 %.
 LOSS_HALF_LIFE_IMAGES = 8192
-# Before so much of its weight (3,400 images; 0.4 %) the average is not compared, before the half not taken as the best.
-_ENOUGH_TO_COMPARE, _ENOUGH_FOR_BEST = 0.25, 0.5
+# Minimum weight of the average before it is compared (3,400 images; 0.4 %), and before it counts as a minimum.
+_WEIGHT_TO_COMPARE, _WEIGHT_FOR_BEST = 0.25, 0.5
 
-# The first images, in which the loss has to fall, are 1,000 steps and no fewer than 32,768 images after the warm-up of
-# the learning rate; the average over their first eighth is where it falls from. A 64-pixel model (configs/quickstart)
-# falls by 10 % in 40 steps. Three times the uncertainty of both averages together is 1 % of the loss.
+# The loss must fall within 1,000 steps and at least 32,768 images after the learning rate's warm-up, relative to its
+# average over the first eighth of them. A 64-pixel model (configs/quickstart.json) falls by 10 % in 40 steps. 1 % is
+# three times the uncertainty of both averages.
 FIRST_STEPS, FIRST_IMAGES, FALL = 1000, 32_768, 0.01
 _EARLY_FRACTION = 1 / 8
 
-# Cool-downs of beta, epochs and other images move the average by a few per cent; nothing healthy moves it by 30 %.
+# Low-beta phases, new epochs and other images change the average by a few per cent.
 RISE = 1.3
-# Validation before training is on other images, whole instead of windows: 26 % apart in the ultra model.
+# The loss before training is on other images, and full images instead of crops: 26 % apart in the ultra model.
 RISE_OVER_START = 1.5
-_RISE_ENDS = 1.1  # the warning ends when the average is so much below the threshold
+_RISE_CLEARS = 1.1  # the warning clears when the average is below its threshold by this factor
 
-# Of an average in steps: 500 of them are 75 % of its weight, before which it is not judged. A slow step at the start
-# of an epoch, or the overflows by which fp16 finds its scale, are forgotten.
+# Averages over steps are compared at 75 % of their weight, after 500 steps. Slow steps at the start of an epoch, and
+# the overflows by which fp16 finds its loss scale, have little weight by then.
 STEPS_HALF_LIFE = 250
-_ENOUGH_STEPS = 0.75
-# Clipping now and then is its purpose (half of the steps in the first hundreds, measured). When it never ends, the
-# gradient's length is lost and the learning rate is the only thing that sets the step.
-CLIPPED, _CLIPPED_ENDS = 0.97, 0.8
-# fp16 loses about one step of 2,000, when its scale is tried one higher.
-SKIPPED, _SKIPPED_ENDS = 0.05, 0.01
-WAITING, _WAITING_ENDS = 0.2, 0.1
+_WEIGHT_OF_STEPS = 0.75
+# Half of the first hundreds of steps are clipped (measured). If all of them are, the gradient norm has no effect.
+CLIPPED, _CLIPPED_CLEARS = 0.97, 0.8
+# fp16 skips about one step in 2,000, when it tries a higher loss scale.
+SKIPPED, _SKIPPED_CLEARS = 0.05, 0.01
+DATA_WAIT, _DATA_WAIT_CLEARS = 0.2, 0.1
 
-# Validation is always on the same images and averaged weights, so it has no noise; 2 % are 0.1 dB of a squared error.
+# Validation always uses the same images and the EMA weights, so it has no noise; 2 % are 0.1 dB of MSE.
 WORSE, WORSE_VALIDATIONS = 0.02, 5
-ACTIVE_FRACTION, _ACTIVE_ENDS = 0.5, 0.6
-_COLLAPSE_ENDS = 2.0  # times kl_collapse_nats
-# Half-lives that the average of the KL share itself needs, besides those in which beta crosses its range.
-_BAND_HALF_LIVES = 4.0
-_SCHEDULER_EPS = 1e-8  # ReduceLROnPlateau leaves a smaller reduction out (its argument eps)
+ACTIVE_FRACTION, _ACTIVE_CLEARS = 0.5, 0.6
+_COLLAPSE_CLEARS = 2.0  # times kl_collapse_nats
+# Half-lives that the smoothed loss fraction itself needs, besides those in which beta crosses its range.
+_RANGE_HALF_LIVES = 4.0
+_SCHEDULER_EPS = 1e-8  # ReduceLROnPlateau ignores smaller reductions (its argument `eps`)
+
+
+def _average() -> Any:
+    """An exponential average as [weighted sum, weight]; the weight tends to 1."""
+    return field(default_factory=lambda: [0.0, 0.0])
 
 
 @dataclass
-class _Memory:
-    """All that is remembered; JSON values. An average is [weighted sum, weight], weights adding up to 1 in the end."""
+class AlertState:
+    """State between two observations; JSON values."""
 
     images_seen: int = 0  # at the latest window
     step: int = 0
-    loss: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    clipped: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    skipped: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    waiting: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    loss: list[float] = _average()
+    clipped: list[float] = _average()
+    skipped: list[float] = _average()
+    data_wait: list[float] = _average()
     early_sum: float = 0.0  # of the loss over the early images
     early_images: int = 0
-    fell: bool = False
-    best_loss: float | None = None  # least average
+    loss_fell: bool = False
+    best_loss: float | None = None  # minimum of the average
     start_loss: float | None = None  # validation before training
     skipped_steps: int | None = None  # of the run, at the latest window
     out_of_range_images: int = 0
     best_validation: float | None = None
     loss_at_best_validation: float = 0.0
     worse_validations: int = 0
-    units_were_active: bool = False
-    said: dict[str, int] = field(default_factory=dict)  # warnings in force -> images_seen when last said
+    reached_active_fraction: bool = False
+    active: list[str] = field(default_factory=list)  # warnings that have started and not cleared
 
 
 class Alerts:
-    """Judges a run; one object for its whole length.
+    """Checks the metrics of a run; one object for its whole length.
 
     Args:
         presets: Section `training_presets`.
@@ -107,284 +108,292 @@ class Alerts:
 
     def __init__(self, presets: TrainingPresets) -> None:
         self._presets = presets
-        self._memory = _Memory()
+        self._state = AlertState()
         warmup = presets.lr_warmup_steps * presets.batch_size
-        # The linear path is fitted on the first images of epoch 0, which are therefore easier than those after them.
+        # PCA initialization uses the first images of epoch 0, which therefore have a lower loss than later ones.
         self._start = presets.pca_init_images
         self._span = warmup + max(FIRST_IMAGES, FIRST_STEPS * presets.batch_size)
         self.first_images = self._start + self._span
         crossing = math.log(presets.kl_beta_max / presets.kl_beta_min) / presets.kl_max_step
-        self._range_images = round((crossing + _BAND_HALF_LIVES) * presets.kl_half_life_images)
+        self._range_images = round((crossing + _RANGE_HALF_LIVES) * presets.kl_half_life_images)
 
     def observe_window(self, values: Mapping[str, Any], *, images_seen: int, step: int) -> list[str]:
-        """Judge the means over the latest steps.
+        """Check the means over the latest steps.
 
         Args:
-            values: As `Progress.take_window` gives them.
+            values: Metrics of `Progress.take_window`.
             images_seen: Training images so far.
-            step: Optimizer updates so far.
+            step: Optimizer steps so far.
 
         Returns:
-            Sentences for the log; mostly none.
+            Warnings that start now.
         """
-        memory = self._memory
-        images, steps = images_seen - memory.images_seen, step - memory.step
-        if images <= 0 or steps <= 0:  # nothing new
+        state = self._state
+        images, steps = images_seen - state.images_seen, step - state.step
+        if images <= 0 or steps <= 0:
             return []
-        if memory.step == 0 and images_seen > self._start + self._span * _EARLY_FRACTION:
-            memory.fell = True  # the first images are not known here, so there is nothing to compare with
-        memory.images_seen, memory.step = images_seen, step
-        found = self._judge_loss(_number(values, "loss/reconstruction"), images)
-        found += self._judge_steps(values, steps)
-        found += self._judge_rate(_number(values, "optim/learning_rate"), images_seen)
-        return found + self._judge_kl(values, images)
+        if state.step == 0 and images_seen > self._start + self._span * _EARLY_FRACTION:
+            state.loss_fell = True  # the early images were not observed, so there is nothing to compare with
+        state.images_seen, state.step = images_seen, step
+        return [
+            *self._check_finite("training", values),
+            *self._check_loss(_finite(values, "loss/reconstruction"), images),
+            *self._check_steps(values, steps),
+            *self._check_learning_rate(_finite(values, "optim/learning_rate"), images_seen),
+            *self._check_collapse(_finite(values, "loss/kl")),
+            *self._check_target_range(values, images),
+        ]
 
     def observe_validation(
         self, values: Mapping[str, Any], *, images_seen: int, learning_rate: float, latent_dim: int
     ) -> list[str]:
-        """Judge a validation, that before training included.
+        """Check the results of a validation, including the one before training.
 
         Args:
-            values: `Validation.values`.
+            values: Metrics of `validate`.
             images_seen: Training images so far.
-            learning_rate: In force after it.
-            latent_dim: Of one image.
+            learning_rate: Current learning rate.
+            latent_dim: Latent dimensions of an image.
 
         Returns:
-            Sentences for the log; mostly none.
+            Warnings that start now.
         """
-        loss, active = _number(values, "reconstruction_loss"), _number(values, "active_units")
+        loss = _finite(values, "reconstruction_loss")
         if images_seen == 0:
-            self._memory.start_loss = loss
-        found = self._judge_overfitting(loss, images_seen) + self._judge_rate(learning_rate, images_seen)
-        return found + self._judge_units(active, latent_dim, images_seen)
+            self._state.start_loss = loss
+        return [
+            *self._check_finite("validation", values),
+            *self._check_overfitting(loss),
+            *self._check_learning_rate(learning_rate, images_seen),
+            *self._check_active_units(_finite(values, "active_units"), latent_dim, images_seen),
+        ]
 
-    # ------------------------------------------------------------------ what is judged
-
-    def _judge_loss(self, loss: float | None, images: int) -> list[str]:
-        memory = self._memory
-        if loss is None:
-            return []
-        before, now = memory.images_seen - images, memory.images_seen
-        early = before >= self._start and memory.early_images < self._span * _EARLY_FRACTION
-        if early:
-            if memory.early_images == 0:  # what was averaged before are images that the linear path knows
-                memory.loss = [0.0, 0.0]
-            memory.early_sum += loss * images
-            memory.early_images += images
-        _feed(memory.loss, loss, images, LOSS_HALF_LIFE_IMAGES)
-        average, weight = _mean(memory.loss), memory.loss[1]
-        if before >= self._start and weight >= _ENOUGH_FOR_BEST:
-            memory.best_loss = min(average, memory.best_loss or average)
-
-        references = [(RISE, "best", memory.best_loss), (RISE_OVER_START, "value before training", memory.start_loss)]
-        limits = [(factor * value, factor, name, value) for factor, name, value in references if value is not None]
-        found = []
-        if limits and weight >= _ENOUGH_TO_COMPARE:
-            limit, factor, name, value = min(limits)
-            found += self._say(
-                "rises",
-                average > limit,
-                average < limit / _RISE_ENDS,
-                f"loss/reconstruction {average:.4f} is above {factor:g} times its {name} {value:.4f} (average with a "
-                f"half-life of {LOSS_HALF_LIFE_IMAGES} images): training diverges; resume an earlier checkpoint with a "
-                "lower training_presets.learning_rate, and look at kl/beta in the same images",
-            )
-        if memory.fell or early or not memory.early_images or now < self.first_images:
-            return found
-        start = memory.early_sum / memory.early_images
-        memory.fell = average <= (1 - FALL) * start  # once and for all: what has converged is flat
-        return found + self._say(
-            "does not fall",
-            not memory.fell,
-            memory.fell,
-            f"loss/reconstruction has not fallen by {100 * FALL:g} % in the first {now} images ({start:.5f}, then "
-            f"{average:.5f}): raise training_presets.learning_rate if optim/grad_norm is small, lower it if "
-            "optim/clipped_fraction is near 1, and look at the grids in samples/ for images that are all alike",
+    def _check_finite(self, kind: str, values: Mapping[str, Any]) -> list[str]:
+        names = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        return self._alert(
+            f"{kind} not finite", bool(names), not names, f"{kind} metrics not finite: {', '.join(names)}"
         )
 
-    def _judge_steps(self, values: Mapping[str, Any], steps: int) -> list[str]:
-        memory = self._memory
-        total, before = _number(values, "optim/skipped_steps"), memory.skipped_steps
-        skipped = None
+    def _check_loss(self, loss: float | None, images: int) -> list[str]:
+        state = self._state
+        if loss is None:
+            return []
+        before, now = state.images_seen - images, state.images_seen
+        early = before >= self._start and state.early_images < self._span * _EARLY_FRACTION
+        if early:
+            if state.early_images == 0:  # drop the average over images that PCA initialization has used
+                state.loss = [0.0, 0.0]
+            state.early_sum += loss * images
+            state.early_images += images
+        _update(state.loss, loss, images, LOSS_HALF_LIFE_IMAGES)
+        average, weight = _mean(state.loss), state.loss[1]
+        if before >= self._start and weight >= _WEIGHT_FOR_BEST:
+            state.best_loss = min(average, state.best_loss or average)
+
+        warnings = []
+        references = [(RISE, "minimum", state.best_loss), (RISE_OVER_START, "value before training", state.start_loss)]
+        limits = [(factor * value, factor, name, value) for factor, name, value in references if value is not None]
+        if limits and weight >= _WEIGHT_TO_COMPARE:
+            limit, factor, name, value = min(limits)
+            warnings += self._alert(
+                "loss rises",
+                average > limit,
+                average < limit / _RISE_CLEARS,
+                f"loss/reconstruction {average:.4f} is above {factor:g} times its {name} {value:.4f}: training diverges; "
+                "resume an earlier checkpoint with a lower training_presets.learning_rate, and check kl/beta",
+            )
+        if state.loss_fell or early or not state.early_images or now < self.first_images:
+            return warnings
+        start = state.early_sum / state.early_images
+        state.loss_fell = average <= (1 - FALL) * start  # permanent: a converged loss is flat
+        return warnings + self._alert(
+            "loss does not fall",
+            not state.loss_fell,
+            state.loss_fell,
+            f"loss/reconstruction has not fallen by {100 * FALL:g} % in the first {now} images (from {start:.5f} to "
+            f"{average:.5f}): raise training_presets.learning_rate if optim/grad_norm is small, lower it if "
+            "optim/clipped_fraction is near 1, and check that the images in samples/ differ",
+        )
+
+    def _check_steps(self, values: Mapping[str, Any], steps: int) -> list[str]:
+        state, skipped = self._state, None
+        total = _finite(values, "optim/skipped_steps")
         if total is not None:
-            memory.skipped_steps = round(total)
-            skipped = None if before is None else (total - before) / steps
-        found = []
-        for name, average, value, begins, ends, sentence in (
+            if state.skipped_steps is not None:
+                skipped = (total - state.skipped_steps) / steps
+            state.skipped_steps = round(total)
+        warnings = []
+        for name, average, value, starts, clears, message in (
             (
                 "clipped",
-                memory.clipped,
-                _number(values, "optim/clipped_fraction"),
+                state.clipped,
+                _finite(values, "optim/clipped_fraction"),
                 CLIPPED,
-                _CLIPPED_ENDS,
-                "optim/clipped_fraction {0:.2f} is above {1:g}: nearly every gradient is longer than "
-                f"training_presets.max_grad_norm {self._presets.max_grad_norm:g} and cut; lower "
-                "training_presets.learning_rate, or raise max_grad_norm to the usual optim/grad_norm",
+                _CLIPPED_CLEARS,
+                "optim/clipped_fraction {0:.2f} is above {1:g}: nearly every gradient norm exceeds "
+                f"training_presets.max_grad_norm {self._presets.max_grad_norm:g}; lower training_presets.learning_rate, "
+                "or raise max_grad_norm to the usual optim/grad_norm",
             ),
             (
                 "skipped",
-                memory.skipped,
+                state.skipped,
                 skipped,
                 SKIPPED,
-                _SKIPPED_ENDS,
-                "optim/skipped_steps grows by {2:.0f} in 100 steps, above {3:.0f}: their gradients are not finite and "
-                "nothing is learned in them; lower training_presets.learning_rate, or set "
-                "training_presets.mixed_precision to bf16 or no",
+                _SKIPPED_CLEARS,
+                "optim/skipped_steps grows by {2:.0f} in 100 steps, above {3:.0f}: the gradients are not finite; lower "
+                "training_presets.learning_rate, or set training_presets.mixed_precision to bf16 or no",
             ),
             (
-                "waiting",
-                memory.waiting,
-                _number(values, "speed/data_wait_fraction"),
-                WAITING,
-                _WAITING_ENDS,
-                "speed/data_wait_fraction {0:.2f} is above {1:g}: training waits for images; raise "
-                "data.decode_threads and data.prefetch_batches, give the process more CPU cores, and keep data.cache "
-                "on with data.cache_dir on a local disk",
+                "data wait",
+                state.data_wait,
+                _finite(values, "speed/data_wait_fraction"),
+                DATA_WAIT,
+                _DATA_WAIT_CLEARS,
+                "speed/data_wait_fraction {0:.2f} is above {1:g}: training waits for images; raise data.decode_threads "
+                "and data.prefetch_batches, use more CPU cores, and keep data.cache_dir on a local disk",
             ),
         ):
             if value is None:
                 continue
-            _feed(average, value, steps, STEPS_HALF_LIFE)
-            mean, enough = _mean(average), average[1] >= _ENOUGH_STEPS
-            text = sentence.format(mean, begins, 100 * mean, 100 * begins)
-            text += f" (average with a half-life of {STEPS_HALF_LIFE} steps)"
-            found += self._say(name, enough and mean >= begins, mean <= ends, text)
-        return found
+            _update(average, value, steps, STEPS_HALF_LIFE)
+            mean, is_settled = _mean(average), average[1] >= _WEIGHT_OF_STEPS
+            text = message.format(mean, starts, 100 * mean, 100 * starts)
+            warnings += self._alert(name, is_settled and mean >= starts, mean <= clears, text)
+        return warnings
 
-    def _judge_rate(self, rate: float | None, images_seen: int) -> list[str]:
+    def _check_learning_rate(self, learning_rate: float | None, images_seen: int) -> list[str]:
         presets = self._presets
-        if rate is None or images_seen <= (presets.lr_warmup_steps + 1) * presets.batch_size:
+        if learning_rate is None or images_seen <= (presets.lr_warmup_steps + 1) * presets.batch_size:
             return []
-        reduced = max(presets.min_learning_rate, rate * presets.plateau_factor)
-        at_floor = rate - reduced <= _SCHEDULER_EPS
-        text = (
-            f"optim/learning_rate {rate:.1e} is at its floor (training_presets.min_learning_rate "
-            f"{presets.min_learning_rate:.1e}): training hardly changes the model any more; end it, or resume with a "
-            "higher training_presets.learning_rate, which scales the rate in force"
+        reduced = max(presets.min_learning_rate, learning_rate * presets.plateau_factor)
+        at_minimum = learning_rate - reduced <= _SCHEDULER_EPS
+        return self._alert(
+            "minimum learning rate",
+            at_minimum,
+            not at_minimum,
+            f"optim/learning_rate {learning_rate:.1e} is at training_presets.min_learning_rate "
+            f"{presets.min_learning_rate:.1e}: the model hardly changes; end the run, or resume with a higher "
+            "training_presets.learning_rate, which scales the current one",
         )
-        return self._say("rate", at_floor, not at_floor, text, images_seen)
 
-    def _judge_kl(self, values: Mapping[str, Any], images: int) -> list[str]:
-        presets, memory = self._presets, self._memory
-        if memory.images_seen <= presets.kl_warmup_images:
+    def _check_collapse(self, kl: float | None) -> list[str]:
+        limit = self._presets.kl_collapse_nats
+        if kl is None or limit <= 0 or self._state.images_seen <= self._presets.kl_warmup_images:
             return []
-        kl, limit = _number(values, "loss/kl"), presets.kl_collapse_nats
-        found = []
-        if kl is not None and limit > 0:
-            found += self._say(
-                "collapse",
-                kl < limit,
-                kl >= _COLLAPSE_ENDS * limit,
-                f"loss/kl {kl:.4f} nats a number is below training_presets.kl_collapse_nats {limit:g}: the posterior "
-                "collapses, the latents say next to nothing about the image; lower training_presets.kl_target_low and "
-                "kl_target_high, or kl_beta_floor and kl_beta_init if kl/beta rests on them",
-            )
-        names = ("kl/smoothed_fraction", "kl/target_low", "kl/target_high", "kl/beta")
-        share, low, high, beta = (_number(values, name) for name in names)
-        if not presets.kl_control_enabled or None in (share, low, high, beta):
-            return found
-        if low < presets.kl_target_low * presets.kl_cooldown_reduction**0.5:  # a cool-down: the clock stands still
-            return found
-        inside = low <= share <= high
-        # Counts back inside, so that a share at the band's edge is neither forgotten nor reported at every crossing.
-        outside = memory.out_of_range_images + (-images if inside else images)
-        memory.out_of_range_images = outside = min(max(outside, 0), self._range_images)
-        text = (
-            f"kl/smoothed_fraction {share:.4f} has been {'below' if share < low else 'above'} its band {low:g} to {high:g} "
-            f"for {self._range_images} images or more outside warm-up and cool-down: "
-            + self._range_remedy(share < low, beta, _number(values, "kl/beta_floor") or 0.0)
+        return self._alert(
+            "collapse",
+            kl < limit,
+            kl >= _COLLAPSE_CLEARS * limit,
+            f"loss/kl {kl:.4f} nats per dimension is below training_presets.kl_collapse_nats {limit:g}: posterior "
+            "collapse; lower training_presets.kl_target_low and kl_target_high, or kl_beta_floor and kl_beta_init if "
+            "kl/beta is at its minimum",
         )
-        return found + self._say("band", outside == self._range_images and not inside, outside == 0, text)
+
+    def _check_target_range(self, values: Mapping[str, Any], images: int) -> list[str]:
+        presets, state = self._presets, self._state
+        names = ("kl/smoothed_fraction", "kl/target_low", "kl/target_high", "kl/beta")
+        fraction, low, high, beta = (_finite(values, name) for name in names)
+        if not presets.kl_control_enabled or state.images_seen <= presets.kl_warmup_images:
+            return []
+        if fraction is None or low is None or high is None or beta is None:
+            return []
+        if low < presets.kl_target_low * presets.kl_cooldown_reduction**0.5:  # low-beta phase: not counted
+            return []
+        inside = low <= fraction <= high
+        # Counts down inside the range, so that a fraction near its edge neither resets the count nor warns repeatedly.
+        outside = state.out_of_range_images + (-images if inside else images)
+        state.out_of_range_images = outside = min(max(outside, 0), self._range_images)
+        return self._alert(
+            "target range",
+            outside == self._range_images and not inside,
+            outside == 0,
+            f"kl/smoothed_fraction {fraction:.4f} is {'below' if fraction < low else 'above'} its target range {low:g} to "
+            f"{high:g} for {self._range_images} images: "
+            + self._range_remedy(fraction < low, beta, _finite(values, "kl/beta_floor") or 0.0),
+        )
 
     def _range_remedy(self, below: bool, beta: float, floor: float) -> str:
-        presets, near = self._presets, 1 + 1e-6
-        if below and beta >= presets.kl_beta_max / near:
-            return f"kl/beta {beta:.1e} is at training_presets.kl_beta_max; raise that, or lower kl_target_low"
-        if not below and beta <= floor * near:
+        presets, tolerance = self._presets, 1 + 1e-6
+        if below and beta >= presets.kl_beta_max / tolerance:
+            return f"kl/beta {beta:.1e} is at training_presets.kl_beta_max; raise it, or lower kl_target_low"
+        if not below and beta <= floor * tolerance:
             return (
-                f"kl/beta {beta:.1e} is held up by its floor; lower training_presets.kl_beta_floor or kl_floor_growth, "
-                "or raise kl_target_high"
+                f"kl/beta {beta:.1e} is at kl/beta_floor; lower training_presets.kl_beta_floor or kl_floor_growth, or "
+                "raise kl_target_high"
             )
-        if not below and beta <= presets.kl_beta_min * near:
-            return f"kl/beta {beta:.1e} is at training_presets.kl_beta_min; lower that, or raise kl_target_high"
+        if not below and beta <= presets.kl_beta_min * tolerance:
+            return f"kl/beta {beta:.1e} is at training_presets.kl_beta_min; lower it, or raise kl_target_high"
         return (
-            f"kl/beta {beta:.1e} moves too slowly or KL does not follow it; raise training_presets.kl_gain and "
-            "kl_max_step, or set the band where the share is"
+            f"kl/beta {beta:.1e} changes too slowly; raise training_presets.kl_gain and kl_max_step, or change "
+            "kl_target_low and kl_target_high"
         )
 
-    def _judge_overfitting(self, loss: float | None, images_seen: int) -> list[str]:
-        memory = self._memory
-        if loss is None or memory.best_loss is None:
+    def _check_overfitting(self, loss: float | None) -> list[str]:
+        state = self._state
+        if loss is None or state.best_loss is None:
             return []
-        training = _mean(memory.loss)
-        if memory.best_validation is None or loss < memory.best_validation:
-            memory.best_validation, memory.loss_at_best_validation = loss, training
-        best, then = memory.best_validation, memory.loss_at_best_validation
-        worse = loss > (1 + WORSE) * best and training < (1 - WORSE) * then
-        memory.worse_validations = memory.worse_validations + 1 if worse else 0
-        text = (
-            f"validation reconstruction_loss {loss:.4f} has been more than {100 * WORSE:g} % above its best {best:.4f} "
-            f"for {memory.worse_validations} validations, while loss/reconstruction went from {then:.4f} to "
-            f"{training:.4f}: the model overfits; the best one is kept, so end the run, or use more images "
-            "(data.horizontal_flip doubles them), a smaller model, or a higher training_presets.weight_decay"
+        training_loss = _mean(state.loss)
+        if state.best_validation is None or loss < state.best_validation:
+            state.best_validation, state.loss_at_best_validation = loss, training_loss
+        best, then = state.best_validation, state.loss_at_best_validation
+        is_worse = loss > (1 + WORSE) * best and training_loss < (1 - WORSE) * then
+        state.worse_validations = state.worse_validations + 1 if is_worse else 0
+        return self._alert(
+            "overfitting",
+            state.worse_validations >= WORSE_VALIDATIONS,
+            not is_worse,
+            f"validation/reconstruction_loss {loss:.4f} is more than {100 * WORSE:g} % above its minimum {best:.4f} for "
+            f"{state.worse_validations} validations, while loss/reconstruction fell from {then:.4f} to "
+            f"{training_loss:.4f}: overfitting; end the run (the best model is kept), or use more images, "
+            "data.horizontal_flip, a smaller model or a higher training_presets.weight_decay",
         )
-        return self._say("overfits", memory.worse_validations >= WORSE_VALIDATIONS, not worse, text, images_seen)
 
-    def _judge_units(self, active: float | None, latent_dim: int, images_seen: int) -> list[str]:
-        memory = self._memory
+    def _check_active_units(self, active: float | None, latent_dim: int, images_seen: int) -> list[str]:
+        state = self._state
         if active is None:
             return []
-        enough = active >= ACTIVE_FRACTION * latent_dim
-        memory.units_were_active |= enough
-        # A model without a linear path begins with no active unit, and has the first images to find them.
-        due = memory.units_were_active or images_seen >= self.first_images
-        text = (
-            f"{active:.0f} of {latent_dim} latent numbers are active (validation active_units), below "
-            f"{100 * ACTIVE_FRACTION:g} %: the posterior collapses; lower training_presets.kl_target_high, or "
-            "kl_beta_floor if kl/beta rests on it; with few training images use a smaller model.latent_dim"
+        is_enough = active >= ACTIVE_FRACTION * latent_dim
+        state.reached_active_fraction |= is_enough
+        # Without PCA initialization a model starts with no active dimension, and may need the first images.
+        is_due = state.reached_active_fraction or images_seen >= self.first_images
+        return self._alert(
+            "active dimensions",
+            is_due and not is_enough,
+            active >= _ACTIVE_CLEARS * latent_dim,
+            f"validation/active_units {active:.0f} of {latent_dim} latent dimensions is below {100 * ACTIVE_FRACTION:g} %: "
+            "posterior collapse; lower training_presets.kl_target_high, or kl_beta_floor if kl/beta is at its minimum; "
+            "with few training images use a smaller model.latent_dim",
         )
-        ends = active >= _ACTIVE_ENDS * latent_dim
-        return self._say("units", due and not enough, ends, text, images_seen)
 
-    def _say(self, name: str, begins: bool, ends: bool, sentence: str, images_seen: int | None = None) -> list[str]:
-        """The sentence if it is due, for a warning that begins, goes on or ends."""
-        now = self._memory.images_seen if images_seen is None else images_seen
-        last = self._memory.said.get(name)
-        if last is not None and ends:
-            del self._memory.said[name]
+    def _alert(self, name: str, starts: bool, clears: bool, message: str) -> list[str]:
+        """Return the message if the warning starts now."""
+        active = self._state.active
+        if name in active:
+            if clears:
+                active.remove(name)
             return []
-        if (last is None and not begins) or (last is not None and now - last < REPEAT_IMAGES):
-            return []
-        self._memory.said[name] = now
-        return [sentence]
-
-    # ------------------------------------------------------------------ over a resume
+        if starts:
+            active.append(name)
+            return [message]
+        return []
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had not stopped, as JSON values."""
-        return asdict(self._memory)
+        """The state for a checkpoint, as JSON values."""
+        return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
-
-        Raises:
-            ValueError: It is not one of `state_dict`; nothing is changed.
-        """
-        wrong = set(state) ^ {item.name for item in fields(_Memory)}
-        if wrong:
-            raise ValueError(f"bad health state at {sorted(wrong)}: resume from an older checkpoint.")
-        self._memory = _Memory(**asdict(_Memory(**state)))  # a copy of its lists
+        """Restore a state; unknown fields are logged and ignored, missing ones take their defaults."""
+        self._state = AlertState(**restore_fields(asdict(AlertState()), copy.deepcopy(dict(state)), "alerts"))
 
 
-def _number(values: Mapping[str, Any], name: str) -> float | None:
-    """A finite figure, or None."""
+def _finite(values: Mapping[str, Any], name: str) -> float | None:
+    """A finite metric, or None."""
     value = values.get(name)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _feed(average: list[float], value: float, amount: int, half_life: int) -> None:
-    """Put a mean over `amount` images or steps into an exponential average, in place."""
+def _update(average: list[float], value: float, amount: int, half_life: int) -> None:
+    """Add a mean over `amount` images or steps to an exponential average, in place."""
     keep = 0.5 ** (amount / half_life)
     average[0] = keep * average[0] + (1 - keep) * value
     average[1] = keep * average[1] + (1 - keep)

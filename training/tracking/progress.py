@@ -1,16 +1,14 @@
-"""The figures of training steps: summed over a window of steps, logged as means, shown as one line.
-
-What it is for: what `metrics.jsonl`, TensorBoard and the terminal say between validations. What it is not for:
-writing them (tracking.py) or deciding anything by them (trainer.py).
-"""
+"""Progress of a run and the metrics of its steps: summed over a window of steps, logged as means."""
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
 import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
@@ -18,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from training.config import TrainingPresets
+from training.io import restore_fields
 from training.losses.kl_control import KLController
 
 logger = logging.getLogger(__name__)
@@ -25,25 +24,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where a run stands; JSON-able through `vars`, and all that a checkpoint holds besides the objects' own states."""
+    """Position and results of a run; JSON values, saved in every checkpoint."""
 
-    epoch: int = 0  # the epoch in hand
+    epoch: int = 0  # current epoch
     batch: int = 0  # global batches of it that are done
-    step: int = 0  # optimizer updates, skipped ones included
+    step: int = 0  # optimizer steps, skipped ones included
     images_seen: int = 0
     train_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    rollbacks: int = 0  # returns to a checkpoint because gradients stayed infinite
-    best: dict[str, Any] | None = None
+    rollbacks: int = 0  # to a checkpoint, after too many non-finite gradients
+    best: dict[str, Any] | None = None  # validation metrics of the best model
     latents: dict[str, Any] | None = None  # scaling of the latents, as the last validation measured it
     early_stopping_bad_epochs: int = 0
-    # Sums over the steps since the last log line.
-    window: dict[str, float] = field(default_factory=dict)
+    window: dict[str, float] = field(default_factory=dict)  # sums over the steps since the last log line
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint, as JSON values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state; unknown fields are logged and ignored, missing ones take their defaults."""
+        vars(self).update(restore_fields(asdict(Progress()), copy.deepcopy(dict(state)), "progress"))
 
     @property
     def where(self) -> dict[str, int]:
-        """The coordinates of a log line."""
+        """The position, as `Tracker.log` takes it."""
         return {"step": self.step, "epoch": self.epoch, "images_seen": self.images_seen}
 
     def add_step(
@@ -59,12 +65,12 @@ class Progress:
         """Add one step to the window.
 
         Args:
-            parts: Loss terms as `vae_loss` names them, means over the global batch.
+            parts: Loss terms, means over the global batch; a name without "/" is logged as "loss/<name>".
             beta: Weight of KL in this step.
             grad_norm: Before clipping.
-            max_grad_norm: Norms above this were clipped.
-            seconds: Wall time of the step, waiting included.
-            waited: Of these, spent waiting for images.
+            max_grad_norm: Larger norms were clipped.
+            seconds: Wall time of the step, including `waited`.
+            waited: Seconds spent waiting for images.
         """
         self.train_seconds += seconds
         terms = {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
@@ -78,13 +84,13 @@ class Progress:
     def take_window(
         self, presets: TrainingPresets, kl: KLController, *, latent_dim: int, learning_rate: float
     ) -> dict[str, Any]:
-        """Means over the window, which is emptied, and the state of the controls.
+        """Return the means over the window and the state of the KL control, and empty the window.
 
         Args:
             presets: For the batch size.
             kl: The KL controller.
-            latent_dim: Of one image.
-            learning_rate: In force.
+            latent_dim: Latent dimensions of an image.
+            learning_rate: Current learning rate.
         """
         window, self.window = self.window, {}
         steps, seconds, waited = (window.pop(name) for name in ("steps", "seconds", "waited"))
@@ -118,10 +124,10 @@ class Progress:
 
 
 class ProgressLine:
-    """Shows training on the terminal: a progress bar there, log lines where stderr is a file or a pipe.
+    """Shows the latest metrics on stderr: a progress bar on a terminal, log lines otherwise.
 
     Args:
-        total_steps: Of the run; None if unknown.
+        total_steps: Optimizer steps of the run; None if unknown.
         initial: Steps done before.
     """
 
@@ -130,12 +136,12 @@ class ProgressLine:
         self._bar: tqdm | None = None
 
     def show(self, progress: Progress, values: dict[str, Any], seconds_left: float | None) -> None:
-        """Show the figures that `take_window` gave."""
+        """Show the metrics of `Progress.take_window`."""
         left = "?" if seconds_left is None else str(datetime.timedelta(seconds=round(seconds_left)))
         text = (
             f"loss {values['loss/total']:.4f} mse {values['loss/mse']:.5f} kl {values['loss/kl']:.3f} "
-            f"share {values['kl/loss_fraction']:.3f} lr {values['optim/learning_rate']:.1e} "
-            f"{values['speed/images_per_second']:.1f} images/s, {left} left"
+            f"kl_fraction {values['kl/loss_fraction']:.3f} lr {values['optim/learning_rate']:.1e} "
+            f"images/s {values['speed/images_per_second']:.1f} time_left {left}"
         )
         if not sys.stderr.isatty():
             logger.info("epoch %d step %d: %s", progress.epoch, progress.step, text)
@@ -146,13 +152,16 @@ class ProgressLine:
         self._bar.update(progress.step - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the terminal."""
         if self._bar is not None:
             self._bar.close()
 
 
-def _memory_gib() -> float:
-    """Memory: the most that was allocated on a GPU, what is resident now on a CPU."""
+def _memory_gib() -> float | None:
+    """Peak allocated memory on a GPU, resident memory on a CPU; None where the system does not tell."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    try:
+        return psutil.Process().memory_info().rss / 2**30
+    except (psutil.Error, OSError):
+        return None
