@@ -85,24 +85,6 @@ def restore_fields(defaults: Mapping[str, Any], state: Mapping[str, Any], what: 
     return {name: state.get(name, default) for name, default in defaults.items()}
 
 
-def restore_fields(defaults: Mapping[str, Any], state: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Saved state with the fields that this version has.
-
-    Args:
-        defaults: Every field of this version and its default.
-        state: The saved fields, perhaps of an older or a newer version.
-        what: Name of the state in the log.
-
-    Returns:
-        A value for each field of `defaults`; unknown fields are logged and ignored, missing ones take their defaults.
-    """
-    if unknown := sorted(state.keys() - defaults.keys()):
-        logger.warning("%s: ignored unknown fields: %s", what, ", ".join(unknown))
-    if missing := sorted(defaults.keys() - state.keys()):
-        logger.warning("%s: fields missing, defaults used: %s", what, ", ".join(missing))
-    return {name: state.get(name, default) for name, default in defaults.items()}
-
-
 def fsync_folder(folder: Path) -> None:
     """Fsync the names in a folder; without effect where a file system does not offer it."""
     if os.name == "nt":
