@@ -292,7 +292,7 @@ class Trainer:
             return
         state = {
             "config": self.config.to_dict(),
-            "progress": vars(self.progress),
+            "progress": self.progress.state_dict(),
             "plateau": {key: self.plateau.state_dict()[key] for key in PLATEAU_STATE},
             "kl": self.kl.state_dict(),
             "alerts": self.alerts.state_dict(),
@@ -335,7 +335,7 @@ class Trainer:
         presets, saved = self.config.training_presets, config_from_dict(state["config"]).training_presets
         for group in self.optimizer.param_groups:
             group["lr"] *= presets.learning_rate / saved.learning_rate
-        self.progress = Progress(**state["progress"])
+        self.progress.load_state_dict(state["progress"])
         self._best_on_disk = self._best_in_writing = self.progress.best
         self.plateau.load_state_dict(state["plateau"])
         self.kl.load_state_dict(state["kl"])
@@ -415,7 +415,8 @@ class Trainer:
             raise
         finally:
             self.writer.wait()
-            self.progress_line.close()
+            with self.tracker.guard("progress bar"):
+                self.progress_line.close()
             self.tracker.close()
             self._folder.release()
 
@@ -608,11 +609,12 @@ class Trainer:
         )
         left = progress.seconds_left(presets, self.steps_per_epoch, values["speed/images_per_second"])
         self.tracker.log("train", values, **progress.where)
-        warnings = self.alerts.observe_window(values, images_seen=progress.images_seen, step=progress.step)
-        self._warn(warnings)
+        with self.tracker.guard("alerts"):
+            self._warn(self.alerts.observe_window(values, images_seen=progress.images_seen, step=progress.step))
         self.tracker.update_status(state="running", seconds_left=left, **progress.where)
         if self.accelerator.is_main_process:
-            self.progress_line.show(progress, values, left)
+            with self.tracker.guard("progress bar"):
+                self.progress_line.show(progress, values, left)
 
     # ------------------------------------------------------------------ validation, best model, grids, the end
 
@@ -647,13 +649,14 @@ class Trainer:
             result.values["active_units"],
             self.model.config.latent_dim,
         )
-        warnings = self.alerts.observe_validation(
-            result.values,
-            images_seen=self.progress.images_seen,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            latent_dim=self.model.config.latent_dim,
-        )
-        self._warn(warnings)
+        with self.tracker.guard("alerts"):
+            warnings = self.alerts.observe_validation(
+                result.values,
+                images_seen=self.progress.images_seen,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                latent_dim=self.model.config.latent_dim,
+            )
+            self._warn(warnings)
         self.progress.latents = {
             "scaling_factor": 1.0 / max(result.values["latents_std"], 1e-6),
             "shift_factor": result.values["latents_mean"],
@@ -703,8 +706,11 @@ class Trainer:
         return is_best
 
     def _save_grids(self, label: str) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            with self.tracker.guard("image grids"):
+                self._render_grids(label)
+
+    def _render_grids(self, label: str) -> None:
         name, step = self.config.output.run_name, self.progress.step
         with self._ema_weights():
             grids = image_grids(
