@@ -1,8 +1,7 @@
 """AutoencoderKLUltra: a face VAE whose latent has a stated number of numbers, as a diffusers model.
 
 This one file is all that `from_pretrained` needs (torch and diffusers only), so it also travels with the weights:
-`AutoModel.from_pretrained(repo, trust_remote_code=True)` loads it from the Hub. Training lives elsewhere. Fitted priors
-(latent_prior.py) are models of their own in `priors/`, with their source, fetched when `sample` asks for one.
+`AutoModel.from_pretrained(repo, trust_remote_code=True)` loads it from the Hub. Training lives elsewhere.
 
 How the model is built
 ----------------------
@@ -25,32 +24,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import logging
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.constants import DIFFUSERS_DYNAMIC_MODULE_NAME
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 # Posterior log-variances outside these bounds mean nothing (sigma 4.5e-5 to 7.4) and overflow in half precision.
 LOGVAR_MIN, LOGVAR_MAX = -20.0, 4.0
-
-# Fitted to training latents and kept beside the weights, each a model of its own in priors/<name>.
-FITTED_PRIORS = ("gaussian", "mixture", "flow")
-_WHERE = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")  # of a repository's files
 
 
 @dataclass
@@ -421,39 +409,18 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_sample_min_size = sample_size
         self.tile_overlap_factor = 0.25
 
-        # Priors in use, by name; they are no submodules, since they neither train nor move nor count with the model.
-        self._priors: dict[str, ModelMixin] = {}
-        self._priors_at: tuple[str, dict] | None = None  # where the others are: a folder or repository, and options
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As `ModelMixin.from_pretrained`; reconstructions are bit-equal to those of the saved model.
 
         Loading maps the file into memory, where a tensor begins at any multiple of 8 bytes, and CPU kernels sum in
         another order there (1e-6 in the image). A copy lies at torch's own alignment and outlives the file.
-
-        Fitted priors are loaded when `sample` first asks for them.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        place = args[0] if args else kwargs["pretrained_model_name_or_path"]
-        model._priors_at = str(place), {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
         return loaded
-
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
-        """As `ModelMixin.save_pretrained`, with the fitted priors, also those not loaded so far, in `priors/`."""
-        if is_main_process:
-            for name in FITTED_PRIORS:
-                try:
-                    prior = self.get_prior(name)
-                except OSError as error:
-                    logger.warning("the prior %s could not be looked up and is not saved: %s", name, error)
-                    continue
-                if prior is not None:
-                    prior.save_pretrained(os.path.join(save_directory, "priors", name))
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     @staticmethod
     def _check(
@@ -705,134 +672,6 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not return_dict:
             return reconstruction, posterior
         return AutoencoderKLUltraOutput(sample=reconstruction, posterior=posterior)
-
-    # ------------------------------------------------------------------ samples
-
-    def set_prior(self, name: str, prior: ModelMixin) -> None:
-        """Use a fitted prior (`modeling.latent_prior.LatentPrior`) for `sample`, and save it with the model.
-
-        Args:
-            name: "gaussian", "mixture" or "flow".
-            prior: Over as many numbers as the latent has.
-
-        Raises:
-            ValueError: Another name, or another number of numbers.
-        """
-        if name not in FITTED_PRIORS:
-            raise ValueError(f"prior {name!r}: use one of {', '.join(FITTED_PRIORS)}.")
-        if prior.config.numbers != self.config.latent_dim:
-            raise ValueError(
-                f"the prior {name} is over {prior.config.numbers} numbers and the latent has "
-                f"{self.config.latent_dim}: fit one to this model's latents."
-            )
-        self._priors[name] = prior
-
-    def get_prior(self, name: str) -> ModelMixin | None:
-        """The fitted prior of that name, from memory or from where the model came from; None where there is none.
-
-        Raises:
-            OSError: The Hub does not say whether there is one.
-        """
-        if name in self._priors or self._priors_at is None:
-            return self._priors.get(name)
-        place, where = self._priors_at
-        folder = "/".join(part for part in (where.get("subfolder"), "priors", name) if part)
-        where = {key: value for key, value in where.items() if key != "subfolder"}
-        if os.path.isdir(place):
-            # Not by `subfolder`: diffusers would find the model's own weights first, which have the same file name.
-            place = os.path.join(place, folder)
-            if not os.path.isfile(os.path.join(place, "config.json")):
-                return None
-        else:
-            try:
-                self.load_config(place, subfolder=folder, **where)
-            except OSError as error:
-                # diffusers says the same of a file that is not there and of a network that is not; its cause tells.
-                kinds = {kind.__name__ for kind in type(error.__context__).__mro__}
-                if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-                    return None
-                raise
-            where["subfolder"] = folder
-        package = __name__.rpartition(".")[0]
-        if package.partition(".")[0] == DIFFUSERS_DYNAMIC_MODULE_NAME:
-            # This class came with the weights, by trust_remote_code; the prior's class lies beside the prior.
-            prior = AutoModel.from_pretrained(place, trust_remote_code=True, **where)
-        else:  # not a plain import: diffusers would ask users who load this file alone to install the module
-            prior = importlib.import_module(f"{package}.latent_prior").LatentPrior.from_pretrained(place, **where)
-        self.set_prior(name, prior)
-        return prior
-
-    @torch.no_grad()
-    def sample_latents(
-        self,
-        num_images: int,
-        prior: str = "standard",
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """Draw latents from a prior; see `sample`.
-
-        Returns:
-            (num_images, C, h, w) on the model's device, in its dtype.
-        """
-        if num_images < 1:
-            raise ValueError(f"num_images is {num_images}: ask for at least 1.")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature {temperature} must be a number from 0 up.")
-        numbers, size = self.config.latent_dim, self.config.latent_size
-        if prior == "standard":
-            device = None if generator is None else generator.device
-            # Image after image, so that a generator gives the same images however they are asked for.
-            flat = torch.stack([torch.randn(numbers, generator=generator, device=device) for _ in range(num_images)])
-            flat = temperature * flat
-        else:
-            found = self.get_prior(prior) if prior in FITTED_PRIORS else None
-            if found is None:
-                raise ValueError(self._no_prior(prior))
-            flat = found.to(self.device).sample(num_images, generator, temperature)
-        return flat.view(num_images, self.config.latent_channels, size, size).to(self.device, self.dtype)
-
-    def _no_prior(self, name: str) -> str:
-        """What to say where there is no such prior."""
-        if name not in FITTED_PRIORS:
-            return f"prior {name!r} does not exist: use one of standard, {', '.join(FITTED_PRIORS)}."
-        fitted = [other for other in FITTED_PRIORS if other != name and self.get_prior(other) is not None]
-        place = self._priors_at[0] if self._priors_at else "MODEL"
-        return (
-            f"this model has no fitted prior {name!r} (it has {', '.join(['standard', *fitted])}): fit it with "
-            f"`python -m training.fit_prior {place} --data IMAGES --priors {name}`."
-        )
-
-    @torch.no_grad()
-    def sample(
-        self,
-        num_images: int,
-        prior: str = "standard",
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        batch_size: int = 8,
-    ) -> Tensor:
-        """New faces: latents drawn from a prior, decoded.
-
-        Args:
-            num_images: How many.
-            prior: "standard" for N(0, I), or one that was fitted to training latents: "gaussian", "mixture", "flow".
-            generator: Source of the random numbers, on any device; the same numbers, image after image, however many
-                are drawn at once.
-            temperature: Multiplies the standard normal numbers that a prior is drawn from; below 1 nearer to its
-                mean: plainer faces, fewer faults.
-            batch_size: Images decoded at once.
-
-        Returns:
-            (num_images, 3, sample_size, sample_size), clamped to [-1, 1].
-
-        Raises:
-            ValueError: The prior was not fitted (says which were, and the command that fits it), or a number is out of
-                range.
-            OSError: The prior has to be fetched and the Hub does not answer.
-        """
-        latents = self.sample_latents(num_images, prior, generator, temperature)
-        return torch.cat([self.decode(part).sample for part in latents.split(batch_size)]).clamp(-1, 1)
 
     # ------------------------------------------------------------------ tiling
 

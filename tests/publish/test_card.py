@@ -211,7 +211,10 @@ def test_fitted_priors_are_named(finished, tmp_path):
     (tmp_path / "staged").mkdir()
     publish.stage(folder, tmp_path / "staged", REPOSITORY)
     text = (tmp_path / "staged" / "README.md").read_text()
-    assert 'Fitted priors: `mixture`. `vae.sample(4, prior="mixture")`' in text
+    assert "Fitted priors: `mixture`." in text
+    assert (
+        f'prior = AutoModel.from_pretrained("{REPOSITORY}", subfolder="priors/mixture", trust_remote_code=True)' in text
+    )
 
 
 def test_data_is_described_without_places():

@@ -35,12 +35,15 @@ def image_grids(
     """
     was_training = model.training
     model.eval()
-    latents = model.sample_latents(num_samples, generator=torch.Generator().manual_seed(seed))
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    # One image at a time, so that the first images do not depend on num_samples.
+    latents = torch.stack([torch.randn(shape, generator=generator) for _ in range(num_samples)])
     grids = {"samples": sample_grid(accelerator, model, latents, batch)}
     encoded = posterior_samples(accelerator, model, images[:PRIOR_IMAGES], seed, batch)
     if len(encoded) > 1 and encoded.isfinite().all():
         prior, _ = fit_gaussian(encoded)
-        fitted = prior.sample(num_samples, torch.Generator().manual_seed(seed)).view_as(latents)
+        fitted = prior.sample(num_samples, generator.manual_seed(seed)).view_as(latents)
         grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
     grids["reconstructions"] = reconstruction_grid(accelerator, model, images[:RECONSTRUCTED_IMAGES])
     model.train(was_training)

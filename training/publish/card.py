@@ -230,8 +230,9 @@ def _sections(
     ]
     if priors:
         parts.append(
-            f'Fitted priors: {", ".join(f"`{name}`" for name in priors)}. `vae.sample(4, prior="{priors[0]}")` draws new '
-            "faces from one."
+            f"Fitted priors: {', '.join(f'`{name}`' for name in priors)}. New faces from one:\n\n```python\n"
+            f'prior = AutoModel.from_pretrained("{repo_id}", subfolder="priors/{priors[0]}", trust_remote_code=True)\n'
+            f"images = vae.decode(prior.sample(4).view(4, {channels}, {size}, {size})).sample\n```"
         )
     if record is None:
         return [*parts, "## Limits", _limits(None)]

@@ -1,0 +1,304 @@
+"""The pipeline: sampling, reconstruction, interpolation, both folder layouts, and loading without this project."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_latent_prior import LATENT_DIM, generator, random_priors
+
+from modeling import AutoencoderKLUltra
+from modeling.latent_prior import LatentPrior
+from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, interpolate_latents, slerp
+from training.publish.export import export_model
+
+SIZE = tiny.SETTINGS["model"]["sample_size"]
+SPATIAL = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_dim": 100}
+PRIORS = ("standard", *FITTED_PRIORS)
+
+
+def random_vae(**settings) -> AutoencoderKLUltra:
+    """The tiny model with random weights, so that every latent dimension changes the image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLUltra(**tiny.SETTINGS["model"] | settings)
+        for parameter in vae.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return vae.eval()
+
+
+def photograph(seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FaceVAEPipeline:
+    return FaceVAEPipeline(random_vae(), **random_priors())
+
+
+@pytest.fixture(scope="module")
+def exported(pipe, tmp_path_factory) -> Path:
+    """An exported VAE with its priors, as `training.fit_prior` leaves it."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    auto_class = AutoencoderKLUltra._auto_class
+    export_model(pipe.vae, folder)
+    AutoencoderKLUltra._auto_class = auto_class
+    for name in FITTED_PRIORS:
+        getattr(pipe, name).save_pretrained(folder / "priors" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory) -> Path:
+    """A saved pipeline."""
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+# ---- generation ----
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_images_do_not_depend_on_the_batch_size_or_their_number(pipe, prior):
+    images = pipe(5, prior, generator=generator(), output_type="pt").images
+    assert images.shape == (5, 3, SIZE, SIZE) and 0 <= images.min() and images.max() <= 1 and images.std() > 0.01
+    for arguments in ({"num_images": 5, "batch_size": 2}, {"num_images": 3}):
+        fewer = pipe(prior=prior, generator=generator(), output_type="pt", **arguments).images
+        torch.testing.assert_close(fewer, images[: len(fewer)], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_one_generator_per_image(pipe, prior):
+    images = pipe(2, prior, generator=[generator(3), generator(4)], output_type="pt").images
+    singles = [pipe(1, prior, generator=generator(seed), output_type="pt").images for seed in (3, 4)]
+    torch.testing.assert_close(images, torch.cat(singles), atol=1e-5, rtol=1e-5)
+
+
+def test_output_types(pipe):
+    images = {kind: pipe(2, generator=generator(), output_type=kind).images for kind in ("pil", "np", "pt")}
+    assert [image.size for image in images["pil"]] == [(SIZE, SIZE)] * 2
+    assert images["np"].shape == (2, SIZE, SIZE, 3)
+    np.testing.assert_array_equal(images["np"], images["pt"].permute(0, 2, 3, 1).numpy())
+    assert np.abs(np.asarray(images["pil"][1]) / 255 - images["np"][1]).max() <= 0.51 / 255
+    (plain,) = pipe(2, generator=generator(), output_type="np", return_dict=False)
+    np.testing.assert_array_equal(plain, images["np"])
+
+
+def test_the_standard_prior_is_standard_normal(pipe):
+    latents = pipe.sample_latents(2000, "standard", generator=generator())
+    assert latents.shape == (2000, LATENT_DIM, 1, 1)
+    assert latents.mean().abs() < 5 / 32_000**0.5 and (latents.std() - 1).abs() < 5 / 64_000**0.5
+    assert torch.equal(pipe.sample_latents(4, "standard", 0.5, generator()), 0.5 * latents[:4])
+
+
+def test_the_default_prior_is_the_last_that_was_fitted():
+    priors, pipe = random_priors(), FaceVAEPipeline(random_vae())
+    for name in PRIORS:
+        if name != "standard":
+            pipe.register_modules(**{name: priors[name]})
+        samples = [pipe.sample_latents(2, prior, generator=generator()) for prior in (None, name)]
+        assert torch.equal(*samples)
+
+
+def test_the_spatial_layout_reads_a_flat_latent_as_channels_rows_columns():
+    prior = LatentPrior("gaussian", latent_dim=100)
+    prior.mean.data.copy_(torch.arange(100))
+    pipe = FaceVAEPipeline(random_vae(**SPATIAL), gaussian=prior)
+    latents = pipe.sample_latents(2, temperature=0.0)
+    assert torch.equal(latents, torch.arange(100.0).view(1, 4, 5, 5).expand(2, -1, -1, -1))
+    assert torch.equal(pipe.prior_mean(), latents[0])
+    assert pipe(2, output_type="np").images.shape == (2, SIZE, SIZE, 3)
+
+
+def test_half_precision_gives_nearly_the_same_images(exported, pipe):
+    half = FaceVAEPipeline.from_pretrained(exported, torch_dtype=torch.bfloat16)
+    assert half.vae.dtype == half.flow.dtype == torch.bfloat16
+    for prior in ("standard", "gaussian"):
+        images, expected = (each(2, prior, generator=generator(), output_type="np").images for each in (half, pipe))
+        assert np.abs(images - expected).mean() < 0.01
+
+
+# ---- images in ----
+
+
+def test_reconstruction_decodes_the_posterior_mean(pipe):
+    image = photograph()
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = pipe.vae(pixels).sample.clamp(-1, 1) / 2 + 0.5
+    for images in (image, [image], np.asarray(image)[None] / 255.0, (pixels + 1) / 2):
+        torch.testing.assert_close(pipe.reconstruct(images, "pt").float(), expected, atol=1e-4, rtol=0)
+    assert pipe.reconstruct([image, photograph(1)])[1].size == (SIZE, SIZE)
+
+
+def test_photographs_are_cropped_to_a_centered_square(pipe):
+    wide = Image.new("RGB", (3 * SIZE, SIZE))
+    wide.paste(photograph(), (SIZE, 0))
+    torch.testing.assert_close(pipe.encode(wide), pipe.encode(photograph()))
+
+
+def test_arrays_of_another_size_raise(pipe):
+    with pytest.raises(ValueError):
+        pipe.reconstruct(np.zeros((1, SIZE - 1, SIZE, 3), np.float32))
+
+
+def test_an_interpolation_begins_and_ends_with_the_reconstructions(pipe):
+    frames = pipe.interpolate(photograph(0), photograph(1), 5, output_type="pt")
+    ends = pipe.reconstruct([photograph(0), photograph(1)], "pt")
+    assert len(frames) == 5
+    torch.testing.assert_close(frames[[0, -1]], ends, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
+        pipe.interpolate(photograph(0), photograph(1), 1)
+
+
+def test_slerp_changes_direction_and_norm_linearly():
+    east, north = torch.tensor([[[2.0]], [[0.0]]]), torch.tensor([[[0.0]], [[2.0]]])
+    for fraction in (0.0, 0.25, 0.5, 1.0):
+        angle = fraction * math.pi / 2
+        expected = torch.tensor([[[2 * math.cos(angle)]], [[2 * math.sin(angle)]]])
+        torch.testing.assert_close(slerp(east, north, fraction), expected)
+    assert slerp(east, 3 * east, 0.5).flatten().tolist() == [4, 0]  # one direction: norms only
+    assert slerp(east, -east, 0.5).flatten().tolist() == [0, 0]
+    assert torch.equal(slerp(torch.zeros(2), torch.ones(2), 0.5), torch.full((2,), 0.5))
+
+
+def test_latents_are_interpolated_around_a_center_or_linearly():
+    center = torch.tensor([10.0, 10.0]).view(2, 1, 1)
+    start, end = (center + torch.tensor(offset).view(2, 1, 1) for offset in ([1.0, 0.0], [0.0, 1.0]))
+    spherical, linear = (interpolate_latents(start, end, 5, center, linear) for linear in (False, True))
+    for latents in (spherical, linear):
+        torch.testing.assert_close(latents[0], start)
+        torch.testing.assert_close(latents[-1], end)
+    torch.testing.assert_close((spherical - center).flatten(1).norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(linear[2], (start + end) / 2)
+
+
+# ---- folders ----
+
+
+@pytest.mark.parametrize("layout", ["exported", "saved"])
+def test_a_loaded_pipeline_generates_bitwise_the_same(pipe, layout, request):
+    loaded = FaceVAEPipeline.from_pretrained(request.getfixturevalue(layout))
+    assert loaded.fitted_priors == list(FITTED_PRIORS)
+    for prior in PRIORS:
+        images = [each(2, prior, 0.8, generator(1), output_type="np").images for each in (loaded, pipe)]
+        np.testing.assert_array_equal(*images)
+
+
+def test_an_exported_folder_without_priors_and_a_saved_pipeline_without_priors(exported, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("priors"))
+    pipe = FaceVAEPipeline.from_pretrained(folder)
+    assert pipe.fitted_priors == []
+    pipe.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["model_index.json", "pipeline.py", "vae"]
+    assert FaceVAEPipeline.from_pretrained(tmp_path / "saved").fitted_priors == []
+
+
+def test_the_index_names_files_and_no_folder_of_this_machine(exported, tmp_path):
+    FaceVAEPipeline.from_pretrained(exported).save_pretrained(tmp_path)
+    text = (tmp_path / "model_index.json").read_text()
+    index = json.loads(text)
+    assert index["_class_name"] == ["pipeline", "FaceVAEPipeline"]
+    assert index["vae"] == ["autoencoder_kl_ultra", "AutoencoderKLUltra"]
+    assert index["flow"] == ["latent_prior", "LatentPrior"]
+    assert str(exported) not in text
+
+
+@pytest.mark.parametrize("layout", ["exported", "saved"])
+def test_a_repository_loads_from_the_cache_of_the_hub(pipe, layout, request, tmp_path):
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--faces"
+    shutil.copytree(request.getfixturevalue(layout), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    loaded = FaceVAEPipeline.from_pretrained("someone/faces", cache_dir=tmp_path, local_files_only=True)
+    images = [each(1, "flow", generator=generator(), output_type="np").images for each in (loaded, pipe)]
+    np.testing.assert_array_equal(*images)
+
+
+FRESH_PROCESS = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+folder, output = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+images = {}
+for prior in ("standard", "gaussian", "mixture", "flow"):
+    images[prior] = pipe(3, prior, 0.8, torch.Generator().manual_seed(1), output_type="pt").images
+save_file(images, output + "/images.safetensors")
+pipe.save_pretrained(output + "/again")
+again = DiffusionPipeline.from_pretrained(output + "/again", trust_remote_code=True)
+assert torch.equal(again(3, "flow", 0.8, torch.Generator().manual_seed(1), output_type="pt").images, images["flow"])
+for component in (pipe, again, again.vae, again.flow):
+    assert type(component).__module__.startswith("diffusers_modules."), type(component)
+assert not [name for name in sys.modules if name.split(".")[0] in ("modeling", "training")]
+"""
+
+
+@pytest.mark.slow
+def test_diffusers_loads_a_saved_pipeline_without_this_project(pipe, saved, tmp_path):
+    home = {name: str(tmp_path) for name in ("HOME", "HF_HOME")} | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums depends on it
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH_PROCESS, str(saved), str(tmp_path)],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", **home, **threads},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install" not in done.stderr
+    for prior, images in load_file(tmp_path / "images.safetensors").items():
+        assert torch.equal(images, pipe(3, prior, 0.8, generator(1), output_type="pt").images), prior
+
+
+# ---- errors ----
+
+
+def test_a_prior_that_was_not_fitted_raises_with_the_remedy(exported, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("mixture", "flow"))
+    pipe = FaceVAEPipeline.from_pretrained(folder)
+    expected = rf"\(it has standard, gaussian\).*training.fit_prior {folder} --data IMAGES --priors mixture"
+    with pytest.raises(ValueError, match=expected):
+        pipe(1, "mixture")
+    with pytest.raises(ValueError, match="prior 'normal' does not exist: use one of standard, gaussian"):
+        pipe(1, "normal")
+
+
+def test_arguments_out_of_range_raise(pipe):
+    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
+        pipe(0)
+    with pytest.raises(ValueError, match="temperature must be a number of at least 0, got nan"):
+        pipe(1, temperature=math.nan)
+    with pytest.raises(ValueError, match="one generator or 3, got a list of 2"):
+        pipe(3, generator=[generator(), generator()])
+
+
+def test_a_prior_of_another_dimension_raises():
+    with pytest.raises(ValueError, match="'gaussian' has 4 dimensions and the latent of the VAE has 16"):
+        FaceVAEPipeline(random_vae(), gaussian=LatentPrior("gaussian", latent_dim=4))
+
+
+def test_incomplete_weights_raise(exported, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["logvar_bias"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lack logvar_bias"):
+        FaceVAEPipeline.from_pretrained(folder)
