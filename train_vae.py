@@ -1,12 +1,10 @@
 """Train a face VAE from a JSON configuration.
 
-    accelerate launch train_vae.py --config configs/ultra.json
-    python train_vae.py --config configs/quickstart.json --set training_presets.num_epochs=2
-    python train_vae.py --config configs/ultra.json --resume auto
-    python train_vae.py --config configs/ultra.json --dry-run
-
-Exit codes: 0 finished; 2 something in the configuration, the data or the machine must be changed (one line says what);
-75 stopped by a signal with a checkpoint (`--resume auto` goes on); 1 anything else.
+accelerate launch train_vae.py --config configs/ultra.json
+python train_vae.py --config configs/quickstart.json --set training_presets.num_epochs=2
+python train_vae.py --config configs/ultra.json --resume auto
+python train_vae.py --config configs/ultra.json --dry-run
+python train_vae.py --explain training_presets.kl_gain
 """
 
 from __future__ import annotations
@@ -16,24 +14,33 @@ import os
 import sys
 from collections.abc import Sequence
 
+from training.cli import UserError
 from training.config import Config, load_config
+from training.launch import check_launch_environment
+
+_EXIT_CODES = """\
+exit codes: 0 finished; 2 the configuration, the data or the machine must be changed (one line beginning with `error:`
+says what); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 1 any other error
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a face VAE from a JSON configuration.")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="JSON configuration, such as configs/ultra.json"
-    )
+    parser = argparse.ArgumentParser(description="Train a face VAE from a JSON configuration.", epilog=_EXIT_CODES)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--config", metavar="FILE", help="JSON configuration, such as configs/ultra.json")
+    task.add_argument("--explain", metavar="SECTION.KEY", help="print what a configuration key means, and exit")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         dest="overrides",
         metavar="SECTION.KEY=VALUE",
-        help="change one key (repeatable); VALUE is JSON, or else a string",
+        help="change one key (repeatable); VALUE is JSON, anything else is a string; SECTION={...} replaces a section",
     )
     parser.add_argument(
-        "--resume", metavar="auto|PATH", help="go on from the newest checkpoint of this run name, or from PATH"
+        "--resume",
+        metavar="auto|PATH",
+        help="resume from the newest checkpoint of this run name, or from the run or checkpoint at PATH",
     )
     parser.add_argument(
         "--allow-changed",
@@ -41,51 +48,48 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         nargs="+",
         metavar="KEY",
-        help="let a resume go on although this key has changed, where it would refuse (section.key, processes or data)",
+        help="resume although this key has changed (section.key, processes or data)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print the cost estimate on this machine, and exit")
     return parser
 
 
-def _dry_run(config: Config) -> None:
+def _dry_run(config: Config, num_processes: int) -> None:
     from training.budget.plan import describe_plan, known_train_images
     from training.builders import build_model, micro_batch_size
 
     build_model(config)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch_size(config, processes)
-    print(describe_plan(config, processes, known_train_images(config), search=True))
+    micro_batch_size(config, num_processes)
+    print(describe_plan(config, num_processes, known_train_images(config), search=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.explain:
+            from training.config_reference import explain
+
+            print(explain(arguments.explain))
+            return 0
+        num_processes = check_launch_environment()
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            _dry_run(config)
+            _dry_run(config, num_processes)
             return 0
-    except ValueError as error:
-        return _refuse(error)
 
-    # Imported late: --help and a misspelt key need not wait for torch.
-    from training.data.images import DataError
-    from training.trainer import Trainer
+        # Imported late: --help and a misspelled key do not wait for torch.
+        from training.trainer import Trainer
 
-    try:
-        trainer = Trainer(config, arguments.resume, [key for keys in arguments.allow_changed for key in keys])
-    except (ValueError, DataError) as error:
-        return _refuse(error)
-    try:
-        return trainer.run()
-    except (ValueError, DataError) as error:  # in mid-run; a checkpoint is intact, and the log says the same
-        return _refuse(error)
-
-
-def _refuse(error: Exception) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others found the same
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+        allowed = [key for keys in arguments.allow_changed for key in keys]
+        return Trainer(config, arguments.resume, allowed).run()
+    except (ValueError, UserError) as error:
+        # Only errors of the main process are known to be printed by another process.
+        if not getattr(error, "from_main_process", False):
+            rank = os.environ.get("RANK", "0")
+            message = " ".join(line.strip() for line in str(error).splitlines())
+            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

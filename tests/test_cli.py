@@ -1,4 +1,4 @@
-"""The command line: what is wrong is one line that names the value and the remedy, before anything is written."""
+"""The command line: an error is one line that names the value and the remedy, before anything is written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from training.config import load_config
 from training.data import sources
 
 CPU = torch.device("cpu")
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID")
 
 
 class CommandLine:
@@ -38,7 +39,7 @@ class CommandLine:
         return code, captured.out, captured.err
 
     def error(self, *arguments: str, **settings: str) -> str:
-        """The one line of a refusal."""
+        """The one line of an error of the user."""
         code, _, err = self(*arguments, **settings)
         assert code == 2, err
         assert "Traceback" not in err
@@ -51,7 +52,7 @@ class CommandLine:
 @pytest.fixture
 def cli(tmp_path, faces, capsys, session, monkeypatch) -> CommandLine:
     monkeypatch.chdir(tmp_path)
-    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "HF_TOKEN", "WORLD_SIZE"):
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "HF_TOKEN", *LAUNCHERS):
         monkeypatch.delenv(name, raising=False)
     return CommandLine(tmp_path, faces, capsys)
 
@@ -64,7 +65,7 @@ def test_unknown_keys(cli):
 
 
 def test_wrong_types_and_impossible_shapes(cli):
-    assert 'training_presets.batch_size is "many": give a whole number' in cli.error(
+    assert 'training_presets.batch_size must be an integer, got "many"' in cli.error(
         training_presets__batch_size="many"
     )
     assert "sample_size is '40px'" in cli.error(model__sample_size="40px")
@@ -77,7 +78,7 @@ def test_wrong_types_and_impossible_shapes(cli):
 def test_a_missing_configuration(cli, capsys):
     assert train_vae.main(["--config", "nowhere.json"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: there is no configuration file nowhere.json") and err.count("\n") == 1
+    assert err.startswith("error: cannot read configuration file nowhere.json (No such file") and err.count("\n") == 1
 
 
 def test_missing_parquet_files(cli):
@@ -106,13 +107,13 @@ def test_unreadable_images(cli, tmp_path):
     assert "nothing to validate on" in error and "none readable" in error
 
 
-def test_more_batch_than_images(cli):
+def test_a_batch_larger_than_the_data_set(cli):
     error = cli.error(training_presets__batch_size="21")
     assert "training_presets.batch_size 21 is more than the 20 training images of synthetic_faces" in error
 
 
 @pytest.mark.parametrize("dataset", ["some-one/faces", "no such thing"])
-def test_a_hub_that_does_not_answer(cli, monkeypatch, dataset):
+def test_an_unreachable_hub(cli, monkeypatch, dataset):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(sources, "_HUB_ATTEMPTS", 1)
     error = cli.error(data__dataset=dataset)
@@ -135,10 +136,10 @@ def test_accumulation_by_the_launcher(cli, monkeypatch):
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is 4" in error and "micro_batch_size" in error
 
 
-def test_trunk_weights_that_are_nowhere(cli, monkeypatch, tmp_path):
+def test_missing_trunk_weights(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):  # refuses at once
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):  # refused at once
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -168,14 +169,16 @@ def test_a_batch_that_cannot_be_divided(cli, monkeypatch):
         ValueError, match="batch_size 4 cannot be divided over 3 processes: use 3 or another multiple of 3"
     ):
         micro_batch_size(config, 3)
-    monkeypatch.setenv("WORLD_SIZE", "3")  # as torchrun sets it, for a plan
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launch.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
     assert "training_presets.batch_size 4 cannot be divided over 3 processes" in cli.error("--dry-run")
 
 
-def test_resume_from_where_nothing_is(cli, tmp_path):
+def test_resume_without_a_checkpoint(cli, tmp_path):
     error = cli.error("--resume", "elsewhere")
     assert "--resume elsewhere: no checkpoint there" in error and "or auto" in error
-    (tmp_path / "run" / "checkpoints" / "step_00000004.tmp").mkdir(parents=True)  # cut off while it was written
+    (tmp_path / "run" / "checkpoints" / "step_00000004.tmp").mkdir(parents=True)  # interrupted while it was written
     (tmp_path / "run" / "checkpoints" / "step_00000008").mkdir()
     error = cli.error("--resume", str(tmp_path / "run"))
     assert "no checkpoint can be used" in error and "step_00000008: manifest.json is missing" in error
@@ -194,7 +197,7 @@ def test_push_without_a_token(cli, monkeypatch, tmp_path):
     assert "the Hub refused or did not answer" in error and "hf_secret" not in error
 
 
-def test_a_program_fault_keeps_its_traceback(cli, monkeypatch):
+def test_an_error_of_the_program_keeps_its_traceback(cli, monkeypatch):
     def broken(config):
         raise RuntimeError("out of memory")
 
@@ -203,16 +206,28 @@ def test_a_program_fault_keeps_its_traceback(cli, monkeypatch):
         cli("--dry-run")
 
 
-def test_other_processes_leave_the_message_to_the_first(cli, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+def test_every_process_prints_its_own_errors(cli, monkeypatch):
+    launch = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     code, _, err = cli(training_presets__batch_size="many")
-    assert (code, err) == (2, "")
+    assert code == 2
+    assert err == 'error (rank 1): training_presets.batch_size must be an integer, got "many".\n'
 
 
-# ---- what is right ----
+# ---- valid commands ----
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(cli):
+def test_explain(capsys):
+    assert train_vae.main(["--explain", "training_presets.kl_gain"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "training_presets.kl_gain  (number, greater than 0 and at most 2; default 0.5)"
+    )
+    assert train_vae.main(["--explain", "training_presets.kl_gian"]) == 2
+    assert "did you mean training_presets.kl_gain?" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_cost_estimate_and_writes_nothing(cli):
     code, out, err = cli("--dry-run", training_presets__num_epochs="7")
     assert (code, err) == (0, "")
     cost = count_cost(load_config(cli.file))
@@ -223,7 +238,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cli):
     assert [path.name for path in cli.folder.iterdir()] == ["tiny.json"]
 
 
-def test_a_run_by_command(cli):
+def test_a_run(cli):
     settings = {"training_presets__max_images_per_epoch": "4", "training_presets__num_epochs": "1"}
     code, _, err = cli(loss__perceptual_weight="0", loss__lpips_weight="0", **settings)
     assert code == 0, err
@@ -235,7 +250,7 @@ def test_a_run_by_command(cli):
 @pytest.mark.parametrize(
     ("launcher", "wanted", "computes", "result"),
     [
-        # `accelerate launch` exports "no" where nobody chose: the configuration decides.
+        # `accelerate launch` exports "no" by default: the configuration decides.
         ("no", "bf16", False, ("bf16", "the configuration")),
         (None, "bf16", False, ("bf16", "the configuration")),
         ("bf16", "no", False, ("bf16", "the launcher")),
@@ -243,7 +258,7 @@ def test_a_run_by_command(cli):
         ("no", "auto", True, ("bf16", "auto on cpu")),
     ],
 )
-def test_who_decides_on_precision(monkeypatch, launcher, wanted, computes, result):
+def test_the_launcher_takes_precedence_for_precision(monkeypatch, launcher, wanted, computes, result):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)

@@ -19,7 +19,7 @@ COMMANDS = {
     "sample": ("training.priors.sample", "draw faces from a trained model"),
     "export_formats": ("training.publish.export_formats", "write a trained model as fp16 safetensors, ONNX or .pth"),
     "publish": ("training.publish.stage", "upload a model and its card to the Hub"),
-    "kl": ("training.losses.kl_control", "simulate the KL control of a configuration without training"),
+    "kl": ("training.losses.kl_simulation", "simulate the KL control of a configuration without training"),
 }
 
 

@@ -1,9 +1,9 @@
-"""The configuration: one file of dataclasses, JSON in and out; the place that documents every key.
+"""The configuration of a run: dataclasses that document and check every key, read from JSON.
 
-Sections of the JSON file: `model` (passed straight to `AutoencoderKLUltra`, whose docstring documents it), `data`,
-`loss`, `training_presets`, `output`, `hub`. Keys equal field names. An unknown key or a value of the wrong type is an
-error that names the key, the value and the remedy; nothing is repaired silently. Stdlib only, so that reading a
-configuration costs no import of torch.
+The JSON file has the sections `model` (passed to `AutoencoderKLUltra`, whose docstring documents its keys), `data`,
+`loss`, `training_presets`, `output` and `hub`. Keys equal field names. Constraints are declared beside each field. An
+unknown key, a wrong type or a value out of range raises a ValueError that names the key, the value and the remedy.
+Imports the standard library only, so that a misspelled key is reported before torch is imported.
 
     config = load_config("configs/ultra.json", ["training_presets.batch_size=32"])
 """
@@ -13,140 +13,197 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import operator
 import re
-import types
+import sys
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-TOKEN = r"hf_[A-Za-z0-9]{16,}"  # an access token of the Hub, which must be in no configuration and no log
-COLLECTIVE_TIMEOUT_S = 3600  # how long processes wait for each other before the run fails
-
-
-def _require(ok: bool, key: str, value: Any, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{key} is {value!r}: {remedy}.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Section `data`: where images come from and what is done to their bytes."""
-
-    # A dataset id on the Hub ("flwrlabs/celeba"), or "parquet" (with data_files), "imagefolder" (with data_dir), or
-    # "synthetic_faces", which is drawn on this machine and needs no network.
-    dataset: str = "synthetic_faces"
-    revision: str | None = None  # commit, tag or branch of a Hub dataset; pin a commit to make runs repeatable
-    data_files: dict | None = None  # "parquet": split name -> path, glob, or a list of them
-    data_dir: str | None = None  # "imagefolder": folder of images, with a folder for each split if there are splits
-    train_split: str = "train"  # split to train on
-    # Split for validation; null holds out `holdout_fraction` of the training rows by a hash of their bytes.
-    validation_split: str | None = "validation"
-    holdout_fraction: float = 0.02  # share of the training rows to validate on where there is no split for it
-    image_column: str = "image"  # column of the images: encoded bytes, or what `datasets` calls an image
-    crop_px: int | None = None  # side of the centre crop before resizing; null: the largest centred square
-    horizontal_flip: bool = True  # mirror each training image with probability 1/2
-    shuffle_buffer: int = 2048  # rows in the streaming shuffle buffer (encoded bytes, about 10 kB each)
-    num_train_images: int | None = None  # for plans and time left where the source does not say how many it has
-    max_validation_images: int = 2048  # the first so many rows of the validation split, decoded once and kept
-    max_corrupt_fraction: float = 0.01  # share of undecodable images above which the run stops
-    decode_threads: int = 0  # 0: one for each CPU core, at most 16
-    prefetch_batches: int = 4  # decoded batches kept ready
-    synthetic_train_images: int = 4096  # "synthetic_faces": how many are drawn to train on
-    synthetic_validation_images: int = 256  # the same to validate on
-    # "on": rows are kept on disk, encoded, as they arrive, and from the second epoch on read from there in an order
-    # that shuffles all of them; "only": the same from rows that an earlier run has kept, without a network; "off":
-    # every process reads the source in every epoch, through the shuffle buffer. Folders of images are never copied.
-    cache: str = "on"
-    cache_dir: str | None = None  # folder of these rows and of `datasets`' own files; null: HF_HOME/datasets
-    # Seconds without a new row, retries included, before the run gives up. Below COLLECTIVE_TIMEOUT_S by 10 minutes,
-    # because the processes that have their rows wait in a collective for the one that has not.
-    timeout_s: float = 1200.0
-
-    def __post_init__(self) -> None:
-        _require(
-            bool(self.dataset), "data.dataset", self.dataset, "give a Hub id, parquet, imagefolder or synthetic_faces"
-        )
-        if self.dataset == "parquet":
-            _require(
-                bool(self.data_files),
-                "data.data_files",
-                self.data_files,
-                'give {"train": "path/train-*.parquet", "validation": ...}',
-            )
-        if self.dataset == "imagefolder":
-            _require(bool(self.data_dir), "data.data_dir", self.data_dir, "give the folder that holds the images")
-        _require(0 < self.holdout_fraction < 0.5, "data.holdout_fraction", self.holdout_fraction, "use 0.001 to 0.5")
-        if self.crop_px is not None:
-            _require(self.crop_px >= 16, "data.crop_px", self.crop_px, "use at least 16 pixels, or null")
-        _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "use at least 1 row")
-        _require(
-            self.max_validation_images >= 1, "data.max_validation_images", self.max_validation_images, "use at least 1"
-        )
-        _require(
-            0 <= self.max_corrupt_fraction <= 1, "data.max_corrupt_fraction", self.max_corrupt_fraction, "use 0 to 1"
-        )
-        _require(self.cache in ("on", "off", "only"), "data.cache", self.cache, "use on, off or only")
-        limit = COLLECTIVE_TIMEOUT_S - 600
-        _require(0 < self.timeout_s <= limit, "data.timeout_s", self.timeout_s, f"use more than 0 to {limit} seconds")
-        _require(self.decode_threads >= 0, "data.decode_threads", self.decode_threads, "use 0 (automatic) or more")
-        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "use at least 1")
-        _require(
-            self.synthetic_train_images >= 1,
-            "data.synthetic_train_images",
-            self.synthetic_train_images,
-            "use at least 1",
-        )
-        _require(
-            self.synthetic_validation_images >= 1,
-            "data.synthetic_validation_images",
-            self.synthetic_validation_images,
-            "use at least 1",
-        )
-
-
+TOKEN = r"hf_[A-Za-z0-9]{16,}"  # an access token of the Hub, which must not appear in any configuration or log
+COLLECTIVE_TIMEOUT_S = 3600  # how long a process waits for the others in a collective before the run fails
 TRUNKS = ("vgg16", "alexnet", "squeezenet", "st_alexnet", "st_vgg16")
 
+# Keys of earlier versions, without their section -> the present name.
+RENAMED = {
+    "latent_numbers": "model.latent_dim",
+    "encoder_channels": "model.encoder_block_out_channels",
+    "encoder_layers": "model.encoder_layers_per_block",
+    "decoder_channels": "model.decoder_block_out_channels",
+    "decoder_layers": "model.decoder_layers_per_block",
+    "linear_size": "model.pca_size",
+    "linear_decode_size": "model.pca_decode_size",
+    "linear_init_images": "training_presets.pca_init_images",
+    "linear_init_copies": "training_presets.pca_init_augmented_copies",
+    "linear_noise_fraction": "training_presets.pca_noise_fraction",
+    "linear_lr_scale": "training_presets.pca_lr_scale",
+    "max_bad_fraction": "data.max_corrupt_fraction",
+}
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """Section `loss`: weights of the reconstruction terms on images in [-1, 1], and the perceptual trunk."""
 
-    mse_weight: float = 0.4  # mean squared error
-    l1_weight: float = 0.2  # mean absolute error
-    perceptual_weight: float = 0.2  # L1 distance of the trunk's unit-length features
-    lpips_weight: float = 0.2  # LPIPS (Zhang et al. 2018); one frozen trunk serves both perceptual terms
-    # vgg16, alexnet, squeezenet (ImageNet weights: see trunk_weights), st_alexnet, st_vgg16 (come with pip).
-    trunk: str = "vgg16"
-    # A second network for LPIPS: the term is the mean of both networks' figures, so that what one of them overlooks the
-    # other sees. AlexNet reads a pixel for 1/24 of VGG16's arithmetic. null: trunk alone.
-    lpips_trunk: str | None = None
-    # Folder with <trunk>_features.safetensors; null: torch's hub cache, else torchvision's download.
-    trunk_weights: str | None = None
-    # The trunk sees a random window of this side of each image (the same of both); null: the whole image.
-    perceptual_crop_px: int | None = None
-    lpips_crop_px: int | None = None  # the same for lpips_trunk, which has windows of its own
+# ---------------------------------------------------------------------- constraints
+
+_COMPARISONS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "greater than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+_TYPES = {
+    NoneType: "null",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    dict: "an object",
+}
+
+
+def constrained(default: Any, **limits: Any) -> Any:
+    """A dataclass field with limits: `ge`, `gt`, `le` and `lt` for numbers, `choices` for strings."""
+    return field(default=default, metadata=limits)
+
+
+def describe_limits(limits: Mapping[str, Any]) -> str:
+    """The limits of a number in words, such as "at least 0 and less than 1"; "" without limits."""
+    return " and ".join(f"{words} {limits[name]}" for name, (_, words) in _COMPARISONS.items() if name in limits)
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _require(ok: bool, key: str, wanted: str, value: Any) -> None:
+    if not ok:
+        text = json.dumps(value, default=str)
+        raise ValueError(f"{key} must be {wanted}, got {text if len(text) < 200 else text[:200] + '...'}.")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_finite, value))
+    return not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max
+
+
+def _checked(key: str, value: Any, annotation: Any, limits: Mapping[str, Any]) -> Any:
+    """Check a JSON value against a field's annotation and limits; returns it, integers as floats where those belong."""
+    types = typing.get_args(annotation) or (annotation,)
+    _require(_is_finite(value), key, "finite", value)
+    if float in types and type(value) is int:
+        value = float(value)
+    choices = [f'"{choice}"' for choice in limits.get("choices", ())]
+    words = [word for each in types for word in (choices if each is str and choices else [_TYPES[each]])]
+    valid = type(value) in types and (not isinstance(value, str) or not choices or value in limits["choices"])
+    _require(valid, key, _either(words), value)
+    _require(value != "", key, "a non-empty string" + (" or null" if NoneType in types else ""), value)
+    if type(value) in (int, float):
+        within = all(compare(value, limits[name]) for name, (compare, _) in _COMPARISONS.items() if name in limits)
+        _require(within, key, describe_limits(limits), value)
+    return value
+
+
+class _Section:
+    """Base of the sections: checks each field on its own, then those that depend on each other."""
+
+    __slots__ = ()
+    section = ""
 
     def __post_init__(self) -> None:
-        for name in ("mse_weight", "l1_weight", "perceptual_weight", "lpips_weight"):
-            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "use 0 or more")
-        total = self.mse_weight + self.l1_weight + self.perceptual_weight + self.lpips_weight
-        _require(total > 0, "the sum of the loss weights", total, "give at least one term a weight above 0")
-        _require(self.trunk in TRUNKS, "loss.trunk", self.trunk, f"use one of {', '.join(TRUNKS)}")
-        allowed = (None, *TRUNKS)
-        _require(self.lpips_trunk in allowed, "loss.lpips_trunk", self.lpips_trunk, f"use null or one of {TRUNKS}")
-        for key in ("perceptual_crop_px", "lpips_crop_px"):
-            side = getattr(self, key)
-            remedy = "use at least 32 pixels (the trunks need them), or null"
-            _require(side is None or side >= 32, f"loss.{key}", side, remedy)
-        _require(
-            self.lpips_crop_px is None or self.lpips_trunk is not None,
-            "loss.lpips_crop_px",
-            self.lpips_crop_px,
-            "set loss.lpips_trunk too; without it all terms read the windows of loss.perceptual_crop_px",
-        )
+        annotations = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            value = _checked(f"{self.section}.{item.name}", value, annotations[item.name], item.metadata)
+            object.__setattr__(self, item.name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Checks of several fields; raises ValueError."""
+
+    def _require(self, ok: bool, key: str, wanted: str) -> None:
+        _require(ok, f"{self.section}.{key}", wanted, getattr(self, key))
+
+
+# ---------------------------------------------------------------------- sections
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(_Section):
+    """Section `data`: the data set and its preprocessing."""
+
+    section = "data"
+
+    # A data set id on the Hub ("flwrlabs/celeba"), "parquet" (with data_files), "imagefolder" (with data_dir), or
+    # "synthetic_faces", which are rendered on this machine and need no network.
+    dataset: str = "synthetic_faces"
+    revision: str | None = None  # commit, tag or branch of a Hub data set; pin a commit for repeatable runs
+    data_files: dict | None = None  # "parquet": split name -> path or glob, or a list of them
+    data_dir: str | None = None  # "imagefolder": folder of images, with one subfolder per split if there are splits
+    train_split: str = "train"  # split to train on
+    # Split for validation; null holds out `holdout_fraction` of the training examples by a hash of their bytes.
+    validation_split: str | None = "validation"
+    holdout_fraction: float = constrained(0.02, gt=0, lt=0.5)  # fraction of the training examples that are held out
+    image_column: str = "image"  # column of the images: encoded bytes, or an Image feature of `datasets`
+    crop_px: int | None = constrained(None, ge=16)  # size of the center crop before resizing; null: largest square
+    horizontal_flip: bool = True  # flip each training image horizontally with probability 1/2
+    shuffle_buffer: int = constrained(2048, ge=1)  # examples in the streaming shuffle buffer (about 10 kB each)
+    num_train_images: int | None = constrained(None, ge=1)  # for cost estimates where the data set has no count
+    max_validation_images: int = constrained(2048, ge=1)  # first images of the validation split, decoded once and kept
+    max_corrupt_fraction: float = constrained(0.01, ge=0, le=1)  # the run stops above this fraction of corrupt images
+    decode_threads: int = constrained(0, ge=0)  # 0: one per CPU core, at most 16
+    prefetch_batches: int = constrained(4, ge=1)  # decoded batches kept ready
+    synthetic_train_images: int = constrained(4096, ge=1)  # "synthetic_faces": number of training images
+    synthetic_validation_images: int = constrained(256, ge=1)  # "synthetic_faces": number of validation images
+    # "on": keep the encoded examples on disk as they arrive, and from the second epoch on read them from there in a
+    # globally shuffled order; "only": read the cache of an earlier run, without a network; "off": every process
+    # streams the data set in every epoch, through the shuffle buffer. Folders of images are never copied.
+    cache: str = constrained("on", choices=("on", "only", "off"))
+    cache_dir: str | None = None  # folder of this cache and of `datasets`' own files; null: HF_HOME/datasets
+    # Seconds without a new example, retries included, before the run stops. At least 10 minutes below the timeout of
+    # collectives, because the other processes wait in one.
+    timeout_s: float = constrained(1200.0, gt=0, le=COLLECTIVE_TIMEOUT_S - 600)
+
+    def _check_together(self) -> None:
+        if self.dataset == "parquet":
+            self._require(bool(self.data_files), "data_files", 'an object such as {"train": "path/train-*.parquet"}')
+        if self.dataset == "imagefolder":
+            self._require(self.data_dir is not None, "data_dir", "the folder of the images")
+        for files in (self.data_files or {}).values():
+            paths = files if isinstance(files, list) else [files]
+            valid = bool(paths) and all(isinstance(path, str) and path for path in paths)
+            self._require(valid, "data_files", "an object of split names and paths (or lists of paths)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig(_Section):
+    """Section `loss`: weights of the reconstruction terms, on images in [-1, 1], and the perceptual networks."""
+
+    section = "loss"
+
+    mse_weight: float = constrained(0.4, ge=0)  # mean squared error
+    l1_weight: float = constrained(0.2, ge=0)  # mean absolute error
+    perceptual_weight: float = constrained(0.2, ge=0)  # L1 distance of the trunk's normalized features
+    lpips_weight: float = constrained(0.2, ge=0)  # LPIPS (Zhang et al. 2018), which shares the frozen trunk
+    # Feature network (trunk): vgg16, alexnet, squeezenet (ImageNet weights, see trunk_weights), st_alexnet or st_vgg16
+    # (weights come with the package).
+    trunk: str = constrained("vgg16", choices=TRUNKS)
+    # Second network for LPIPS: the term is the mean of both distances, each of which sees errors that the other
+    # misses. AlexNet costs 1/24 of VGG16's FLOPs per pixel. null: trunk alone.
+    lpips_trunk: str | None = constrained(None, choices=TRUNKS)
+    trunk_weights: str | None = None  # folder with <trunk>_features.safetensors; null: torch's hub cache, or download
+    # Size of the random crop (the same of image and reconstruction) that the trunk sees; null: the full image.
+    perceptual_crop_px: int | None = constrained(None, ge=32)
+    lpips_crop_px: int | None = constrained(None, ge=32)  # the same for lpips_trunk, which has random crops of its own
+
+    def _check_together(self) -> None:
+        weights = (self.mse_weight, self.l1_weight, self.perceptual_weight, self.lpips_weight)
+        _require(sum(weights) > 0, "the sum of the weights in section loss", "greater than 0", sum(weights))
+        valid = self.lpips_crop_px is None or self.lpips_trunk is not None
+        self._require(valid, "lpips_crop_px", "null without loss.lpips_trunk (loss.perceptual_crop_px is for trunk)")
 
     @property
     def trunks(self) -> list[tuple[str, int | None]]:
@@ -158,282 +215,159 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KLSchedule:
-    """The settings of the KL control; each field is the key of that name in the section `training_presets`.
+class KLSchedule(_Section):
+    """The keys of section `training_presets` that set the weight of the KL term (beta); see docs/kl-control.md."""
 
-    Raises:
-        ValueError: A value has the wrong type or lies outside its range.
-    """
+    section = "training_presets"
 
-    kl_target_low: float = 0.01  # band of the smoothed KL share, fraction of the total loss
-    kl_target_high: float = 0.03  # upper end of the band
-    kl_beta_init: float = 1e-4  # controlled beta at the start, and the constant beta where control is off
-    kl_beta_min: float = 1e-6  # range of beta
-    kl_beta_max: float = 1.0  # upper end of the range of beta
-    kl_half_life_images: int = 2048  # half-life of the average, images
-    kl_gain: float = 0.5  # per half-life; of the error, 1 - exp(-0.5) = 39 % is corrected in one half-life
-    kl_max_step: float = 0.7  # bound of |change of log beta| per half-life; 0.7 = log 2: it doubles or halves
-    # Images over which beta rises linearly; log beta is still meanwhile, the average is fed. One half-life:
-    # a run of 5,000 images has control for more than half of its length.
-    kl_warmup_images: int = 2048
-    # Below this smoothed KL, nats per number, beta goes down whatever the share; 0: off. A number whose
+    kl_target_low: float = constrained(0.01, gt=0, lt=1)  # target range of the smoothed KL fraction of the loss
+    kl_target_high: float = constrained(0.03, gt=0, lt=1)  # upper end of the target range
+    kl_beta_init: float = constrained(1e-4, gt=0)  # controlled beta at the start; constant beta where control is off
+    kl_beta_min: float = constrained(1e-6, gt=0)  # range of beta
+    kl_beta_max: float = constrained(1.0, gt=0)  # upper end of the range of beta
+    kl_half_life_images: int = constrained(2048, ge=1)  # half-life of the exponential moving averages, in images
+    # Gain per half-life: with 0.5, 1 - exp(-0.5) = 39 % of the error is corrected in one half-life.
+    kl_gain: float = constrained(0.5, gt=0, le=2)
+    # Limit of |change of log beta| per half-life; 0.7 = log 2: beta doubles or halves.
+    kl_max_step: float = constrained(0.7, gt=0, le=3)
+    # Images over which beta rises linearly from 0. Meanwhile log beta is frozen and the averages are updated. One
+    # half-life, so that beta is controlled for more than half of a run of 5,000 images.
+    kl_warmup_images: int = constrained(2048, ge=0)
+    # Below this smoothed KL, in nats per dimension, beta decreases whatever the fraction; 0: off. A dimension whose
     # posterior mean has variance 0.01, the least that counts as active (Burda et al. 2016), costs 0.005 nats.
-    kl_collapse_nats: float = 0.01
-    kl_cycle_enabled: bool = True  # cool-downs at the beginning of each cycle of epochs; false: none
-    kl_cycle_period: int = 8  # epochs
-    kl_cooldown_epochs: int = 2  # the first epochs of each cycle
-    kl_cooldown_reduction: float = 0.25  # beta and its band are multiplied by this in a cool-down
-    kl_beta_floor: float = 5e-5  # beta is never below kl_beta_floor * kl_floor_growth**epoch
-    kl_floor_growth: float = 1.02  # per epoch
+    kl_collapse_nats: float = constrained(0.01, ge=0)
+    kl_cycle_enabled: bool = True  # begin each cycle of epochs with a low-beta phase (cool-down); false: none
+    kl_cycle_period: int = constrained(8, ge=1)  # epochs per cycle
+    kl_cooldown_epochs: int = constrained(2, ge=0)  # epochs of the low-beta phase, the first of each cycle
+    kl_cooldown_reduction: float = constrained(0.25, gt=0, le=1)  # factor of beta and target range in a low-beta phase
+    kl_beta_floor: float = constrained(5e-5, ge=0)  # minimum beta is kl_beta_floor * kl_floor_growth**epoch; 0: none
+    kl_floor_growth: float = constrained(1.02, ge=1)  # growth of the minimum beta per epoch
 
-    def __post_init__(self) -> None:
-        kinds = {"bool": (bool,), "int": (int,), "float": (int, float)}
-        for item in fields(KLSchedule):
-            value = getattr(self, item.name)
-            typed = isinstance(value, kinds[item.type]) and isinstance(value, bool) == (item.type == "bool")
-            if not typed or not math.isfinite(value):
-                self._refuse(item.name, f"a finite value of type {item.type}")
+    def _check_together(self) -> None:
         low, high = self.kl_beta_min, self.kl_beta_max
-        collapse, cooldown, period = self.kl_collapse_nats, self.kl_cooldown_epochs, self.kl_cycle_period
-        cycle = f"0 or more but less than kl_cycle_period = {period}, or set kl_cycle_enabled to false"
-        above_low = f"a share above kl_target_low = {self.kl_target_low} and below 1"
-        for key, ok, remedy in (
-            ("kl_target_low", 0 < self.kl_target_low < 1, "a share above 0 and below 1, such as 0.01"),
-            ("kl_target_high", self.kl_target_low < self.kl_target_high < 1, above_low),
-            ("kl_beta_min", low > 0, "a number above 0, such as 1e-6"),
-            ("kl_beta_max", low < high, f"a number above kl_beta_min = {low}"),
-            ("kl_beta_init", low <= self.kl_beta_init <= high, f"a number from {low} to {high}"),
-            ("kl_half_life_images", self.kl_half_life_images >= 1, "at least 1 image, such as 2048"),
-            ("kl_gain", 0 < self.kl_gain <= 2, "a number above 0 and at most 2, such as 0.5"),
-            ("kl_max_step", 0 < self.kl_max_step <= 3, "a number above 0 and at most 3, such as 0.7"),
-            ("kl_warmup_images", self.kl_warmup_images >= 0, "0 (no warm-up) or a number of images"),
-            ("kl_collapse_nats", collapse == 0 or collapse >= 0.001, "0 (off) or at least 0.001 nats"),
-            ("kl_cycle_period", period >= 1, "at least 1 epoch, such as 8"),
-            ("kl_cooldown_epochs", 0 <= cooldown < period or not self.kl_cycle_enabled, cycle),
-            ("kl_cooldown_reduction", 0 < self.kl_cooldown_reduction <= 1, "a factor above 0 and at most 1"),
-            ("kl_beta_floor", 0 <= self.kl_beta_floor <= high, f"0 (no floor) to kl_beta_max = {high}"),
-            ("kl_floor_growth", self.kl_floor_growth >= 1, "a factor of at least 1, such as 1.02"),
-        ):
-            if not ok:
-                self._refuse(key, remedy)
-
-    def _refuse(self, key: str, remedy: str) -> None:
-        raise ValueError(f"training_presets.{key} is {getattr(self, key)!r}: give {remedy}")
-
-    @classmethod
-    def from_presets(cls, presets: Mapping[str, Any]) -> KLSchedule:
-        """Builds the schedule from the section `training_presets`; keys of other owners are left alone."""
-        return cls(**{item.name: presets[item.name] for item in fields(cls) if item.name in presets})
-
-    def in_cooldown(self, epoch: int) -> bool:
-        """Whether the epoch (from 0) is one of the first `kl_cooldown_epochs` of its cycle."""
-        return self.kl_cycle_enabled and epoch % self.kl_cycle_period < self.kl_cooldown_epochs
-
-    def cycle_factor(self, epoch: int) -> float:
-        """What the cycle multiplies beta and the band by: the reduction in a cool-down, else 1."""
-        return self.kl_cooldown_reduction if self.in_cooldown(epoch) else 1.0
-
-    def floor(self, epoch: int) -> float:
-        """The least beta of an epoch: `kl_beta_floor * kl_floor_growth**epoch`, at most `kl_beta_max`."""
-        if self.kl_beta_floor == 0:
-            return 0.0
-        # Compared as logarithms, because the power overflows in a very long run.
-        if epoch * math.log(self.kl_floor_growth) >= math.log(self.kl_beta_max / self.kl_beta_floor):
-            return self.kl_beta_max
-        return self.kl_beta_floor * self.kl_floor_growth**epoch
+        above = f"greater than kl_target_low = {self.kl_target_low}"
+        self._require(self.kl_target_high > self.kl_target_low, "kl_target_high", above)
+        self._require(low < high, "kl_beta_max", f"greater than kl_beta_min = {low}")
+        self._require(low <= self.kl_beta_init <= high, "kl_beta_init", f"at least {low} and at most {high}")
+        self._require(self.kl_beta_floor <= high, "kl_beta_floor", f"at most kl_beta_max = {high}")
+        collapse = self.kl_collapse_nats
+        self._require(collapse == 0 or collapse >= 0.001, "kl_collapse_nats", "0 (off) or at least 0.001")
+        if self.kl_cycle_enabled:
+            below = f"less than kl_cycle_period = {self.kl_cycle_period} (or set kl_cycle_enabled to false)"
+            self._require(self.kl_cooldown_epochs < self.kl_cycle_period, "kl_cooldown_epochs", below)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPresets(KLSchedule):
-    """Section `training_presets`: the optimization; the kl_* keys are those of `KLSchedule`."""
+    """Section `training_presets`: the optimization; its kl_* keys are in a table of their own."""
 
-    num_epochs: int = 200  # passes over the training images, or over max_images_per_epoch of them
-    batch_size: int = 64  # images in one optimizer step, over all processes and accumulation
-    # Images in one forward pass of one process; the rest is accumulated, with the same gradients. null: batch_size /
-    # processes; "auto": the most that fits, found by trial and halved when memory runs out in mid-run.
-    micro_batch_size: int | str | None = None
-    learning_rate: float = 5e-5  # after its warm-up and before the first plateau
-    optimizer: str = "adam"  # "adam" (weight decay as an L2 term) or "adamw" (decoupled)
-    weight_decay: float = 1e-5  # of all trained weights; how it acts depends on optimizer
-    adam_beta1: float = 0.9  # decay of the average of gradients, per step
-    adam_beta2: float = 0.999  # decay of the average of squared gradients, per step
-    lr_warmup_steps: int = 100  # the learning rate rises linearly over so many steps
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    # Steps in a row without a finite gradient, none of which changes anything, before the run goes back to its last
-    # checkpoint with another order of images; the second time it gives up.
-    max_skipped_in_a_row: int = 20
-    # Epochs in which the validation reconstruction loss with fixed weights, which beta does not move, does not improve
-    # before ReduceLROnPlateau multiplies the learning rate by plateau_factor.
-    plateau_patience: int = 10
-    plateau_factor: float = 0.5  # what the learning rate is multiplied by on a plateau
-    plateau_threshold: float = 1e-4  # relative improvement that counts, here and for the best model
-    min_learning_rate: float = 1e-7  # the learning rate is never reduced below this
-    early_stopping_patience: int = 20  # epochs without improvement before the run stops; 0: never
-    ema_decay: float = 0.9999  # of the averaged weights that are validated and exported; 0: no averaging
-    ema_power: float = 0.75  # warm-up of the average: decay = 1 - (1 + step)^-power until ema_decay
-    # "auto": bf16 where the hardware computes in it, else fp16 on CUDA, else float32; or "no", "bf16", "fp16".
-    mixed_precision: str = "auto"
-    channels_last: bool = True  # channels-last memory layout of the model and its images
+    num_epochs: int = constrained(200, ge=1)  # passes over the training images, or over max_images_per_epoch of them
+    batch_size: int = constrained(64, ge=1)  # images per optimizer step, over all processes and micro-batches
+    # Images per forward pass of one process; gradients are accumulated over the micro-batches of a batch. null:
+    # batch_size / processes; "auto": the most that fits in memory, found by trial and halved when memory runs out.
+    micro_batch_size: int | str | None = constrained(None, ge=1, choices=("auto",))
+    learning_rate: float = constrained(5e-5, gt=0)  # after the warm-up and before the first plateau
+    optimizer: str = constrained("adam", choices=("adam", "adamw"))  # L2 weight decay (adam) or decoupled (adamw)
+    weight_decay: float = constrained(1e-5, ge=0)  # of all trained weights
+    adam_beta1: float = constrained(0.9, gt=0, lt=1)  # decay of the first moment, per step
+    adam_beta2: float = constrained(0.999, gt=0, lt=1)  # decay of the second moment, per step
+    lr_warmup_steps: int = constrained(100, ge=0)  # steps over which the learning rate rises linearly
+    max_grad_norm: float = constrained(1.0, gt=0)  # gradients are clipped to this norm
+    # Consecutive steps with a non-finite gradient, all of them skipped, before the run rolls back to its last
+    # checkpoint with another example order; the second time the run stops.
+    max_skipped_in_a_row: int = constrained(20, ge=1)
+    # Epochs without improvement of the validation reconstruction loss, whose weights are fixed and which beta does not
+    # affect, before ReduceLROnPlateau multiplies the learning rate by plateau_factor.
+    plateau_patience: int = constrained(10, ge=1)
+    plateau_factor: float = constrained(0.5, gt=0, lt=1)  # factor of the learning rate on a plateau
+    plateau_threshold: float = constrained(1e-4, ge=0)  # relative improvement that counts, also for the best model
+    min_learning_rate: float = constrained(1e-7, ge=0)  # lower limit of the learning rate on plateaus
+    early_stopping_patience: int = constrained(20, ge=0)  # epochs without improvement before the run stops; 0: never
+    ema_decay: float = constrained(0.9999, ge=0, lt=1)  # of the EMA weights, which are validated and exported; 0: off
+    ema_power: float = constrained(0.75, gt=0, le=1)  # warm-up: decay is 1 - (1 + step)^-power until ema_decay
+    # "auto": bf16 where the hardware supports it, else fp16 on CUDA, else float32 ("no").
+    mixed_precision: str = constrained("auto", choices=("auto", "no", "bf16", "fp16"))
+    channels_last: bool = True  # channels-last memory format of the model and its images
     compile: bool = False  # torch.compile the model in place
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    # Side in pixels -> epochs: the first epochs on images averaged down to that side, the rest at sample_size, such as
-    # {"128": 100}. Spatial layout only; a quarter of the pixels cost a quarter of the arithmetic.
+    # Resolution in pixels -> epochs: the first epochs train on downsampled images and the rest at sample_size, such as
+    # {"128": 100}. Spatial layout only; a quarter of the pixels costs a quarter of the FLOPs.
     resolution_schedule: dict = field(default_factory=dict)
-    augment: bool = False  # shift, turn and scale each training image a little; for small data sets
-    pca_init_images: int = 8192  # training images from which the linear path is fitted before step 0
-    pca_init_augmented_copies: int = 0  # shifted, turned and scaled copies of each that it is fitted to as well
-    # Posterior noise at the start: its share of the error that the linear path makes anyway.
-    pca_noise_fraction: float = 0.05
-    pca_lr_scale: float = 0.0  # learning rate of the linear path over the others'; 0: it stays fixed
-    kl_control_enabled: bool = True  # False: beta is kl_beta_init after its warm-up
-    max_images_per_epoch: int | None = None  # shorter epochs; null: every training image
-    max_train_minutes: float | None = None  # stop cleanly after so many minutes of training; null: never
-    seed: int = 0  # of the initial weights, the order of images, flips, windows and the posterior's noise
+    augment: bool = False  # small random translations, rotations and scalings; for small data sets
+    pca_init_images: int = constrained(8192, ge=2)  # training images for the PCA initialization before step 0
+    pca_init_augmented_copies: int = constrained(0, ge=0)  # randomly transformed copies of each, also used for it
+    # Squared error that the posterior's noise adds at the start, as a fraction of that of the PCA reconstruction.
+    pca_noise_fraction: float = constrained(0.05, gt=0, le=1)
+    pca_lr_scale: float = constrained(0.0, ge=0)  # learning rate of the PCA branch over learning_rate; 0: it is frozen
+    kl_control_enabled: bool = True  # false: beta is kl_beta_init after the warm-up
+    max_images_per_epoch: int | None = constrained(None, ge=1)  # shorter epochs; null: all training images
+    max_train_minutes: float | None = constrained(None, gt=0)  # stop cleanly after this training time; null: never
+    seed: int = constrained(0, ge=0, le=2**64 - 1)  # of initial weights, example order, flips, crops, posterior noise
 
-    def __post_init__(self) -> None:
-        KLSchedule.__post_init__(self)
-        name = "training_presets."
-        for key in ("num_epochs", "batch_size", "plateau_patience", "max_skipped_in_a_row"):
-            _require(getattr(self, key) >= 1, name + key, getattr(self, key), "use at least 1")
-        _require(self.pca_init_images >= 2, name + "pca_init_images", self.pca_init_images, "use at least 2")
-        epochs_below = 0
-        for side, epochs in self.resolution_schedule.items():
-            key = f"{name}resolution_schedule"
-            whole = isinstance(side, str) and side.isdecimal() and int(side) >= 32
-            _require(whole and type(epochs) is int and epochs >= 1, key, {side: epochs}, 'write {"pixels": epochs}')
-            epochs_below += epochs
-        _require(
-            epochs_below < self.num_epochs,
-            name + "resolution_schedule",
-            self.resolution_schedule,
-            f"leave some of the {self.num_epochs} epochs for the full resolution",
-        )
-        copies = self.pca_init_augmented_copies
-        _require(copies >= 0, name + "pca_init_augmented_copies", copies, "use 0 or more")
-        micro = self.micro_batch_size
-        allowed = micro in (None, "auto") or (isinstance(micro, int) and micro >= 1)
-        _require(allowed, name + "micro_batch_size", micro, 'use at least 1, "auto" or null')
-        images = self.max_images_per_epoch
-        _require(images is None or images >= 1, name + "max_images_per_epoch", images, "use at least 1, or null")
-        for key in ("learning_rate", "max_grad_norm", "adam_beta1", "adam_beta2"):
-            _require(getattr(self, key) > 0, name + key, getattr(self, key), "use a number above 0")
-        for key in ("weight_decay", "lr_warmup_steps", "early_stopping_patience", "min_learning_rate", "seed"):
-            _require(getattr(self, key) >= 0, name + key, getattr(self, key), "use 0 or more")
-        for key in ("pca_lr_scale", "plateau_threshold"):
-            _require(getattr(self, key) >= 0, name + key, getattr(self, key), "use 0 or more")
-        for key in ("adam_beta1", "adam_beta2", "plateau_factor"):
-            _require(0 < getattr(self, key) < 1, name + key, getattr(self, key), "use a number between 0 and 1")
-        _require(0 <= self.ema_decay < 1, name + "ema_decay", self.ema_decay, "use 0 (off) to less than 1")
-        _require(0 < self.ema_power <= 1, name + "ema_power", self.ema_power, "use above 0 to 1")
-        _require(
-            0 < self.pca_noise_fraction <= 1,
-            name + "pca_noise_fraction",
-            self.pca_noise_fraction,
-            "use above 0 to 1",
-        )
-        _require(self.optimizer in ("adam", "adamw"), name + "optimizer", self.optimizer, "use adam or adamw")
-        _require(
-            self.mixed_precision in ("auto", "no", "bf16", "fp16"),
-            name + "mixed_precision",
-            self.mixed_precision,
-            "use auto, no, bf16 or fp16",
-        )
-        _require(
-            self.max_train_minutes is None or self.max_train_minutes > 0,
-            name + "max_train_minutes",
-            self.max_train_minutes,
-            "use a number above 0, or null",
-        )
+    def _check_together(self) -> None:
+        KLSchedule._check_together(self)
+        for resolution, epochs in self.resolution_schedule.items():
+            valid = str(resolution).isdecimal() and int(resolution) >= 32 and type(epochs) is int and epochs >= 1
+            wanted = 'an object {"pixels": epochs} of at least 32 pixels and 1 epoch'
+            self._require(valid, "resolution_schedule", wanted)
+        valid = sum(self.resolution_schedule.values()) < self.num_epochs
+        self._require(valid, "resolution_schedule", f"shorter than num_epochs = {self.num_epochs}")
         if self.max_images_per_epoch is not None:
-            _require(
-                self.max_images_per_epoch >= self.batch_size,
-                name + "max_images_per_epoch",
-                self.max_images_per_epoch,
-                f"use at least batch_size = {self.batch_size}",
-            )
+            valid = self.max_images_per_epoch >= self.batch_size
+            self._require(valid, "max_images_per_epoch", f"at least batch_size = {self.batch_size}")
 
     def resolution(self, epoch: int) -> int | None:
-        """Side of the images that an epoch, counted from 0, trains on, in pixels; None for the model's."""
-        for side, epochs in self.resolution_schedule.items():
+        """Resolution of the training images in an epoch, counted from 0, in pixels; None for the model's own."""
+        for resolution, epochs in self.resolution_schedule.items():
             if epoch < epochs:
-                return int(side)
+                return int(resolution)
             epoch -= epochs
         return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OutputConfig:
+class OutputConfig(_Section):
     """Section `output`: what a run writes, and where."""
+
+    section = "output"
 
     run_name: str = "ultra_high_quality"  # a run writes into <runs_dir>/<run_name>_YYYYMMDD_HHMMSS/
     runs_dir: str = "runs"  # folder of all runs
-    model_dir: str = "model_weights"  # the finished model goes to <model_dir>/vae_<run_name>/
-    log_every_steps: int = 50  # optimizer steps between lines of metrics.jsonl and TensorBoard
-    checkpoint_every_epochs: int = 1  # a new best model is always saved
-    checkpoint_every_images: int | None = None  # also after so many training images; null: not by images
-    checkpoint_every_minutes: float | None = 30.0  # also after so many minutes; null: not by time
-    keep_checkpoints: int = 2  # newest checkpoints kept, at least 2; the best one is kept besides
-    sample_every_epochs: int = 10  # epochs between grids of samples and reconstructions
-    num_samples: int = 16  # images in a grid of samples
-    # Trunk of the LPIPS that validation reports; its weights are found like loss.trunk's.
-    eval_lpips_trunk: str = "alexnet"
+    model_dir: str = "model_weights"  # the trained model is exported to <model_dir>/vae_<run_name>/
+    log_every_steps: int = constrained(50, ge=1)  # optimizer steps between lines of metrics.jsonl and TensorBoard
+    checkpoint_every_epochs: int = constrained(1, ge=1)  # a new best model is always saved
+    checkpoint_every_images: int | None = constrained(None, ge=1)  # also after this many training images; null: off
+    checkpoint_every_minutes: float | None = constrained(30.0, gt=0)  # also after this many minutes; null: off
+    keep_checkpoints: int = constrained(2, ge=2)  # newest checkpoints to keep, besides the best one
+    sample_every_epochs: int = constrained(10, ge=1)  # epochs between grids of samples and reconstructions
+    num_samples: int = constrained(16, ge=1)  # images in a grid of samples
+    eval_lpips_trunk: str = constrained("alexnet", choices=TRUNKS)  # LPIPS of validation; weights as for loss.trunk
 
-    def __post_init__(self) -> None:
-        _require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.run_name) is not None,
-            "output.run_name",
-            self.run_name,
-            "use letters, digits, '_', '-' and '.', beginning with a letter or digit (it becomes a folder's name)",
-        )
-        for key in (
-            "log_every_steps",
-            "checkpoint_every_epochs",
-            "sample_every_epochs",
-            "num_samples",
-        ):
-            _require(getattr(self, key) >= 1, f"output.{key}", getattr(self, key), "use at least 1")
-        _require(
-            self.keep_checkpoints >= 2,
-            "output.keep_checkpoints",
-            self.keep_checkpoints,
-            "use at least 2, so that one is left where the newest is damaged",
-        )
-        for key in ("checkpoint_every_images", "checkpoint_every_minutes"):
-            value = getattr(self, key)
-            _require(value is None or value > 0, f"output.{key}", value, "use a number above 0, or null")
-        _require(
-            self.eval_lpips_trunk in TRUNKS,
-            "output.eval_lpips_trunk",
-            self.eval_lpips_trunk,
-            f"use one of {', '.join(TRUNKS)}",
-        )
+    def _check_together(self) -> None:
+        valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.run_name) is not None
+        self._require(valid, "run_name", "letters, digits, '_', '-' and '.', starting with a letter or digit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HubConfig:
-    """Section `hub`: publishing the finished model. Authentication is the Hub's own (`hf auth login`, `HF_TOKEN`)."""
+class HubConfig(_Section):
+    """Section `hub`: publishing the trained model. Log in with `hf auth login` or the environment variable HF_TOKEN."""
+
+    section = "hub"
 
     push: bool = False  # upload <model_dir>/vae_<run_name>/ when training ends
-    repo_id: str | None = None  # "organisation/name"
-    private: bool = True  # visibility of a repository that has to be created
-    # Also upload the best model so far every so many epochs; null: only at the end.
-    push_every_epochs: int | None = None
+    repo_id: str | None = None  # "organization/name"
+    private: bool = True  # visibility of a repository that this creates
+    push_every_epochs: int | None = constrained(None, ge=1)  # also upload the best model so far; null: only at the end
 
-    def __post_init__(self) -> None:
+    def _check_together(self) -> None:
         if self.push:
-            _require(
-                self.repo_id is not None and self.repo_id.count("/") == 1,
-                "hub.repo_id",
-                self.repo_id,
-                'give "organisation/name", or set hub.push to false',
-            )
-        every = self.push_every_epochs
-        _require(every is None or every >= 1, "hub.push_every_epochs", every, "use at least 1, or null")
+            valid = self.repo_id is not None and self.repo_id.count("/") == 1
+            self._require(valid, "repo_id", '"organization/name" where hub.push is true')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The whole configuration of a run."""
+    """The configuration of a run."""
 
     model: dict = field(default_factory=dict)  # arguments of AutoencoderKLUltra
     data: DataConfig = field(default_factory=DataConfig)
@@ -442,67 +376,60 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
+    def __post_init__(self) -> None:
+        for key, value in self.model.items():
+            _require(_is_finite(value), f"model.{key}", "finite", value)
+
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as they stand in the JSON file."""
+        """Nested plain values, as in the JSON file."""
         return dataclasses.asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """Dotted key -> value, as `--set` spells them."""
-        flat: dict[str, Any] = {}
-        for section, values in self.to_dict().items():
-            flat.update({f"{section}.{key}": value for key, value in values.items()})
-        return flat
+        """Dotted key -> value, as for `--set`."""
+        sections = self.to_dict().items()
+        return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+
+
+# ---------------------------------------------------------------------- reading
 
 
 def unknown_key(key: str, known: Sequence[str]) -> ValueError:
-    """The error for a key that does not exist, with the nearest one that does."""
-    # Last parts are compared: a section's name in common would make any two of its keys look alike.
-    last = {name.rsplit(".", 1)[-1]: name for name in known}
-    nearest = difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)
-    hint = f"did you mean {last[nearest[0]]}?" if nearest else f"known are {', '.join(sorted(known))}."
+    """The error for a key that does not exist: names its new name, the nearest valid key or all of them."""
+    # Only the last parts are compared: a common section would make any two of its keys look alike.
+    name, names = key.rpartition(".")[2], {valid.rpartition(".")[2]: valid for valid in known}
+    nearest = difflib.get_close_matches(name, names, n=1)
+    if name in RENAMED:
+        hint = f"it was renamed to {RENAMED[name]}."
+    elif nearest:
+        hint = f"did you mean {names[nearest[0]]}?"
+    else:
+        hint = f"valid keys are {', '.join(sorted(known))}."
     return ValueError(f"unknown configuration key {key}: {hint}")
-
-
-def _typed(key: str, value: Any, annotation: Any) -> Any:
-    """Check one JSON value against a field's annotation; whole numbers pass as floats."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if option in (int, bool, str, dict) and type(value) is option:
-            return value
-    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-    wanted = " or ".join(names.get(option, "an object") for option in options)
-    raise ValueError(f"{key} is {json.dumps(value, default=str)}: give {wanted}.")
-
-
-def _section(cls: type, name: str, values: Any) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"section {name} is {json.dumps(values, default=str)}: give an object of keys and values.")
-    hints = typing.get_type_hints(cls)
-    known = {item.name for item in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            raise unknown_key(f"{name}.{key}", [f"{name}.{item}" for item in known])
-    return cls(**{key: _typed(f"{name}.{key}", value, hints[key]) for key, value in values.items()})
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
     """Build and check a configuration.
 
+    Args:
+        values: Section -> key -> value, as in the JSON file.
+
     Raises:
-        ValueError: Unknown key, wrong type, or a value out of range.
+        ValueError: Unknown key, wrong type, a value out of range, or a value that looks like an access token.
     """
-    hints = typing.get_type_hints(Config)
-    for name in values:
-        if name not in hints:
-            raise unknown_key(name, list(hints))
-    sections = {
-        name: _typed(name, values[name], dict) if name == "model" else _section(hints[name], name, values[name])
-        for name in values
-    }
+    classes = typing.get_type_hints(Config)
+    sections = {}
+    for name, keys in values.items():
+        if name not in classes:
+            raise unknown_key(name, list(classes))
+        _require(isinstance(keys, dict), f"section {name}", "an object of keys and values", keys)
+        if name == "model":
+            sections[name] = keys
+            continue
+        known = [item.name for item in dataclasses.fields(classes[name])]
+        for key in keys:
+            if key not in known:
+                raise unknown_key(f"{name}.{key}", [f"{name}.{each}" for each in known])
+        sections[name] = classes[name](**keys)
     config = Config(**sections)
     for key, value in config.flat().items():
         if re.search(TOKEN, json.dumps(value, default=str)):
@@ -513,37 +440,66 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _parse_json(text: str) -> Any:
+    """`json.loads`, but a key that an object has twice is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = {}
+        for key, value in pairs:
+            if key in values:
+                raise _DuplicateKeyError(f"the key {key} is given twice in one object: keep one of them.")
+            values[key] = value
+        return values
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a JSON file and apply `section.key=value` overrides.
+    """Read a JSON file and apply overrides.
 
     Args:
-        path: The file.
-        overrides: Values are JSON; what is not JSON is taken as a string, so that `output.run_name=test` works.
+        path: The file; a pipe such as /dev/stdin works, too.
+        overrides: `section.key=value`, or `section={...}` for a whole section. Values are JSON; anything else is a
+            string, so that `output.run_name=test` works.
 
     Raises:
-        ValueError: The file does not exist or is not JSON; an override has no `=`; or the result is invalid.
+        ValueError: The file does not exist or is not a JSON object, an override is malformed, or the result is invalid.
     """
     path = Path(path)
-    if not path.is_file():
-        near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.json"))) or "none in configs/"
-        raise ValueError(f"there is no configuration file {path}: give one that exists ({near}).")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = _parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        existing = ", ".join(sorted(map(str, Path("configs").glob("*.json")))) or "none in configs/"
+        raise ValueError(f"cannot read configuration file {path} ({error.strerror}): use one of {existing}.") from None
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}: it must be an object of sections.")
+    _require(isinstance(values, dict), f"configuration file {path}", "an object of sections", values)
     for override in overrides:
-        key, separator, text = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not separator or not dot or not name:
-            raise ValueError(f"--set {override}: write section.key=value, such as training_presets.batch_size=32.")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if section not in typing.get_type_hints(Config):
-            raise unknown_key(key, list(Config().flat()))
-        if isinstance(values.setdefault(section, {}), dict):  # what it is otherwise, is refused below
-            values[section][name] = value
+        _apply(override, values)
     return config_from_dict(values)
+
+
+def _apply(override: str, values: dict[str, Any]) -> None:
+    """Write the value of a `--set` into nested values."""
+    key, separator, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not separator or (dot and not name):
+        raise ValueError(f"--set {override}: write section.key=value, such as training_presets.batch_size=32.")
+    try:
+        value = _parse_json(text)
+    except _DuplicateKeyError as error:
+        raise ValueError(f"--set {override}: {error}") from None
+    except (ValueError, RecursionError):
+        value = text
+    if section not in typing.get_type_hints(Config):
+        raise unknown_key(key, list(Config().flat()))
+    if not dot:
+        values[section] = value
+    elif isinstance(values.setdefault(section, {}), dict):  # anything else is refused later
+        values[section][name] = value

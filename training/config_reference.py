@@ -1,38 +1,33 @@
-"""The reference of all configuration keys, written from the code that defines them: docs/configuration.md.
+"""Writes docs/configuration.md from the code that defines the configuration keys, and explains one key.
 
-What it is for: one table for each section (key, type, default, meaning), so that a key is documented where it is
-defined and nowhere else. The meaning of a key is the comment above or beside its field in training/config.py and
-training/losses/kl_control.py; that of a key of `model` is its argument in the docstring of `AutoencoderKLUltra`. What it is not for:
-checking values (config.py). Stdlib only: sources are parsed, nothing imports torch.
+The meaning of a key is the comment above or beside its field in training/config.py; for keys of section `model`, it is
+the argument in the docstring of `AutoencoderKLUltra`. Sources are parsed, so that nothing imports torch.
 
-    python -m training.describe                              prints the reference
-    python -m training.describe training_presets.kl_gain     prints one key
-    python -m training.describe --write docs/configuration.md
+    python -m training.config_reference                     writes docs/configuration.md
+    python train_vae.py --explain training_presets.kl_gain  prints one key
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import json
-import os
 import re
-import sys
 import tokenize
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import Config, unknown_key
+from training.config import Config, describe_limits, unknown_key
 
-MODEL_FILE = Path(__file__).parent.parent / "modeling" / "autoencoder_kl_ultra.py"
-MODEL_CLASS = "AutoencoderKLUltra"
+ROOT = Path(__file__).parent.parent
+_MODEL_FILE = ROOT / "modeling" / "autoencoder_kl_ultra.py"
+_MODEL_CLASS = "AutoencoderKLUltra"
 _JSON_TYPES = {
     "bool": "boolean",
     "int": "integer",
@@ -44,11 +39,11 @@ _JSON_TYPES = {
 _INTRODUCTION = """\
 # Configuration
 
-Every key of the JSON file that `--config` names, and of `--set SECTION.KEY=VALUE` on the command line. What a file does
-not name has its default. An unknown key, a wrong type or a value out of range is an error that names the remedy, before
-anything is written. `python -m training.describe SECTION.KEY` prints one key.
+All keys of the JSON file of `--config`, and of `--set SECTION.KEY=VALUE` on the command line. Keys that are not set have
+their defaults; the last column names the files in `configs/` that set a key. An unknown key, a wrong type or a value out
+of range is an error before anything is written. `python train_vae.py --explain SECTION.KEY` prints one key.
 
-This file is written by `python -m training.describe --write docs/configuration.md` from the code that defines the keys.
+This file is generated: run `python -m training.config_reference` after changing a key.
 """
 
 
@@ -57,9 +52,9 @@ class Key:
     """One key of the configuration.
 
     Attributes:
-        name: Dotted, as `--set` spells it.
-        type: JSON type, such as "integer or null".
-        default: As it would stand in JSON.
+        name: Dotted, as for `--set`.
+        type: JSON type and limits, such as "integer or null, at least 16".
+        default: As JSON.
         meaning: One paragraph of plain text.
     """
 
@@ -71,11 +66,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Table:
-    """Keys that are documented together.
+    """The keys that one class defines.
 
     Attributes:
-        title: The section, and what of it.
-        text: Of the class that defines the keys.
+        title: The section, or the common prefix of the keys.
+        text: First paragraph of the docstring of the class.
         keys: In the order of their definition.
     """
 
@@ -84,11 +79,11 @@ class Table:
     keys: tuple[Key, ...]
 
 
-def comments_of_fields(cls: type) -> dict[str, str]:
-    """Meanings of the fields that a dataclass defines itself.
+def field_comments(cls: type) -> dict[str, str]:
+    """Comments of the fields that a dataclass defines itself.
 
     Args:
-        cls: A class with readable source; inherited fields belong to the class that defines them.
+        cls: A class whose source can be read; inherited fields belong to the class that defines them.
 
     Returns:
         Field -> comment lines directly above it, then the comment beside it, as one paragraph; "" without a comment.
@@ -112,8 +107,8 @@ def comments_of_fields(cls: type) -> dict[str, str]:
     return meanings
 
 
-def arguments_of_docstring(docstring: str) -> dict[str, str]:
-    """Meanings in the section Args of a Google docstring; "a, b: text" gives both the same."""
+def docstring_arguments(docstring: str) -> dict[str, str]:
+    """Meanings in the section Args of a Google docstring; "a, b: text" documents both."""
     section = re.search(r"^Args:.*\n((?:(?:[ ]+.*)?\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
     meanings: dict[str, str] = {}
     names: list[str] = []
@@ -127,43 +122,36 @@ def arguments_of_docstring(docstring: str) -> dict[str, str]:
     return meanings
 
 
-def tables() -> list[Table]:
-    """All keys, in the order of the sections; inherited ones after them, in a table of their own."""
-    hints = typing.get_type_hints(Config)
-    found = []
-    for section in dataclasses.fields(Config):
-        if section.name == "model":
-            found.append(_model_table())
-            continue
-        cls = hints[section.name]
-        for owner in (base for base in cls.__mro__ if "__dataclass_fields__" in vars(base)):
-            keys = tuple(_field_keys(section.name, cls, owner))
-            prefix = os.path.commonprefix([key.name for key in keys])
-            title = f"`{section.name}`" if owner is cls else f"`{prefix}*`"
-            found.append(Table(title, _first_paragraph(owner.__doc__), keys))
-    return found
+@functools.cache
+def tables() -> tuple[Table, ...]:
+    """All keys, in the order of the sections; the kl_* keys, which are inherited, in a table of their own."""
+    found = [_model_table()]
+    for section, cls in list(typing.get_type_hints(Config).items())[1:]:
+        for owner in filter(dataclasses.is_dataclass, cls.__mro__):
+            title = f"`{section}`" if owner is cls else f"`{section}.kl_*`"
+            found.append(Table(title, _first_paragraph(owner.__doc__), tuple(_field_keys(section, owner))))
+    return tuple(found)
 
 
-def _field_keys(section: str, cls: type, owner: type) -> Iterator[Key]:
-    meanings, annotations = comments_of_fields(owner), typing.get_type_hints(owner)
-    for item in dataclasses.fields(cls):
-        if item.name in meanings:
+def _field_keys(section: str, owner: type) -> Iterator[Key]:
+    meanings = field_comments(owner)
+    for item in dataclasses.fields(owner):
+        if item.name in meanings:  # the others are inherited
             default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-            kind = _json_type(ast.parse(_annotation_text(annotations[item.name]), mode="eval").body)
-            yield Key(f"{section}.{item.name}", kind, json.dumps(default), meanings[item.name])
-
-
-def _annotation_text(annotation: Any) -> str:
-    return str(annotation) if isinstance(annotation, types.UnionType) else annotation.__name__
+            words = [_json_type(ast.parse(item.type, mode="eval").body), describe_limits(item.metadata)]
+            if choices := item.metadata.get("choices"):
+                words.append("one of " + ", ".join(choices) if len(choices) > 1 else f'or "{choices[0]}"')
+            yield Key(
+                f"{section}.{item.name}", ", ".join(filter(None, words)), json.dumps(default), meanings[item.name]
+            )
 
 
 def _model_table() -> Table:
-    tree = ast.parse(MODEL_FILE.read_text(encoding="utf-8"))
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == MODEL_CLASS)
+    tree = ast.parse(_MODEL_FILE.read_text(encoding="utf-8"))
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == _MODEL_CLASS)
     init = next(node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     docstring = ast.get_docstring(cls) or ""
-    meanings = arguments_of_docstring(docstring)
-    arguments = init.args.args[1:]  # without self
+    meanings = docstring_arguments(docstring)
     keys = tuple(
         Key(
             f"model.{argument.arg}",
@@ -171,13 +159,13 @@ def _model_table() -> Table:
             json.dumps(ast.literal_eval(default)),
             meanings.get(argument.arg, ""),
         )
-        for argument, default in zip(arguments, init.args.defaults, strict=True)
+        for argument, default in zip(init.args.args[1:], init.args.defaults, strict=True)  # without self
     )
     return Table("`model`", _first_paragraph(docstring), keys)
 
 
 def _json_type(annotation: ast.expr) -> str:
-    """The JSON type that an annotation such as `int | None` or `tuple[int, ...]` stands for."""
+    """The JSON type of an annotation such as `int | None` or `tuple[int, ...]`."""
     if isinstance(annotation, ast.BinOp):
         return f"{_json_type(annotation.left)} or {_json_type(annotation.right)}"
     if isinstance(annotation, ast.Subscript):
@@ -189,26 +177,33 @@ def _first_paragraph(docstring: str | None) -> str:
     return " ".join(inspect.cleandoc(docstring or "").split("\n\n")[0].split())
 
 
+def _values_in_configs(name: str) -> dict[str, Any]:
+    """Name of a file in configs/ -> the value that it sets for a key, where it does."""
+    section, _, key = name.partition(".")
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("configs/*.json"))}
+    return {stem: values[section][key] for stem, values in files.items() if key in values.get(section, {})}
+
+
 def _escaped(text: str) -> str:
-    """Plain text for a cell of a Markdown table: what it would take for markup, outside of `code`, is escaped."""
+    """Plain text for a cell of a Markdown table: markup outside of `code` is escaped."""
     parts = re.split(r"(`[^`]*`)", text.replace("|", r"\|"))
     return "".join(part if index % 2 else re.sub(r"([<*])", r"\\\1", part) for index, part in enumerate(parts))
 
 
 def reference() -> str:
-    """The whole reference, in Markdown."""
+    """The page docs/configuration.md."""
     lines = [_INTRODUCTION]
     for table in tables():
         lines += [f"## {table.title}", "", _escaped(table.text), ""]
-        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += ["| key | type | default | meaning | set in |", "| --- | --- | --- | --- | --- |"]
         for key in table.keys:
-            name = key.name.partition(".")[2]
-            lines.append(f"| `{name}` | {key.type} | `{key.default}` | {_escaped(key.meaning)} |")
+            name, files = key.name.partition(".")[2], ", ".join(_values_in_configs(key.name))
+            lines.append(f"| `{name}` | {key.type} | `{key.default}` | {_escaped(key.meaning)} | {files} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def describe_key(name: str) -> str:
+def explain(name: str) -> str:
     """One key in a few lines.
 
     Raises:
@@ -218,27 +213,10 @@ def describe_key(name: str) -> str:
     if name not in known:
         raise unknown_key(name, list(known))
     key = known[name]
-    return f"{key.name}  ({key.type}, default {key.default})\n{key.meaning}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.describe", description="What configuration keys mean.")
-    parser.add_argument("key", nargs="?", metavar="SECTION.KEY", help="print this key (default: the whole reference)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the whole reference to FILE")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.key and arguments.write:
-            raise ValueError(f"--write writes the whole reference: leave {arguments.key} out, or --write.")
-        if arguments.write:
-            arguments.write.write_text(reference(), encoding="utf-8")
-        else:
-            print(describe_key(arguments.key) if arguments.key else reference(), end="\n" if arguments.key else "")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    lines = [f"{key.name}  ({key.type}; default {key.default})", key.meaning]
+    lines += [f"configs/{stem}.json: {json.dumps(value)}" for stem, value in _values_in_configs(name).items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    (ROOT / "docs" / "configuration.md").write_text(reference(), encoding="utf-8")

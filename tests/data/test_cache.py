@@ -253,9 +253,9 @@ def test_a_resume_with_other_rows_is_refused_and_named(tmp_path):
 
 
 def test_the_timeout_is_below_that_of_the_collectives():
-    with pytest.raises(ValueError, match="data.timeout_s is 3500.0: use more than 0 to 3000 seconds"):
+    with pytest.raises(ValueError, match="data.timeout_s must be greater than 0 and at most 3000, got 3500.0"):
         config_from_dict({"data": {"timeout_s": 3500}})
-    with pytest.raises(ValueError, match="data.cache is 'auto': use on, off or only"):
+    with pytest.raises(ValueError, match='data.cache must be "on", "only" or "off", got "auto"'):
         config_from_dict({"data": {"cache": "auto"}})
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from training.config import TrainingPresets
-from training.losses.kl_control import KLController, SimulatedPlant
+from training.losses.kl_control import KLController
+from training.losses.kl_simulation import SimulatedPlant
 from training.tracking import alerts
 from training.tracking.alerts import Alerts
 
@@ -40,7 +41,7 @@ class SimulatedRun:
     def loss(self) -> float:
         """The loss without noise: falls slowly from 0.065; lower in low-beta phases and on PCA initialization images."""
         value = 0.045 + 0.02 * (1 + self.images / 50_000) ** -0.5
-        value *= 0.97 if self.kl.in_cooldown(self.epoch) else 1.0
+        value *= 0.97 if self.kl.in_low_beta_phase(self.epoch) else 1.0
         return value * (0.8 if self.images < self.presets.pca_init_images else 1.0)
 
     def window(self, values: dict) -> dict:
@@ -64,7 +65,7 @@ class SimulatedRun:
         keep = math.exp(-steps / 5000)
         self.ema_loss = clean if self.ema_loss is None else keep * self.ema_loss + (1 - keep) * clean
         self.kl.observe(kl=kl, reconstruction=loss, num_images=images, epoch=self.epoch, images_seen=self.images)
-        low, high = self.kl.band(self.epoch)
+        low, high = self.kl.target_range(self.epoch)
         values = {
             "loss/total": loss + beta * kl,
             "loss/reconstruction": loss,
@@ -73,7 +74,7 @@ class SimulatedRun:
             "kl/target_low": low,
             "kl/target_high": high,
             "kl/beta": beta,
-            "kl/beta_floor": self.kl.floor(self.epoch),
+            "kl/beta_floor": self.kl.minimum_beta(self.epoch),
             "optim/grad_norm": 0.9,
             # Often at the start (measured), rarely later.
             "optim/clipped_fraction": min(1.0, self.random.uniform(0, 1.8)) if self.step < 500 else 0.1,

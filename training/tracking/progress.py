@@ -95,12 +95,12 @@ class Progress:
         window, self.window = self.window, {}
         steps, seconds, waited = (window.pop(name) for name in ("steps", "seconds", "waited"))
         values: dict[str, Any] = {name: total / steps for name, total in window.items()}
-        low, high = kl.band(self.epoch)
+        low, high = kl.target_range(self.epoch)
         return values | {
             "kl/smoothed_fraction": kl.smoothed_fraction,
             "kl/target_low": low,
             "kl/target_high": high,
-            "kl/beta_floor": kl.floor(self.epoch),
+            "kl/beta_floor": kl.minimum_beta(self.epoch),
             "kl/nats_per_image": values["loss/kl"] * latent_dim,
             "optim/learning_rate": learning_rate,
             "optim/skipped_steps": self.skipped_steps,
