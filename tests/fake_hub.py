@@ -1,10 +1,10 @@
-"""A stand-in for the Hub on the loopback interface, for the real client: serves one data set of parquet files, and takes
-uploads of models, which it serves again.
+"""A fake Hub server on the loopback interface, for the real client: serves one data set of parquet files, and accepts
+uploads of models, which it serves in turn.
 
-It counts requests and can misbehave: answer 429 or 503, cut a body or an upload short, stall. Not a test itself.
+It records requests and injects faults: it answers 429 or 503, truncates a body or an upload, stalls.
 
-    with HubStandIn(folder) as hub: ...   # folder/data/train-00000-of-00005.parquet, ...; repository org/faces
-    with HubStandIn() as hub: ...         # models only
+    with FakeHub(folder) as hub: ...   # folder/data/train-00000-of-00005.parquet, ...; repository org/faces
+    with FakeHub() as hub: ...         # models only
 """
 
 from __future__ import annotations
@@ -26,55 +26,56 @@ TOKEN = "hf_" + "loopback" * 4  # the only one that may write
 
 @dataclass
 class Model:
-    """A model repository that was pushed: its branch main, its pull requests, and how it came about."""
+    """A model repository: its main branch, its pull requests and its history."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
-    lfs: set[str] = field(default_factory=set)  # names of the files that went through large-file storage
+    lfs: set[str] = field(default_factory=set)  # names of the files uploaded to large-file storage
     commits: list[str] = field(default_factory=list)  # their messages
     pull_requests: list[dict[str, bytes]] = field(default_factory=list)
 
 
-class HubStandIn:
+class FakeHub:
     """Serves `folder` as the data set `org/faces`, whose branch main is at `COMMIT`.
 
     Attributes:
-        requests: (method, path) of everything that was asked.
-        ranges: (file, first byte, last byte) of every part of a parquet file that was sent whole.
-        trouble: What to do with the next parts of parquet files, one entry each: "429", "503", "cut", "stall"
-            or "ok". A last entry that ends with "*" stays.
-        open_requests: Parts of parquet files asked for, trouble included.
-        status_of_info: An error status for questions about the repository; None: they are answered.
+        requests: (method, path) of every request.
+        ranges: (file, first byte, last byte) of every range of a parquet file that was sent completely.
+        faults: Faults of the next ranges of parquet files, one entry each: "429", "503", "cut", "stall" or "ok". A last
+            entry that ends with "*" applies to all further ones.
+        file_requests: Number of requested ranges of parquet files, those with faults included.
+        info_status: An error status for requests of the repository's metadata, or None.
         models: Pushed repositories by id.
-        objects: Large files that have arrived whole, by SHA-256.
-        push_trouble: What to do with the next requests of a kind ("whoami", "create", "validate", "preupload", "batch",
+        objects: Large files that were uploaded completely, by SHA-256.
+        push_faults: Faults of the next requests of a kind ("whoami", "create", "validate", "preupload", "batch",
             "upload", "verify", "commit"), one entry each: a status such as "503", "page" (a gateway's HTML), "cut" (the
-            connection ends in mid-request), "lost" (carried out, and then the connection ends) or "ok".
-        user: What whoami says of the token's owner.
+            connection closes during the request), "lost" (carried out, but the connection closes before the response)
+            or "ok".
+        user: The response to whoami.
     """
 
     def __init__(self, folder: Path | None = None, stall_s: float = 1.0):
         self.folder, self.stall_s = folder, stall_s
         self.models: dict[str, Model] = {}
         self.objects: dict[str, bytes] = {}
-        self.push_trouble: dict[str, list[str]] = {}
+        self.push_faults: dict[str, list[str]] = {}
         self.user = {"name": "somebody", "orgs": [{"name": "org"}], "auth": {"accessToken": {"role": "write"}}}
         self.requests: list[tuple[str, str]] = []
         self.ranges: list[tuple[str, int, int]] = []
-        self.trouble: list[str] = []
-        self.open_requests = 0
-        self.status_of_info: int | None = None
+        self.faults: list[str] = []
+        self.file_requests = 0
+        self.info_status: int | None = None
         self.lock = threading.Lock()
-        alternative = self
+        server = self
 
         class Handler(_Handler):
-            hub = alternative
+            hub = server
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> HubStandIn:
+    def __enter__(self) -> FakeHub:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -87,16 +88,16 @@ class HubStandIn:
             return {}
         return {p.relative_to(self.folder).as_posix(): p for p in sorted(self.folder.rglob("*")) if p.is_file()}
 
-    def next_trouble(self) -> str:
+    def next_fault(self) -> str:
         with self.lock:
-            self.open_requests += 1
-            if not self.trouble:
+            self.file_requests += 1
+            if not self.faults:
                 return "ok"
-            return self.trouble[0][:-1] if self.trouble[0].endswith("*") else self.trouble.pop(0)
+            return self.faults[0][:-1] if self.faults[0].endswith("*") else self.faults.pop(0)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    hub: HubStandIn
+    hub: FakeHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -127,23 +128,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     # ------------------------------------------------------------------ pushes
 
     def _take(self, kind: str, take, url: urllib.parse.SplitResult) -> None:
-        """Carry out one request of a push, or make the trouble that was asked for."""
+        """Carry out one request of a push, or its fault."""
         with self.hub.lock:
             self.hub.requests.append((self.command, url.path))
-            trouble = self.hub.push_trouble.get(kind) or ["ok"]
-            what = trouble.pop(0)
-        if what == "cut":
+            fault = (self.hub.push_faults.get(kind) or ["ok"]).pop(0)
+        if fault == "cut":
             self._body(int(self.headers.get("Content-Length", 0)) // 2)
             self.close_connection = True
             return self.connection.close()
         body = self._body()
-        if what == "page":
+        if fault == "page":
             return self._send(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
-        if what.isdigit():
-            return self._send(int(what), b"", {"Retry-After": "0"} if what == "429" else {})
-        if kind != "upload" and self.headers.get("Authorization") != f"Bearer {TOKEN}":  # S3 takes none
+        if fault.isdigit():
+            return self._send(int(fault), b"", {"Retry-After": "0"} if fault == "429" else {})
+        if kind != "upload" and self.headers.get("Authorization") != f"Bearer {TOKEN}":  # storage URLs are signed
             return self._send_json({"error": "Invalid credentials in Authorization header"}, 401)
-        if what == "lost":
+        if fault == "lost":
             self._send = lambda *_, **__: None  # carried out, never answered
             take(body)
             self.close_connection = True
@@ -161,11 +161,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send_json(url)
 
     def _validate(self, body: bytes, query: str) -> None:
-        """As the Hub in what matters here: metadata that is YAML, with a model index of finite numbers."""
+        """Rejects model cards whose metadata is not YAML or holds non-finite numbers, as the Hub does."""
         block = json.loads(body)["content"].split("---\n")[1]
         broken = [word for word in (".nan", ".inf") if word in block.lower()]
         if broken:
-            return self._send_json({"errors": [{"message": f"{broken} is no number"}], "warnings": []}, 400)
+            return self._send_json({"errors": [{"message": f"{broken} is not a number"}], "warnings": []}, 400)
         return self._send_json({"errors": [], "warnings": []})
 
     def _preupload(self, body: bytes, query: str, name: str) -> None:
@@ -183,9 +183,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         objects = []
         for entry in json.loads(body)["objects"]:
             if entry["oid"] not in self.hub.objects:
-                place = f"{self.hub.endpoint}/storage/{entry['oid']}?X-Signature=secret"
+                url = f"{self.hub.endpoint}/storage/{entry['oid']}?X-Signature=secret"
                 verify = {"href": f"{self.hub.endpoint}/{name}.git/info/lfs/objects/verify"}
-                entry = {**entry, "actions": {"upload": {"href": place, "header": {}}, "verify": verify}}
+                entry = {**entry, "actions": {"upload": {"href": url, "header": {}}, "verify": verify}}
             objects.append(entry)
         self._send_json({"transfer": "basic", "objects": objects})
 
@@ -198,8 +198,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _verify(self, body: bytes, query: str, name: str) -> None:
         asked = json.loads(body)
-        held = self.hub.objects.get(asked["oid"])
-        self._send_json({}, 200 if held is not None and len(held) == asked["size"] else 404)
+        stored = self.hub.objects.get(asked["oid"])
+        self._send_json({}, 200 if stored is not None and len(stored) == asked["size"] else 404)
 
     def _commit(self, body: bytes, query: str, name: str) -> None:
         model = self.hub.models[name]
@@ -223,7 +223,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             model.commits.append(lines[0]["value"]["summary"])
         self._send_json(answer)
 
-    # ------------------------------------------------------------------ questions
+    # ------------------------------------------------------------------ reads
 
     def _answer(self, wanted: list[str] | None = None) -> None:
         url = urllib.parse.urlsplit(urllib.parse.unquote(self.path))
@@ -242,8 +242,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send_file(match[1], files)
         if not url.path.startswith("/api/datasets/org/faces"):
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if self.hub.status_of_info is not None:
-            return self._send(self.hub.status_of_info, b"")
+        if self.hub.info_status is not None:
+            return self._send(self.hub.info_status, b"")
         rest = url.path.removeprefix("/api/datasets/org/faces").strip("/").split("/")
         if rest[0] in ("", "revision"):
             if rest[1:] and rest[1] not in ("main", "v1", COMMIT):
@@ -306,15 +306,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if asked is None:
             return self._send(200, data, headers)
         first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-        what, part = self.hub.next_trouble(), data[first : last + 1]
-        if what in ("429", "503"):
-            return self._send(int(what), b"", {"Retry-After": "0"} if what == "429" else {})
-        if what == "stall":
+        fault, part = self.hub.next_fault(), data[first : last + 1]
+        if fault in ("429", "503"):
+            return self._send(int(fault), b"", {"Retry-After": "0"} if fault == "429" else {})
+        if fault == "stall":
             time.sleep(self.hub.stall_s)
             self.close_connection = True
             return None
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        if what == "cut":
+        if fault == "cut":
             self._send(206, part[: len(part) // 2], headers, length=len(part))
             self.close_connection = True
             return None
@@ -340,7 +340,7 @@ def _oid(name: str) -> str:
 
 
 def _blob_oid(data: bytes) -> str:
-    """Git's name for a file's content."""
+    """Git's hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 

@@ -45,7 +45,7 @@ from training.pca_init import fit_pca_branch, freeze_pca_branch
 from training.publish import hub
 from training.publish.export import export_model, model_files
 from training.publish.run_record import describe_hardware
-from training.publish.stage import publish
+from training.publish.stage import publish, publish_command
 from training.run_files import list_checkpoints, read_state, step_folder
 from training.signals import StopSignal
 from training.step import OutOfMemory, TrainStep
@@ -781,8 +781,8 @@ class Trainer:
             logger.info("published    %s", publish(self.run_dir, self.config.hub))
         except Exception as error:  # of the Hub or the network; the model is on disk, and the upload can be repeated
             self.tracker.event(
-                f"the upload failed ({type(error).__name__}: {error}); repeat it with: python -m training.publish "
-                f"{self.run_dir} --repo-id {self.config.hub.repo_id}",
+                f"the upload failed ({type(error).__name__}: {error}); retry with: "
+                f"{publish_command(self.run_dir, self.config.hub)}",
                 "warning",
                 **self.progress.where,
             )

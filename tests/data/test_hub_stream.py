@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from fake_hub import COMMIT, HubStandIn
+from fake_hub import COMMIT, FakeHub
 from test_stream import SIDE, assert_same, coded_image, flat_numbers, image_bytes, open_stream, write_shards
 
 from training.config import DataConfig
@@ -34,7 +34,7 @@ def repository(tmp_path_factory) -> Path:
     return folder
 
 
-def talk_to(hub: HubStandIn, folder: Path, monkeypatch) -> None:
+def talk_to(hub: FakeHub, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
     template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -48,7 +48,7 @@ def talk_to(hub: HubStandIn, folder: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def hub(repository, tmp_path, monkeypatch):
-    with HubStandIn(repository) as hub:
+    with FakeHub(repository) as hub:
         talk_to(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
@@ -62,7 +62,7 @@ def test_the_first_epoch_fetches_each_byte_range_once_and_later_ones_nothing(hub
     orders = [flat_numbers(list(stream.epoch_batches(0)))]
     list(stream.epoch_batches(1, max_batches=1))  # the last rows of epoch 0 are behind us
     fetched, asked = sorted(hub.ranges), len(hub.requests)
-    assert len(fetched) == len(set(fetched)) == hub.open_requests == 10  # for each shard its footer and its rows
+    assert len(fetched) == len(set(fetched)) == hub.file_requests == 10  # for each shard its footer and its rows
     rows_of = [name for name, first, _ in fetched if first > 0]  # a footer of so small a file begins at 0
     assert rows_of == [f"data/{path.name}" for path in sorted((repository / "data").glob("train-*"))]
     for epoch in (1, 2):
@@ -111,10 +111,10 @@ def test_trouble_is_outlasted(hub, trouble, monkeypatch, request):
     calm = open_stream(hub_config(cache_dir=str(request.getfixturevalue("tmp_path") / "calm")))
     expected = list(calm.epoch_batches(0))
     stream = open_stream(hub_config())
-    hub.trouble[:] = ["ok", *trouble]
+    hub.faults[:] = ["ok", *trouble]
     before = len(hub.ranges)
     assert_same(list(stream.epoch_batches(0)), expected)
-    assert hub.trouble == []
+    assert hub.faults == []
     assert len(hub.ranges) - before == 9  # nothing that has come is asked for again (a footer was read before)
 
 
@@ -130,14 +130,14 @@ def test_at_last_there_is_one_clear_error_and_what_came_is_kept(hub, trouble, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(dataset_cache, "_WORKERS", 1)
     stream = open_stream(hub_config(timeout_s=1.0))
-    hub.trouble[:] = ["ok"] * 5 + [trouble]
+    hub.faults[:] = ["ok"] * 5 + [trouble]
     with pytest.raises(
         RuntimeError, match=r"^data: nothing came from hf://.*data.timeout_s=1\): \w+.*--resume auto"
     ) as error:
         list(stream.epoch_batches(0))
     assert "\n" not in str(error.value)
     assert any(record.getMessage().startswith("waiting for hf://") for record in caplog.records)
-    hub.trouble.clear()
+    hub.faults.clear()
     had = len(hub.ranges)
     batches = list(open_stream(hub_config()).epoch_batches(0))
     assert len(set(flat_numbers(batches))) == NUM_ROWS - NUM_ROWS % 6
@@ -148,7 +148,7 @@ def test_at_last_there_is_one_clear_error_and_what_came_is_kept(hub, trouble, mo
 def test_a_stalled_stream_without_a_cache_ends_too(hub, monkeypatch):
     impatient_client(monkeypatch)
     stream = open_stream(hub_config(cache="off", timeout_s=0.5))
-    hub.trouble[:] = ["503*"]
+    hub.faults[:] = ["503*"]
     with pytest.raises(RuntimeError, match=r"nothing came from hf://.*HTTP|503"):
         list(stream.epoch_batches(0))
 
@@ -173,11 +173,11 @@ def test_a_busy_hub_at_the_start_is_waited_for(hub, monkeypatch, caplog):
         status = next(answers, None)
         if status is None:
             return real(*args, **kwargs)
-        hub.status_of_info = status
+        hub.info_status = status
         try:
             return real(*args, **kwargs)
         finally:
-            hub.status_of_info = None
+            hub.info_status = None
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", busy)
     stream = open_stream(hub_config())
@@ -198,7 +198,7 @@ stream = TrainStream(config, resolution=24, seed=0, global_batch=11, rank=0, wor
 ours = [example_id.partition(":")[0] for batch in stream.epoch_batches(0) for example_id in batch.example_ids]
 print(json.dumps([names, ours]))
 """
-    with HubStandIn(repository) as hub:
+    with FakeHub(repository) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
         root = Path(__file__).parents[2]
         command = [sys.executable, "-c", code, COMMIT]

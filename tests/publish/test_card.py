@@ -1,4 +1,4 @@
-"""The model card of a run, and loading what it describes where this project is not installed."""
+"""The model card of a run, and loading the published model where this project is not installed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from fake_hub import TOKEN, HubStandIn
+from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 from PIL import Image
-from safetensors.torch import save_file
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.latent_prior import fit_gaussian
 from training.config import Config, DataConfig, HubConfig
 from training.publish import card as model_card
+from training.publish import run_record
 from training.publish import stage as publish
 from training.publish.run_record import describe_hardware, read_run
+from training.run_files import best_checkpoint
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "org/tiny-faces"
@@ -41,10 +43,10 @@ def staged(finished, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch) -> Path:
-    """A copy of the run that a test may change; its curves are not drawn again for every card."""
+    """A copy of the run that a test may change; plots are drawn in one test only."""
     monkeypatch.setattr(model_card, "draw_plots", lambda record, folder: [])
     folder = tmp_path / finished.folder.name
-    shutil.copytree(finished.folder, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(finished.folder, folder, symlinks=True)
     return folder
 
 
@@ -59,10 +61,10 @@ def card_of(run: Path, folder: Path) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-# ---------------------------------------------------------------------- what the card says
+# ---------------------------------------------------------------------- content
 
 
-def test_the_hub_reads_the_metadata(staged, finished):
+def test_metadata_for_the_hub(staged, finished):
     data = ModelCard.load(staged / "README.md").data
     assert data.library_name == "diffusers" and data.pipeline_tag == "image-to-image" and data.license == "apache-2.0"
     assert {"diffusers", "vae", "autoencoder"} <= set(data.tags)
@@ -74,65 +76,66 @@ def test_the_hub_reads_the_metadata(staged, finished):
     assert {result.dataset_split for result in data.eval_results} == {"validation"}
 
 
-def test_the_card_says_what_the_run_says(staged, finished):
+def test_the_card_describes_the_run(staged, finished):
     text = (staged / "README.md").read_text()
     config = json.loads((staged / "config.json").read_text())
-    assert "40x40 pixels to **16 numbers**" in text and "300 times fewer" in text
+    assert "40x40 pixels to **16 latent dimensions**" in text and "300 times fewer" in text
     assert "| shape | (16, 1, 1), layout `vector` |" in text
     assert f"| `scaling_factor` | {config['scaling_factor']:.6g} |" in text
     best = finished.status["best"]
     assert f"| PSNR | {best['validation/psnr']:.2f} dB |" in text
     assert f"of epoch {best['epoch']}, step {best['step']}" in text
     assert "60 images in 3 epochs, batch 4, adam, learning rate 0.001, seed 0" in text
-    assert "faces drawn by the training program" in text and "CelebA" not in text
+    assert "synthetic faces, rendered by the training program" in text and "CelebA" not in text
     parameters = sum(value.numel() for value in finished.trainer.model.state_dict().values())
     assert model_card.count_parameters(staged) == parameters
 
 
-def test_every_picture_is_there_and_is_one(staged):
+def test_every_image_of_the_card_exists(staged):
     shown = re.findall(r"!\[.*?\]\((.*?)\)", (staged / "README.md").read_text())
     assert {"images/loss.png", "images/kl.png", "images/reconstructions.png", "images/samples.png"} <= set(shown)
     for name in shown:
         with Image.open(staged / name) as image:
             image.verify()
     with Image.open(staged / "images" / "loss.png") as image:
-        colours = image.convert("RGB").getcolors(1 << 24)
-    assert len(colours) > 50  # curves, and not an empty frame
+        colors = image.convert("RGB").getcolors(1 << 24)
+    assert len(colors) > 50  # curves, not empty axes
 
 
-def test_figures_that_are_not_finite_are_left_out(run, tmp_path):
-    best = json.loads((run / "status.json").read_text())["best"]
-    change(run / "status.json", best={**best, "validation/ssim": None, "validation/psnr": math.nan})
+def test_metrics_that_are_not_finite_are_left_out(run, tmp_path, monkeypatch):
+    checkpoint, best = best_checkpoint(run)
+    changed = {**best, "validation/ssim": None, "validation/psnr": math.nan}
+    monkeypatch.setattr(run_record, "best_checkpoint", lambda folder: (checkpoint, changed))
     card = card_of(run, tmp_path / "card")
     assert {result.metric_type for result in card.data.eval_results} == {"mse", "lpips"}
     assert re.search(r"\bnan\b", str(card).lower()) is None
 
 
-def test_an_evaluation_brings_intervals(run, tmp_path):
-    figure = {"mean": 20.5, "low": 19.25, "high": 21.75}
+def test_an_evaluation_adds_intervals(run, tmp_path):
+    metric = {"mean": 20.5, "low": 19.25, "high": 21.75}
     ours = {
         "class": "AutoencoderKLUltra",
         "images": 1234,
-        "reconstruction": {"psnr": figure, "mse_-1_1": {"mean": 0.04, "low": 0.03, "high": 0.05}, "frechet_vgg16": 1.5},
+        "reconstruction": {"psnr": metric, "mse_-1_1": {"mean": 0.04, "low": 0.03, "high": 0.05}, "frechet_vgg16": 1.5},
         "kl": {"mean": 2.5, "low": 2.25, "high": 2.75},
         "active_units": 16,
         "posterior_sigma": {"mean": 0.1, "low": 0.05, "high": 0.15},
     }
     other = {**ours, "class": "AutoencoderKL"}
-    found = {"data": {"dataset": "org/photographs", "split": "test"}, "models": [other, ours]}
-    (run / "evaluation.json").write_text(json.dumps(found))
+    evaluation = {"data": {"dataset": "org/photographs", "split": "test"}, "models": [other, ours]}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
     card = card_of(run, tmp_path / "card")
     assert "| PSNR | 20.50 dB | 19.25 dB to 21.75 dB |" in card.text
     assert "| Frechet distance (VGG16) | 1.500 |  |" in card.text
     assert "on 1,234 images: org/photographs, split `test`" in card.text and "bootstrapped" in card.text
     (psnr,) = [result for result in card.data.eval_results if result.metric_type == "psnr"]
     assert (psnr.metric_value, psnr.dataset_type, psnr.dataset_split) == (20.5, "org/photographs", "test")
-    (run / "evaluation.json").write_text(json.dumps({**found, "models": [other]}))
-    with pytest.raises(ValueError, match="holds 0 models of ours"):
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "models": [other]}))
+    with pytest.raises(ValueError, match="holds 0 models of class AutoencoderKLUltra"):
         card_of(run, tmp_path / "card")
 
 
-def test_celeba_brings_its_terms_and_its_limits(run, tmp_path):
+def test_celebas_license_and_limits(run, tmp_path):
     data = json.loads((run / "config.json").read_text())["data"]
     hub = {**data, "dataset": "flwrlabs/celeba", "revision": "abc", "validation_split": "valid", "crop_px": 178}
     change(run / "config.json", data=hub)
@@ -147,12 +150,12 @@ def test_celeba_brings_its_terms_and_its_limits(run, tmp_path):
     assert card.data.license == "other" and card.data.datasets is None and "parquet files (CelebA)" in card.text
     change(run / "config.json", data={**hub, "dataset": "imagefolder", "data_dir": "/secret/place"})
     card = card_of(run, tmp_path / "card")
-    assert card.data.license is None and "whoever publishes the weights states them here" in card.text
+    assert card.data.license is None and "whoever publishes the weights states it here" in card.text
     published = "".join(path.read_text() for path in (tmp_path / "card").iterdir() if path.suffix in (".md", ".json"))
     assert "/secret" not in published
 
 
-def test_hardware_time_and_energy_are_said_where_they_are_known(run, tmp_path):
+def test_hardware_time_and_energy_are_stated_if_known(run, tmp_path):
     change(run / "status.json", hardware=None)
     assert "Hardware" not in card_of(run, tmp_path / "card").text
     hardware = {"device": "Card X", "processes": 2, "precision": "bf16", "watts": 350.0}
@@ -167,28 +170,28 @@ def test_hardware_time_and_energy_are_said_where_they_are_known(run, tmp_path):
         }
         for n in (1, 2, 3)
     ]
-    # A resume from step 200: step 300 was done twice and counts twice in time, once in the curve.
+    # A resume from step 200 repeats step 300, which counts twice in the time and once in the plot.
     again = [{**lines[1], "images_seen": 72_000}, lines[2]]
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, *again]) + '{"kind": "train", "ste'  # cut by a crash
+    text = (
+        "".join(json.dumps(line) + "\n" for line in [*lines, *again]) + '{"kind": "train", "ste'
+    )  # truncated by a crash
     (run / "metrics.jsonl").write_text(text)
     record = read_run(run)
     assert record.train_seconds == pytest.approx(4 * 3600)
     assert [line["step"] for line in record.train] == [100, 200, 300]
     shown = card_of(run, tmp_path / "card").text
     assert "4.00 hours" in shown and "2 x Card X, precision bf16" in shown
-    assert (
-        "at most about 2.8 kWh, an estimate and not a measurement: power limit 350 W x 2 x 4.00 h" in shown
-    )  # 0.35 x 2 x 4
+    assert "at most about 2.8 kWh, an estimate: power limit 350 W x 2 x 4.00 h" in shown  # 0.35 x 2 x 4
     change(run / "status.json", hardware={**hardware, "watts": None})
     assert "kWh" not in card_of(run, tmp_path / "card").text
 
 
-def test_this_machine_is_described():
+def test_the_hardware_of_this_machine():
     found = describe_hardware(torch.device("cpu"), 2, "no")
     assert found["processes"] == 2 and found["precision"] == "no" and found["watts"] is None and found["device"]
 
 
-def test_a_model_without_a_run_gets_a_card_too(finished, tmp_path):
+def test_a_model_without_a_run_gets_a_card(finished, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(finished.folder / "best", folder)
     (tmp_path / "staged").mkdir()
@@ -204,20 +207,20 @@ def test_a_model_without_a_run_gets_a_card_too(finished, tmp_path):
 def test_fitted_priors_are_named(finished, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(finished.folder / "best", folder)
-    shutil.rmtree(folder / "priors", ignore_errors=True)
-    (folder / "priors" / "mixture").mkdir(parents=True)
-    (folder / "priors" / "mixture" / "config.json").write_text("{}")
-    save_file({"w": torch.zeros(2)}, folder / "priors" / "mixture" / "diffusion_pytorch_model.safetensors")
+    prior, _ = fit_gaussian(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
+    prior.save_pretrained(folder / "priors" / "gaussian")
     (tmp_path / "staged").mkdir()
+    (tmp_path / "staged again").mkdir()
     publish.stage(folder, tmp_path / "staged", REPOSITORY)
     text = (tmp_path / "staged" / "README.md").read_text()
-    assert "Fitted priors: `mixture`." in text
-    assert (
-        f'prior = AutoModel.from_pretrained("{REPOSITORY}", subfolder="priors/mixture", trust_remote_code=True)' in text
-    )
+    assert "Fitted priors: `gaussian`." in text
+    assert f'AutoModel.from_pretrained("{REPOSITORY}", subfolder="priors/gaussian", trust_remote_code=True)' in text
+    (folder / "priors" / "gaussian" / "latent_prior.py").unlink()
+    with pytest.raises(ValueError, match="priors/gaussian cannot be loaded from its files"):
+        publish.stage(folder, tmp_path / "staged again", REPOSITORY)
 
 
-def test_data_is_described_without_places():
+def test_data_is_described_without_paths():
     def describe(**data) -> str:
         return model_card.describe_data(dataclasses.replace(Config(), data=DataConfig(**data)))
 
@@ -229,21 +232,21 @@ def test_data_is_described_without_places():
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory) -> list[str]:
-    """A Python that finds torch, diffusers and what they require, and nothing else: neither this project nor its other
-    dependencies (accelerate, transformers, torchvision, ...), as in a fresh environment.
+def fresh_python(tmp_path_factory) -> list[str]:
+    """A Python with torch, diffusers and their requirements only: without this project and its other dependencies
+    (accelerate, transformers, torchvision, ...), as in a fresh environment.
 
-    Links to their packages make up the only folder on its path besides the standard library.
+    Its path is the standard library and one folder with links to these packages.
     """
-    wanted, folder = {"torch", "diffusers"}, tmp_path_factory.mktemp("site")
+    required, folder = {"torch", "diffusers"}, tmp_path_factory.mktemp("site")
     found: dict[str, importlib.metadata.Distribution] = {}
-    while wanted - found.keys():
-        name = (wanted - found.keys()).pop()
+    while required - found.keys():
+        name = (required - found.keys()).pop()
         found[name] = distribution = importlib.metadata.distribution(name)
         for text in distribution.requires or []:
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                wanted.add(requirement.name.lower().replace("_", "-"))
+                required.add(requirement.name.lower().replace("_", "-"))
     for distribution in found.values():
         for part in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             link = folder / part
@@ -256,24 +259,24 @@ def stranger(tmp_path_factory) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", start]
 
 
-def run_elsewhere(stranger: list[str], code: str, folder: Path, **environment: str) -> str:
+def run_elsewhere(fresh_python: list[str], code: str, folder: Path, **environment: str) -> str:
     script = folder / "script.py"
     script.write_text(code)
     environment = {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", **environment}
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
-    command = [*stranger, str(script)]
+    command = [*fresh_python, str(script)]
     done = subprocess.run(command, cwd=folder, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_torch_and_diffusers_alone_give_the_same_bits(stranger, staged, tmp_path):
+def test_torch_and_diffusers_alone_give_bitwise_identical_outputs(fresh_python, staged, tmp_path):
     torch.manual_seed(0)
     pixels = torch.rand(2, 3, 40, 40) * 2 - 1
     vae = AutoencoderKLUltra.from_pretrained(staged)
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
-        wanted = {"latents": latents, "image": vae.decode(latents).sample}
+        expected = {"latents": latents, "image": vae.decode(latents).sample}
     torch.save(pixels, tmp_path / "pixels.pt")
     code = f"""
 import importlib.util, torch
@@ -288,22 +291,23 @@ with torch.no_grad():
     torch.save({{"latents": latents, "image": vae.decode(latents).sample}}, "result.pt")
 print(type(vae).__module__)
 """
-    module = run_elsewhere(stranger, code, tmp_path, HF_HUB_OFFLINE="1")
+    module = run_elsewhere(fresh_python, code, tmp_path, HF_HUB_OFFLINE="1")
     assert module.startswith("diffusers_modules.")
     result = torch.load(tmp_path / "result.pt")
-    assert all(torch.equal(result[name], value) for name, value in wanted.items())
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
 
 
-def test_the_six_lines_of_the_card_run_as_they_stand(stranger, finished, staged, tmp_path, monkeypatch):
-    """Published to a stand-in for the Hub, and loaded from it by name."""
+def test_the_six_lines_of_the_card_run_unchanged(fresh_python, finished, staged, tmp_path, monkeypatch):
+    """Published to a fake Hub, and loaded from it by name."""
     (code,) = re.findall(r"```python\n(.*?)```", (staged / "README.md").read_text(), flags=re.DOTALL)
     assert len(code.splitlines()) == 6
     Image.effect_noise((178, 178), 60).convert("RGB").save(tmp_path / "face.png")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with HubStandIn() as hub:
+    with FakeHub() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
         publish.publish(finished.folder, HubConfig(push=True, repo_id=REPOSITORY))
-        run_elsewhere(stranger, code, tmp_path, HF_ENDPOINT=hub.endpoint)
+        run_elsewhere(fresh_python, code, tmp_path, HF_ENDPOINT=hub.endpoint)
     with Image.open(tmp_path / "reconstruction.png") as image:
         assert image.size == (40, 40) and len(image.getcolors(1 << 16)) > 100

@@ -1,8 +1,7 @@
-"""The model card, written from a run: README.md with metadata for the Hub, plots and grids.
+"""Writes the model card: README.md with metadata for the Hub, plots and grids.
 
-Every figure comes from the run's own files (`config.json`, `status.json`, `metrics.jsonl`, `samples/`) or from the
-model's; what they do not say, the card does not say either. No path of this machine is copied. What it is not for:
-uploading (hub.py), choosing the files (publish.py).
+Everything in it comes from the run's files (see `run_record`) and the model's; what they do not contain is left out. No
+path of this machine is copied.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from training.config import Config
 from training.publish.hub import safetensors_header
-from training.publish.run_record import Result, RunRecord
+from training.publish.run_record import Metric, RunRecord
 
 CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 _LOCAL_SOURCES = {
-    "synthetic_faces": "faces drawn by the training program",
+    "synthetic_faces": "synthetic faces, rendered by the training program",
     "imagefolder": "a folder of images",
     "parquet": "parquet files",
 }
-# Figures by the names of training.evaluate: (title, format, what it means); LPIPS and Frechet have a network in theirs.
-_FIGURES = {
-    "psnr": ("PSNR", "{:.2f} dB", "of images in [-1, 1], peak 2"),
-    "ssim": ("SSIM", "{:.4f}", "Gaussian window of 11 pixels"),
-    "mse_-1_1": ("MSE", "{:.5f}", "of images in [-1, 1]; a quarter of it in [0, 1]"),
-    "l1_-1_1": ("L1", "{:.5f}", "of images in [-1, 1]"),
-    "lpips": ("LPIPS ({})", "{:.4f}", "Zhang et al. 2018"),
-    "frechet": ("Frechet distance ({})", "{:.3f}", "of all reconstructions to all images; not a published FID"),
-    "kl": ("KL", "{:.3f} nats", "to N(0, I), a latent number"),
-    "active_units": ("active units", "{:.0f}", "latent numbers whose mean has a variance above 0.01 over images"),
-    "posterior_sigma": ("posterior sigma", "{:.4f}", "mean standard deviation of a latent number"),
+# Metrics by their names in training.evaluate: (title, format, meaning, metric type on the Hub). The names of LPIPS and
+# Frechet metrics end with their network.
+_METRICS = {
+    "psnr": ("PSNR", "{:.2f} dB", "images in [-1, 1], peak 2", "psnr"),
+    "ssim": ("SSIM", "{:.4f}", "Gaussian window of 11 pixels", "ssim"),
+    "mse_-1_1": ("MSE", "{:.5f}", "images in [-1, 1]; a quarter of it in [0, 1]", "mse"),
+    "l1_-1_1": ("L1", "{:.5f}", "images in [-1, 1]", None),
+    "lpips": ("LPIPS ({})", "{:.4f}", "Zhang et al. 2018", "lpips"),
+    "frechet": ("Frechet distance ({})", "{:.3f}", "all reconstructions to all images; not a published FID", None),
+    "kl": ("KL", "{:.3f} nats", "to N(0, I), per latent dimension", None),
+    "active_units": ("active latent dimensions", "{:.0f}", "variance of the mean over images above 0.01", None),
+    "posterior_sigma": ("posterior sigma", "{:.4f}", "mean standard deviation per latent dimension", None),
 }
 _NETWORKS = {"alexnet": "AlexNet", "vgg16": "VGG16", "squeezenet": "SqueezeNet", "dinov2": "DINOv2"}
-_ON_THE_HUB = {"psnr": "psnr", "ssim": "ssim", "mse_-1_1": "mse", "lpips": "lpips"}  # metrics of the model index
 
 
 # ---------------------------------------------------------------------- the data
@@ -56,7 +55,7 @@ def hub_dataset(config: Config) -> str | None:
 
 
 def describe_data(config: Config) -> str:
-    """The data in a few words, without places on this machine."""
+    """The data set in a few words, without paths."""
     data = config.data
     if hub_dataset(config) is None:
         name = _LOCAL_SOURCES[data.dataset]
@@ -69,47 +68,45 @@ def describe_data(config: Config) -> str:
 
 
 def draw_plots(record: RunRecord, folder: Path) -> list[str]:
-    """Curves of the losses and of the KL control as PNG.
+    """Plot the losses and the KL control as PNG.
 
     Returns:
-        The names of the files written.
+        The names of the files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def curve(lines: list[dict], key: str) -> tuple[list[float], list[float]]:
-        points = [(line["images_seen"], line[key]) for line in lines if line.get(key) is not None and line[key] > 0]
-        return [x for x, _ in points], [y for _, y in points]
-
-    losses = [
-        (record.train, "loss/reconstruction", "training, reconstruction", "C0-"),
-        (record.validation, "validation/reconstruction_loss", "validation, reconstruction", "C1o-"),
-        (record.train, "weighted/kl", "training, beta x KL", "C2-"),
-    ]
-    shares = [
-        (record.train, "kl/smoothed_fraction", "share of KL in the loss, smoothed", "C0-"),
-        (record.train, "kl/target_low", "its band", "C7--"),
-        (record.train, "kl/target_high", None, "C7--"),
-        (record.train, "kl/beta", "beta", "C3-"),
-    ]
-    written = []
-    for name, curves in (("loss", losses), ("kl", shares)):
+    curves = {
+        "loss": [
+            (record.train, "loss/reconstruction", "training, reconstruction", "C0-"),
+            (record.validation, "validation/reconstruction_loss", "validation, reconstruction", "C1o-"),
+            (record.train, "weighted/kl", "training, beta x KL", "C2-"),
+        ],
+        "kl": [
+            (record.train, "kl/smoothed_fraction", "KL's fraction of the loss, smoothed", "C0-"),
+            (record.train, "kl/target_low", "target range", "C7--"),
+            (record.train, "kl/target_high", None, "C7--"),
+            (record.train, "kl/beta", "beta", "C3-"),
+        ],
+    }
+    names = []
+    for name, title in (("loss", "Loss"), ("kl", "KL control")):
         figure = Figure(figsize=(8, 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for lines, key, label, style in curves:
-            xs, ys = curve(lines, key)
-            if xs:
-                axes.plot(xs, ys, style, label=label, markersize=3, linewidth=1)
+        for lines, key, label, style in curves[name]:
+            points = [(line["images_seen"], line[key]) for line in lines if (line.get(key) or 0) > 0]
+            if points:
+                axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
         if not axes.lines:
             continue
-        axes.set(xlabel="training images seen", yscale="log", title={"loss": "Loss", "kl": "KL control"}[name])
+        axes.set(xlabel="training images seen", yscale="log", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=100, metadata={"Software": None})
-        written.append(f"{name}.png")
-    return written
+        names.append(f"{name}.png")
+    return names
 
 
 # ---------------------------------------------------------------------- the card
@@ -120,10 +117,9 @@ def write_card(folder: Path, repo_id: str, record: RunRecord | None) -> None:
 
     Args:
         folder: Holds the exported model.
-        repo_id: Where it will be published; the card's examples name it.
-        record: What the run says; without it the card says what the model is, but not how it came about.
+        repo_id: "organization/name", for the examples in the card.
+        record: The run; without it the card describes the model only.
     """
-    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     images: list[str] = []
     if record is not None:
         images = draw_plots(record, folder / "images")
@@ -131,35 +127,51 @@ def write_card(folder: Path, repo_id: str, record: RunRecord | None) -> None:
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "images" / f"{kind}.png")
             images.append(f"{kind}.png")
-    priors = sorted(path.parent.name for path in folder.glob("priors/*/config.json"))
-    body = "\n\n".join(_sections(model, count_parameters(folder), repo_id, record, images, priors))
+    sections = _model_sections(folder, repo_id, record)
+    if record is not None:
+        sections += _run_sections(record, images)
+    sections += ["## Limits", _limits(None if record is None else record.config)]
+    body = "\n\n".join(sections)
     card = ModelCard(f"---\n{_metadata(repo_id, record).to_yaml()}\n---\n\n{body}\n")
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 
+def weight_files(folder: Path) -> dict[str | None, list[Path]]:
+    """The weights of a model, one file or several shards, by variant ("fp16", ...); the default variant is None."""
+    pattern = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+    files: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := pattern.fullmatch(path.name):
+            files.setdefault(match[1], []).append(path)
+    return files
+
+
+def _default_variant(folder: Path) -> str | None:
+    variants = weight_files(folder)
+    return None if None in variants else min(variants)
+
+
 def count_parameters(folder: Path) -> int:
-    """Numbers in a model's float32 weights, from the headers of its files."""
-    files = folder.glob("diffusion_pytorch_model*.safetensors")
-    headers = [json.loads(safetensors_header(path)) for path in files if not re.search(r"\.(fp16|bf16)\b", path.name)]
+    """Number of parameters of a model, from the headers of its weights."""
+    headers = [json.loads(safetensors_header(path)) for path in weight_files(folder)[_default_variant(folder)]]
     return sum(math.prod(entry.get("shape", [0])) for header in headers for entry in header.values())
 
 
 def _metadata(repo_id: str, record: RunRecord | None) -> ModelCardData:
-    name = repo_id.rpartition("/")[2]
     data: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "tags": ["diffusers", "autoencoder", "vae", "faces", "AutoencoderKLUltra"],
-        "model_name": name,
+        "model_name": repo_id.rpartition("/")[2],
     }
     if record is None:
         return ModelCardData(**data)
-    if is_celeba(record.config):
+    config = record.config
+    if is_celeba(config):
         data |= {"license": "other", "license_name": "celeba-non-commercial", "license_link": CELEBA_PAGE}
-    elif record.config.data.dataset == "synthetic_faces":
+    elif config.data.dataset == "synthetic_faces":
         data["license"] = "apache-2.0"
-    dataset, kind = hub_dataset(record.config), record.config.data.dataset
-    images = record.evaluated or {"dataset": kind, "split": record.config.data.validation_split or "held out"}
+    images = record.evaluated or {"dataset": config.data.dataset, "split": config.data.validation_split or "held out"}
     results = [
         EvalResult(
             task_type="image-to-image",
@@ -167,145 +179,148 @@ def _metadata(repo_id: str, record: RunRecord | None) -> ModelCardData:
             dataset_type=images["dataset"],
             dataset_name=_LOCAL_SOURCES.get(images["dataset"], images["dataset"]),
             dataset_split=images["split"],
-            dataset_revision=record.config.data.revision if images["dataset"] == kind else None,
-            metric_type=_ON_THE_HUB[_family(key)],
+            dataset_revision=config.data.revision if images["dataset"] == config.data.dataset else None,
+            metric_type=_METRICS[_family(key)][3],
             metric_name=_title(key),
-            metric_value=round(result.mean, 6),
+            metric_value=round(metric.mean, 6),
         )
-        for key, result in record.results.items()
-        if _family(key) in _ON_THE_HUB
+        for key, metric in record.metrics.items()
+        if _family(key) in _METRICS and _METRICS[_family(key)][3]
     ]
+    dataset = hub_dataset(config)
     return ModelCardData(**data, datasets=[dataset] if dataset else None, eval_results=results or None)
 
 
 def _family(key: str) -> str:
+    """Key of `_METRICS` for a metric."""
     return key.partition("_")[0] if key.startswith(("lpips_", "frechet_")) else key
 
 
 def _title(key: str) -> str:
     network = key.partition("_")[2]
-    return _FIGURES[_family(key)][0].format(_NETWORKS.get(network, network))
+    return _METRICS[_family(key)][0].format(_NETWORKS.get(network, network))
 
 
-def _row(key: str, result: Result) -> str:
-    _, form, meaning = _FIGURES[_family(key)]
-    interval = "" if result.low is None else f"{form.format(result.low)} to {form.format(result.high)}"
-    return f"| {_title(key)} | {form.format(result.mean)} | {interval} | {meaning} |"
+def _table_row(key: str, metric: Metric) -> str:
+    _, form, meaning, _ = _METRICS[_family(key)]
+    interval = "" if metric.low is None else f"{form.format(metric.low)} to {form.format(metric.high)}"
+    return f"| {_title(key)} | {form.format(metric.mean)} | {interval} | {meaning} |"
 
 
-def snippet(repo_id: str, side: int) -> str:
-    """Loading and using the model in six lines; they run as they stand."""
+def snippet(repo_id: str, size: int, variant: str | None = None) -> str:
+    """Code that loads and uses a published model, in six lines."""
+    options = "trust_remote_code=True" + ("" if variant is None else f', variant="{variant}"')
     return f"""from diffusers import AutoModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image
-vae, images = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True), VaeImageProcessor()
-latents = vae.encode(images.preprocess(load_image("face.png"), {side}, {side})).latent_dist.mode().detach()
+vae, images = AutoModel.from_pretrained("{repo_id}", {options}), VaeImageProcessor()
+latents = vae.encode(images.preprocess(load_image("face.png"), {size}, {size})).latent_dist.mode().detach()
 images.postprocess(vae.decode(latents).sample.detach())[0].save("reconstruction.png")"""
 
 
-def _sections(
-    model: dict[str, Any], parameters: int, repo_id: str, record: RunRecord | None, images: list[str], priors: list[str]
-) -> list[str]:
-    """The card's paragraphs, in order."""
-    side, channels, size = model["sample_size"], model["latent_channels"], model["latent_size"]
-    numbers = channels * size * size
-    measured = (
-        "measured on validation faces" if model.get("latents_std") else "not measured: this model was not trained"
-    )
-    parts = [
+def _model_sections(folder: Path, repo_id: str, record: RunRecord | None) -> list[str]:
+    """What the model is and how to use it."""
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    image_size, channels, size = model["sample_size"], model["latent_channels"], model["latent_size"]
+    latent_dim = channels * size * size
+    measured = "measured on validation faces" if model.get("latents_std") else "not measured: the model is untrained"
+    crop_px = None if record is None else record.config.data.crop_px
+    crop = "" if crop_px is None else f" (the central {crop_px}x{crop_px} pixels of the data set's images, resized)"
+    sections = [
         f"# {repo_id.rpartition('/')[2]}",
-        f"A variational autoencoder for faces, a diffusers model: {side}x{side} pixels to **{numbers:,} numbers** and "
-        f"back, {3 * side * side / numbers:,.0f} times fewer. {parameters / 1e6:.1f} million parameters, float32 "
-        "safetensors. Principal components of the training faces stand beside convolutions on both sides, in one source "
-        "file that travels with the weights.",
+        f"A variational autoencoder for faces, for diffusers: {image_size}x{image_size} pixels to **{latent_dim:,} latent "
+        f"dimensions** and back, {3 * image_size * image_size / latent_dim:,.0f} times fewer values. "
+        f"{count_parameters(folder) / 1e6:.1f} million parameters in safetensors. Encoder and decoder combine a PCA branch, "
+        "initialized with the principal components of the training faces, with convolutions.",
         "## Use",
-        f"```python\n{snippet(repo_id, side)}\n```",
+        f"```python\n{snippet(repo_id, image_size, _default_variant(folder))}\n```",
         f"Only torch and diffusers are needed. `trust_remote_code=True` runs `autoencoder_kl_ultra.py` of this repository: "
-        "read it, and pin `revision=` to the commit that you read. Faces are expected as in training: a centred square "
-        f"crop, values in [-1, 1]{_crop(record)}.",
+        "read it, and pin `revision=` to the commit that you read. Preprocess faces as in training: a centered square "
+        f"crop, values in [-1, 1]{crop}.",
         f"| latent | |\n| --- | --- |\n| shape | ({channels}, {size}, {size}), layout `{model['latent_layout']}` |\n"
         f"| `scaling_factor` | {model['scaling_factor']:.6g} |\n| `shift_factor` | {model['shift_factor']:.6g} |",
         f"`(latents - shift_factor) * scaling_factor` has mean 0 and variance 1 ({measured}); `latents_mean` and "
-        "`latents_std` in `config.json` say the same for each channel.",
+        "`latents_std` in `config.json` are the values for each channel.",
     ]
+    priors = sorted(path.parent.name for path in folder.glob("priors/*/config.json"))
     if priors:
-        parts.append(
+        sections.append(
             f"Fitted priors: {', '.join(f'`{name}`' for name in priors)}. New faces from one:\n\n```python\n"
             f'prior = AutoModel.from_pretrained("{repo_id}", subfolder="priors/{priors[0]}", trust_remote_code=True)\n'
             f"images = vae.decode(prior.sample(4).view(4, {channels}, {size}, {size})).sample\n```"
         )
-    if record is None:
-        return [*parts, "## Limits", _limits(None)]
+    return sections
 
-    known = sorted(
-        (key for key in record.results if _family(key) in _FIGURES), key=lambda k: list(_FIGURES).index(_family(k))
-    )
-    rows = [_row(key, record.results[key]) for key in known]
-    if rows:
-        head = "| figure | mean over images | 95 % interval | |\n| --- | --- | --- | --- |\n"
-        parts += ["## Evaluation", head + "\n".join(rows), _evaluation(record)]
+
+def _run_sections(record: RunRecord, images: list[str]) -> list[str]:
+    """Metrics, images, training and license."""
+    sections = []
+    if rows := [
+        _table_row(key, record.metrics[key]) for family in _METRICS for key in record.metrics if _family(key) == family
+    ]:
+        head = "| metric | mean over images | 95 % interval | |\n| --- | --- | --- | --- |\n"
+        sections += ["## Evaluation", head + "\n".join(rows), _evaluation(record)]
     if images:
-        captions = {"reconstructions": "Validation faces, originals above.", "samples": "Decoded draws from N(0, I)."}
+        captions = {
+            "reconstructions": "Validation faces, originals above.",
+            "samples": "Generated images: decoded samples from N(0, I).",
+        }
         shown = [f"![{name[:-4]}](images/{name})" + f"\n\n{captions.get(name[:-4], '')}".rstrip() for name in images]
-        parts += ["## Pictures", *shown]
-    parts += ["## Training", _training(record), "## Data and licence", _licence(record.config)]
-    return [*parts, "## Limits", _limits(record.config)]
+        sections += ["## Images", *shown]
+    return [*sections, "## Training", _training(record), "## Data and license", _license(record.config)]
 
 
 def _evaluation(record: RunRecord) -> str:
-    """Of which weights and images the figures are, and how far they carry."""
-    best, data = record.status.get("best") or {}, record.config.data
-    averaged = "averaged over training, " if record.config.training_presets.ema_decay > 0 else ""
-    weights = (
-        f"Weights {averaged}of epoch {best.get('epoch')}, step {best.get('step')}; the posterior's mean is decoded."
-    )
+    """Which weights and images the metrics are measured on."""
+    best, data = record.best, record.config.data
+    kind = "EMA weights" if record.config.training_presets.ema_decay > 0 else "Weights"
+    weights = f"{kind} of epoch {best.get('epoch')}, step {best.get('step')}; decoded from the posterior's mean."
     if record.evaluated is not None:
-        about = record.evaluated
-        name = _LOCAL_SOURCES.get(about["dataset"], about["dataset"])
+        evaluated = record.evaluated
+        name = _LOCAL_SOURCES.get(evaluated["dataset"], evaluated["dataset"])
         return (
-            f"{weights} Measured by `python -m training.evaluate` on {about['images']:,} images: {name}, split "
-            f"`{about['split']}`. The intervals are bootstrapped over images; they say nothing about another training run."
+            f"{weights} Measured by `python -m training.evaluate` on {evaluated['images']:,} images: {name}, split "
+            f"`{evaluated['split']}`. The intervals are bootstrapped over images; they do not cover the variation between "
+            "training runs."
         )
-    split = f"split `{data.validation_split}`" if data.validation_split else "rows held out by a hash of their bytes"
-    return (
-        f"{weights} Measured by the validation in training on {describe_data(record.config)}, {split}, its first "
-        f"{data.max_validation_images:,} images or all if there are fewer, none of them trained on. The same images chose "
-        "the epoch, which flatters a little. No intervals: one run, and means only."
+    split = (
+        f"split `{data.validation_split}`" if data.validation_split else "examples held out by a hash of their bytes"
     )
-
-
-def _crop(record: RunRecord | None) -> str:
-    crop = None if record is None else record.config.data.crop_px
-    return "" if crop is None else f" (the central {crop}x{crop} pixels of the data set's images, resized)"
+    return (
+        f"{weights} Measured by the validation during training on {describe_data(record.config)}, {split}, at most "
+        f"{data.max_validation_images:,} images, none of them trained on. The same images selected the epoch, so the "
+        "values are slightly optimistic. One run, no intervals."
+    )
 
 
 def _training(record: RunRecord) -> str:
     presets, loss = record.config.training_presets, record.config.loss
-    hours, seen = record.train_seconds / 3600, record.status.get("images_seen", 0)
-    networks = f"trunk {loss.trunk}" + ("" if loss.lpips_trunk is None else f", LPIPS also of {loss.lpips_trunk}")
+    hours, images_seen = record.train_seconds / 3600, record.status.get("images_seen", 0)
+    networks = f"feature network {loss.trunk}" + (
+        "" if loss.lpips_trunk is None else f", LPIPS also {loss.lpips_trunk}"
+    )
+    beta = "controlled to keep KL's fraction of the loss in a target range" if presets.kl_control_enabled else "fixed"
     lines = [
-        f"- {seen:,} images in {record.status.get('epoch')} epochs, batch {presets.batch_size}, {presets.optimizer}, learning "
-        f"rate {presets.learning_rate:g}, seed {presets.seed}; every key is in `training_config.json`.",
+        f"- {images_seen:,} images in {record.status.get('epoch')} epochs, batch {presets.batch_size}, "
+        f"{presets.optimizer}, learning rate {presets.learning_rate:g}, seed {presets.seed}; every key is in "
+        "`training_config.json`.",
         f"- Loss: {loss.mse_weight:g} MSE + {loss.l1_weight:g} L1 + {loss.perceptual_weight:g} perceptual + "
-        f"{loss.lpips_weight:g} LPIPS ({networks}) + beta x KL, beta "
-        + ("held so that KL's share of the loss stays in a band." if presets.kl_control_enabled else "fixed."),
+        f"{loss.lpips_weight:g} LPIPS ({networks}) + beta x KL, beta {beta}.",
         f"- {hours:.2f} hours ({60 * hours:.1f} minutes) of training steps, without validation.",
     ]
-    hardware = record.status.get("hardware")
-    if hardware:
+    if hardware := record.status.get("hardware"):
         count = hardware["processes"]
         lines.append(f"- Hardware: {count} x {hardware['device']}, precision {hardware['precision']}.")
-        if hardware["watts"]:
-            energy = hardware["watts"] * count * hours / 1000
+        if watts := hardware["watts"]:
             lines.append(
-                f"- Energy: at most about {energy:.2g} kWh, an estimate and not a measurement: power limit "
-                f"{hardware['watts']:.0f} W x {count} x {hours:.2f} h, without the rest of the machine."
+                f"- Energy: at most about {watts * count * hours / 1000:.2g} kWh, an estimate: power limit {watts:.0f} W x "
+                f"{count} x {hours:.2f} h, without the rest of the machine."
             )
     return "\n".join(lines)
 
 
-def _licence(config: Config) -> str:
-    """Terms of what the weights were made from."""
+def _license(config: Config) -> str:
+    """Terms of the training data."""
     text = f"Trained on {describe_data(config)}. "
     if is_celeba(config):
         return text + (
@@ -314,24 +329,24 @@ def _licence(config: Config) -> str:
             "Liu et al. 2015, Deep Learning Face Attributes in the Wild."
         )
     if config.data.dataset == "synthetic_faces":
-        return text + "They show nobody and are under no other terms than the program (Apache-2.0)."
-    return text + "This card does not know its terms: whoever publishes the weights states them here."
+        return text + "They show nobody; their license is the program's (Apache-2.0)."
+    return text + "This card does not know its license: whoever publishes the weights states it here."
 
 
 def _limits(config: Config | None) -> str:
     lines = [
         "Reconstructions are approximate: do not use them as evidence of what somebody looks like. Not for identifying "
-        "people, and not for pictures of real people without their consent.",
-        "The latent holds faces in the frame of the training images. Other frames, hands, text, several people and "
-        "anything that is not a face come back wrong.",
+        "people, and not for images of real people without their consent.",
+        "The latent space covers faces aligned and cropped like the training images. Other alignments, hands, text, "
+        "several people and anything that is not a face are reconstructed badly.",
     ]
     if config is None or config.data.dataset != "synthetic_faces":
         lines.append(
             "Face data sets do not show all people equally often, and errors are larger for those who are rare in them. "
             "CelebA shows celebrities, mostly adult, light-skinned and made up for the camera (on the balance of face data "
-            "sets: Kärkkäinen and Joo 2021, FairFace). The figures above are means, which hide this: measure on the people "
+            "sets: Kärkkäinen and Joo 2021, FairFace). The metrics above are means, which hide this: measure on the people "
             "whom your use concerns."
         )
     else:
-        lines.append("It was trained on drawings, to show that the program works: photographs come back wrong.")
+        lines.append("It was trained on synthetic faces, as a demonstration: photographs are reconstructed badly.")
     return "\n\n".join(lines)

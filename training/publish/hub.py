@@ -1,10 +1,7 @@
-"""Publishing a finished model on the Hub. Authentication is the Hub's own: `hf auth login` or `HF_TOKEN`.
+"""Uploads a model to the Hugging Face Hub: which files, no secrets in them, retries. Log in with `hf auth login` or HF_TOKEN.
 
-What it is for: which files belong to a published model, that no secret is in them, and an upload that survives a bad
-network. What it is not for: writing the model card (model_card.py) or the command line (publish.py).
-
-An upload is one commit: a reader sees the old model or the new one, never a half. Until that commit nothing is visible,
-so a failed upload costs nothing, and repeating it sends only what has not arrived.
+An upload is one commit: a reader sees the old model or the new one. A failed upload leaves nothing visible, and
+repeating it sends only what has not arrived.
 """
 
 from __future__ import annotations
@@ -20,27 +17,26 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from training.cli import UserError
 from training.config import HubConfig
+from training.io import http_response, retry_after
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A model, ours or a fitted prior: its weights (also in half precision, also in pieces) and what describes them. The
-# source that `config.json` names is added to these.
-_MODEL = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
-_BELONGS = (*_MODEL, "README.md", "training_config.json", "images/*.png", "onnx/*.onnx")
+# The files of a model or a fitted prior, variants and shards included; the source that `config.json` names is added.
+_MODEL = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
+_PUBLISHED = (*_MODEL, "README.md", "training_config.json", "images/*.png", "onnx/*.onnx")
 _PRIORS = "priors/*"
 
-# Answers after which the same request may succeed: overload, rate limits, and gateways that lost the server.
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
-_REFUSED = (429, 503)  # of these, the ones that say that nothing was done
-_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # whose errors are of the connection
+_TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the same request may succeed
+_REJECTED = (429, 503)  # those of them after which the request was certainly not carried out
+_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # packages that raise network errors
 _ATTEMPTS = 6
 _FIRST_DELAY_S = 2.0  # doubled after each attempt
-_MAX_DELAY_S = 300.0  # longest wait that a server's Retry-After is followed in
+_MAX_DELAY_S = 300.0  # upper bound on a server's Retry-After
 
 _SECRETS = {
     "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
@@ -51,7 +47,7 @@ _SECRETS = {
     "an API key": rb"\bsk-[A-Za-z0-9_-]{24,}",
     "a JSON web token": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"']+@",
+    "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"']+@",
 }
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL")
 
@@ -64,60 +60,60 @@ class PushError(UserError):
 
 
 def files_to_publish(folder: Path) -> dict[str, Path]:
-    """Exactly the files of a folder that belong to a published model: name in the repository -> file.
+    """The files of a folder that belong to a published model: name in the repository -> file.
 
-    Optimizer states, logs, checkpoints and whatever else lies beside them stay where they are.
+    Optimizer states, logs, checkpoints and other files are left out.
 
     Raises:
         ValueError: There is no model in the folder.
     """
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    wanted = {name: path for name, path in names.items() if belongs(name)}
-    for name in [name for name in wanted if PurePosixPath(name).name == "config.json"]:
-        source = _source_of(wanted[name])
-        if source is not None and (beside := str(PurePosixPath(name).with_name(source))) in names:
-            wanted[beside] = names[beside]
-    if "config.json" not in wanted or not any(fnmatch.fnmatch(name, _MODEL[1]) for name in wanted):
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    published = {name: path for name, path in files.items() if is_published(name)}
+    for config in [name for name in published if PurePosixPath(name).name == "config.json"]:
+        source = _source_of(published[config])
+        if source is not None and (name := str(PurePosixPath(config).with_name(source))) in files:
+            published[name] = files[name]
+    if "config.json" not in published or not any(fnmatch.fnmatch(name, _MODEL[1]) for name in published):
         raise ValueError(
             f"{folder} holds no exported model (config.json and {_MODEL[1]}): give the folder of a run, or of the model "
-            "that it wrote."
+            "that it exported."
         )
-    return dict(sorted(wanted.items()))
+    return dict(sorted(published.items()))
 
 
-def belongs(name: str) -> bool:
-    """Whether a file of that name is ours in a repository; sources are not decided by name."""
-    patterns = (*_BELONGS, *(f"{_PRIORS}/{pattern}" for pattern in _MODEL))
+def is_published(name: str) -> bool:
+    """Whether a file of that name belongs to a published model; Python sources are not decided by name."""
+    patterns = (*_PUBLISHED, *(f"{_PRIORS}/{pattern}" for pattern in _MODEL))
     return any(_matches(name, pattern) for pattern in patterns)
 
 
 def _matches(name: str, pattern: str) -> bool:
     """Like a shell: a star does not cross a folder."""
-    parts, wanted = name.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def _source_of(config: Path) -> str | None:
-    """Name of the source file that a model's `config.json` says it needs."""
+    """The source file that a model's `config.json` names, or None."""
     try:
-        named = json.loads(config.read_text(encoding="utf-8"))["auto_map"]["AutoModel"]
+        auto_class = json.loads(config.read_text(encoding="utf-8"))["auto_map"]["AutoModel"]
     except (ValueError, KeyError, TypeError):
         return None
-    return f"{str(named).partition('.')[0]}.py"
+    return f"{str(auto_class).partition('.')[0]}.py"
 
 
 # ---------------------------------------------------------------------- secrets
 
 
 def find_secrets(files: dict[str, Path]) -> list[str]:
-    """Where tokens, keys and passwords are in files that are about to leave this machine; never what they are.
+    """Locations of tokens, keys and passwords in files, as "file, line: kind", without the secrets themselves.
 
-    Looked for are the shapes of well-known tokens, the Hub token in use, and the values of environment variables whose
-    name says that they are secret. Of weights the header is read, which is text; the numbers behind it are not.
+    Searches for well-known token formats, the Hub token in use, and the values of environment variables with names such
+    as `*_TOKEN` and `*_PASSWORD`. Of weights only the header, which is text, is searched.
     """
     patterns = {kind: re.compile(pattern) for kind, pattern in _SECRETS.items()}
-    for where, value in _own_secrets():
-        patterns[where] = re.compile(re.escape(value.encode()))
+    for kind, value in _own_secrets():
+        patterns[kind] = re.compile(re.escape(value.encode()))
     found = []
     for name, path in files.items():
         data = safetensors_header(path) if path.suffix == ".safetensors" else path.read_bytes()
@@ -133,16 +129,16 @@ def _own_secrets() -> Iterator[tuple[str, str]]:
     if token:
         yield "the Hub token of this machine", token
     for name, value in os.environ.items():
-        # Short values are switches, and values with separators are places, not secrets.
+        # Short values are switches, and values with separators are paths.
         if _SECRET_NAME.search(name.upper()) and len(value) >= 12 and "/" not in value and os.sep not in value:
             yield f"the value of {name}", value
 
 
 def safetensors_header(path: Path) -> bytes:
-    """The JSON at the beginning of a safetensors file: a length in 8 bytes, little-endian, and so many bytes.
+    """The JSON header of a safetensors file, which follows its length in 8 bytes, little-endian.
 
     Raises:
-        ValueError: The file is cut short, or none of that kind.
+        ValueError: The file is truncated, or not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -150,26 +146,26 @@ def safetensors_header(path: Path) -> bytes:
         header = file.read(min(length, size))
     try:
         tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
-        whole = size == 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        complete = size == 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is no whole safetensors file (it has {size:,} bytes): write it again.")
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is not a complete safetensors file (it has {size:,} bytes): save it again.")
     return header
 
 
 def refuse_secrets(files: dict[str, Path]) -> None:
-    """Stop before anything leaves.
+    """Check that no file holds a secret.
 
     Raises:
-        ValueError: A file holds a secret; with the places.
+        ValueError: A file holds a secret, and where.
     """
     found = find_secrets(files)
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise ValueError(
-            f"nothing was sent, because these files hold secrets: {'; '.join(found[:5])}{more}. Remove them, and replace "
-            "the secrets if the files have been elsewhere."
+            f"nothing was sent, because these files hold secrets: {'; '.join(found[:5])}{more}. Remove them, and revoke "
+            "the secrets if the files have been shared."
         )
 
 
@@ -177,42 +173,45 @@ def refuse_secrets(files: dict[str, Path]) -> None:
 
 
 def check_access(config: HubConfig) -> None:
-    """Find out before hours of training whether the upload at their end will be allowed.
+    """Check before a training that its upload will be allowed.
 
     Raises:
-        ValueError: Nobody is logged in, the token may only read, the repository belongs to somebody else, or the Hub
-            does not answer.
+        ValueError: There is no token, it is read-only, the repository belongs to somebody else, or the Hub does not
+            answer.
     """
     api = HfApi()
     target = f"hub.push to {config.repo_id}"
     try:
-        user = _patiently("whoami", api.whoami, retry_cut=False)
+        user = _retry("whoami", api.whoami, retry_lost=False)
         namespace = str(config.repo_id).partition("/")[0]
         known = [user.get("name"), *(entry.get("name") for entry in user.get("orgs") or [])]
-        # A stranger's repository may have been opened to this user; one that does not exist was not.
+        # Somebody else's repository may be writable for this user, if it exists.
         foreign = namespace not in known and not api.repo_exists(config.repo_id)
     except LocalTokenNotFoundError:
         raise ValueError(
             f"{target} needs a token and there is none: run `hf auth login`, set HF_TOKEN, or set hub.push to false."
         ) from None
-    except Exception as error:  # which ones, depends on the HTTP library that this huggingface_hub uses
+    except Exception as error:  # the classes depend on the HTTP library of huggingface_hub
         raise ValueError(
             f"{target}: the Hub refused or did not answer ({_reason(error)}); log in again, or set hub.push to false."
         ) from None
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
-        raise ValueError(f"{target}: the token of {user.get('name')} may only read; log in with one that may write.")
+        raise ValueError(f"{target}: the token of {user.get('name')} is read-only: log in with one that may write.")
     if foreign:
         raise ValueError(
-            f"{target}: {user.get('name')} is not {namespace} and no member of it; known are {', '.join(filter(None, known))}."
+            f"{target}: {user.get('name')} is neither {namespace} nor a member of it: use one of "
+            f"{', '.join(filter(None, known))}."
         )
 
 
 def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
     """Upload an exported model in one commit; may be repeated.
 
-    Files of an older upload that belong to a model and are not part of this one (another variant's weights, a prior)
-    are removed by the same commit, so that the repository never mixes two models; files of other names are left alone.
+    Not `HfApi.upload_folder`: with `hf_xet` installed it makes several commits, and a reader can meet a mixed model.
+
+    The commit also deletes the files of an older upload that belong to a model but not to this one (another variant, a
+    prior). Files of other names are left alone.
 
     Args:
         folder: A model's folder; see `files_to_publish`.
@@ -220,10 +219,10 @@ def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
         create_pr: Open a pull request instead of writing to the main branch.
 
     Returns:
-        The address of the repository, or of the pull request.
+        The URL of the repository, or of the pull request.
 
     Raises:
-        ValueError: The folder holds no model, or a secret, or nobody is logged in; nothing was sent.
+        ValueError: The folder holds no model, or a secret, or there is no token; nothing was sent.
         PushError: The Hub refused, or could not be reached; nothing of the upload is visible there.
     """
     files = files_to_publish(folder)
@@ -233,9 +232,9 @@ def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
         raise ValueError(f"publishing {repo_id} needs a token and there is none: run `hf auth login`, or set HF_TOKEN.")
 
     def commit() -> str:
-        # Made anew in each attempt: what has arrived is asked again, so that an earlier commit whose answer was lost
-        # is recognised and not made twice.
-        stale = [name for name in _remote_files(api, repo_id) if name not in files and belongs(name)]
+        # New operations in each attempt, which ask the Hub again what it has: a commit whose response was lost is
+        # recognized and not repeated.
+        stale = [name for name in _remote_files(api, repo_id) if name not in files and is_published(name)]
         info = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, str(path)) for name, path in files.items()]
@@ -246,17 +245,17 @@ def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
         return info.pr_url or url
 
     try:
-        made = _patiently("create", lambda: api.create_repo(repo_id, private=config.private, exist_ok=True))
-        url = str(made)
-        # A pull request whose answer was lost would be opened twice.
-        return _patiently("upload", commit, retry_cut=not create_pr)
+        url = str(_retry("create", lambda: api.create_repo(repo_id, private=config.private, exist_ok=True)))
+        # A pull request whose response was lost would be opened twice.
+        return _retry("upload", commit, retry_lost=not create_pr)
     except Exception as error:
         status = _status(error)
-        remedy = "repeat the same command" if status is None or status in _TRANSIENT else "correct that and repeat it"
+        may_pass = status in _TRANSIENT or (status is None and not isinstance(error, OfflineModeIsEnabled))
+        remedy = "run the same command again" if may_pass else "fix that and try again"
         if status in (401, 403):
             remedy = "log in with a token that may write there"
         elif status is None and create_pr:
-            remedy = f"see {api.endpoint}/{repo_id}/discussions, where the pull request may be, before you repeat it"
+            remedy = f"see {api.endpoint}/{repo_id}/discussions, where the pull request may be, before trying again"
         raise PushError(f"the upload to {repo_id} failed ({_reason(error)}): {remedy}.") from error
 
 
@@ -267,16 +266,16 @@ def _remote_files(api: HfApi, repo_id: str) -> list[str]:
         return []
 
 
-def _patiently(what: str, call: Callable[[], T], retry_cut: bool = True) -> T:
-    """Call until it succeeds, with growing pauses.
+def _retry(what: str, call: Callable[[], T], retry_lost: bool = True) -> T:
+    """Call until it succeeds, with growing delays.
 
-    huggingface_hub itself repeats the parts of an upload (`http_backoff`: 5 times, 1 to 8 s apart, on 408, 429, 5xx and
-    cut connections), but not the creation of a repository, the check of the card and the commit.
+    huggingface_hub itself retries the parts of an upload (`http_backoff`: 5 times, 1 to 8 s apart, on 408, 429, 5xx and
+    lost connections), but not the creation of a repository, the check of the card and the commit.
 
     Args:
         what: "create", "upload" or "whoami", for the log.
         call: The request; safe to repeat.
-        retry_cut: Also after a connection was cut, when nobody knows whether the request had been carried out.
+        retry_lost: Also retry when the connection was lost, so that the request may have been carried out.
     """
     delay = _FIRST_DELAY_S
     for attempt in range(1, _ATTEMPTS + 1):
@@ -285,58 +284,38 @@ def _patiently(what: str, call: Callable[[], T], retry_cut: bool = True) -> T:
         except Exception as error:
             status = _status(error)
             if status is not None:
-                again = status in (_TRANSIENT if retry_cut else _REFUSED)
+                may_retry = status in (_TRANSIENT if retry_lost else _REJECTED)
             else:
-                again = retry_cut and _is_cut(error)
-            if not again or attempt == _ATTEMPTS:
+                may_retry = retry_lost and _is_network_error(error)
+            if not may_retry or attempt == _ATTEMPTS:
                 raise
-            wait = min(_retry_after(error) or delay, _MAX_DELAY_S)
-            logger.warning(
-                "%s: %s; attempt %d of %d follows in %.0f s", what, _reason(error), attempt + 1, _ATTEMPTS, wait
-            )
+            wait = min(retry_after(error) or delay, _MAX_DELAY_S)
+            logger.warning("%s: %s; attempt %d of %d in %.0f s", what, _reason(error), attempt + 1, _ATTEMPTS, wait)
             time.sleep(wait)
             delay *= 2
     raise AssertionError("unreachable")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what caused it: huggingface_hub wraps those of a file's upload."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
-
-
-def _response(error: BaseException):
-    answers = (getattr(cause, "response", None) for cause in _chain(error) if isinstance(cause, HfHubHTTPError))
-    return next((answer for answer in answers if answer is not None), None)
-
-
 def _status(error: BaseException) -> int | None:
-    response = _response(error)
+    response = http_response(error)
     return None if response is None else response.status_code
 
 
-def _is_cut(error: BaseException) -> bool:
-    """Whether a connection failed, or something other than the Hub answered (a gateway's page instead of JSON)."""
-    return any(
-        isinstance(cause, (ConnectionError, TimeoutError, json.JSONDecodeError))
-        or type(cause).__module__.partition(".")[0] in _NETWORK
-        for cause in _chain(error)
-    )
-
-
-def _retry_after(error: BaseException) -> float | None:
-    response = _response(error)
-    try:
-        return None if response is None else float(response.headers["Retry-After"])
-    except (KeyError, ValueError):
-        return None
+def _is_network_error(error: BaseException) -> bool:
+    """Whether the connection failed, or a gateway answered instead of the Hub (a web page instead of JSON)."""
+    cause: BaseException | None = None if isinstance(error, OfflineModeIsEnabled) else error
+    while cause is not None:
+        if isinstance(cause, (ConnectionError, TimeoutError, json.JSONDecodeError)):
+            return True
+        if type(cause).__module__.partition(".")[0] in _NETWORK:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _reason(error: BaseException) -> str:
-    """One line without the signatures that addresses of uploads carry."""
-    # huggingface_hub wraps what happens to a file's upload in a RuntimeError that does not say it.
+    """The error in one line, without the signatures in upload URLs."""
+    # huggingface_hub wraps errors of a file's upload in a RuntimeError that does not name them.
     shown = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
     text = " ".join(str(shown).split())
     return re.sub(r"\?\S+", "", f"{type(shown).__name__}: {text}")[:300]

@@ -1,8 +1,8 @@
-"""What a run says about itself, read from its folder when it has ended or stopped: for the model card.
+"""Reads a run's folder for the model card: configuration, hardware, metrics, grids.
 
-What it is for: `config.json`, `status.json`, `metrics.jsonl`, `samples/` and, where there is one, the `evaluation.json`
-that `python -m training.evaluate MODEL --config RUN/config.json --output RUN` writes, as plain values. What it is
-not for: watching a run that trains (monitor_run.py), or saying anything (model_card.py).
+The metrics are those of `evaluation.json`, which
+`python -m training.evaluate MODEL --config RUN/config.json --output RUN` writes, or else those of the validation
+that chose the best model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from training.config import Config, config_from_dict
+from training.config import Config
+from training.run_files import best_checkpoint, saved_config
 
 
 @dataclass(frozen=True)
-class Result:
-    """One figure of the published weights: its mean over images, and the bounds of a 95 % interval where known."""
+class Metric:
+    """A metric of the published weights: mean over images, and the bounds of a 95 % interval where known."""
 
     mean: float
     low: float | None = None
@@ -32,26 +33,27 @@ class Result:
 
 @dataclass
 class RunRecord:
-    """What a finished or interrupted run has written.
+    """The contents of a run's folder.
 
     Attributes:
-        config: As resolved before the first step.
+        config: The configuration.
         status: `status.json`.
-        train, validation: Lines of `metrics.jsonl`, one for each step (the last written, after a resume), in order.
+        best: `epoch`, `step` and `validation/*` of the best model.
+        train, validation: Lines of `metrics.jsonl` in order of steps; of a step that a resume repeated, the last.
         grids: Name in the card -> file.
-        train_seconds: Of training steps, without validation and waiting for a restart.
-        results: Finite figures of the published weights, by the names of `training.evaluate`.
-        evaluated: What `evaluation.json` says of its images (`dataset`, `split`, `images`); None: the results are those
-            of the validation in training.
+        train_seconds: Duration of all training steps, without validation.
+        metrics: Finite metrics of the best model, by the names of `training.evaluate`.
+        evaluated: `dataset`, `split` and `images` of `evaluation.json`; None if the metrics are from the validation.
     """
 
     config: Config
     status: dict[str, Any]
+    best: dict[str, Any]
     train: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     grids: dict[str, Path] = field(default_factory=dict)
     train_seconds: float = 0.0
-    results: dict[str, Result] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
     evaluated: dict[str, Any] | None = None
 
 
@@ -59,84 +61,81 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        ValueError: It is not a run's folder.
+        ValueError: It is not a run's folder, or has no best model.
     """
     for name in ("config.json", "status.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: give the folder of a run (runs/<run_name>_<time>).")
-    config = config_from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    record = RunRecord(config, json.loads((folder / "status.json").read_text(encoding="utf-8")))
+    record = RunRecord(
+        config=saved_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+        status=json.loads((folder / "status.json").read_text(encoding="utf-8")),
+        best=best_checkpoint(folder)[1],
+    )
     lines: dict[str, dict[int, dict]] = {"train": {}, "validation": {}}
-    seen = 0
+    images_seen = 0
     with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:  # cut off by a crash
+            except ValueError:  # truncated by a crash
                 continue
             if line.get("kind") not in lines:
                 continue
             lines[line["kind"]][line["step"]] = line
-            if line["kind"] == "train":
-                # A resume goes back; what was done twice took its time twice.
-                new = line["images_seen"] - seen
-                speed = line.get("speed/images_per_second")
+            if line["kind"] == "train":  # steps that a resume repeats count again
+                new, speed = line["images_seen"] - images_seen, line.get("speed/images_per_second")
                 record.train_seconds += new / speed if new > 0 and speed else 0.0
-                seen = line["images_seen"]
+                images_seen = line["images_seen"]
     record.train, record.validation = ([kind[step] for step in sorted(kind)] for kind in lines.values())
-    record.grids = _grids(folder / "samples", config.output.run_name)
-    record.results, record.evaluated = _results(folder / "evaluation.json", record.status.get("best") or {})
+    record.grids = _grids(folder / "samples", record.config.output.run_name)
+    if (folder / "evaluation.json").is_file():
+        values, record.evaluated = _evaluation(folder / "evaluation.json")
+    else:
+        values = {k.removeprefix("validation/"): v for k, v in record.best.items() if k.startswith("validation/")}
+        values["mse_-1_1"] = values.pop("mse", None)
+    metrics = {key: Metric(**value) if isinstance(value, dict) else Metric(value) for key, value in values.items()}
+    record.metrics = {
+        key: metric
+        for key, metric in metrics.items()
+        if isinstance(metric.mean, (int, float)) and math.isfinite(metric.mean)
+    }
     return record
 
 
-def _results(evaluation: Path, best: dict[str, Any]) -> tuple[dict[str, Result], dict[str, Any] | None]:
-    """Figures from an evaluation of our model, or else from the validation at which the weights were the best."""
-    if evaluation.is_file():
-        found = json.loads(evaluation.read_text(encoding="utf-8"))
-        ours = [model for model in found["models"] if model["class"] == "AutoencoderKLUltra"]
-        if len(ours) != 1:
-            raise ValueError(
-                f"{evaluation} holds {len(ours)} models of ours: evaluate the published one alone, or beside others' only."
-            )
-        (model,) = ours
-        values = {**model["reconstruction"], **{key: model[key] for key in ("kl", "active_units", "posterior_sigma")}}
-        about = {"dataset": found["data"]["dataset"], "split": found["data"]["split"], "images": model["images"]}
-    else:
-        values = {
-            key.removeprefix("validation/"): value for key, value in best.items() if key.startswith("validation/")
-        }
-        if "mse" in values:
-            values["mse_-1_1"] = values.pop("mse")
-        about = None
-    results = {}
-    for key, value in values.items():
-        result = Result(**value) if isinstance(value, dict) else Result(value)
-        if isinstance(result.mean, (int, float)) and math.isfinite(result.mean):
-            results[key] = result
-    return results, about
+def _evaluation(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the published model in `evaluation.json`, and the images that they were measured on."""
+    evaluation = json.loads(file.read_text(encoding="utf-8"))
+    models = [model for model in evaluation["models"] if model["class"] == "AutoencoderKLUltra"]
+    if len(models) != 1:
+        raise ValueError(
+            f"{file} holds {len(models)} models of class AutoencoderKLUltra: evaluate the published one only."
+        )
+    (model,) = models
+    values = model["reconstruction"] | {key: model[key] for key in ("kl", "active_units", "posterior_sigma")}
+    data = evaluation["data"]
+    return values, {"dataset": data["dataset"], "split": data["split"], "images": model["images"]}
 
 
 def _grids(folder: Path, run_name: str) -> dict[str, Path]:
     """The final grids, or else the newest of each kind."""
     grids = sorted(folder.glob("*.png"))
-    found: dict[str, Path] = {}
+    newest: dict[str, Path] = {}
     for path in [path for path in grids if "final" in path.stem] or grids:
         kind = re.sub(r"_?(?:final|epoch_\d+)_?", "_", path.stem.removeprefix(run_name)).strip("_")
-        found[kind] = path  # sorted: a later epoch replaces an earlier one
-    return found
+        newest[kind] = path  # sorted: a later epoch replaces an earlier one
+    return newest
 
 
 def describe_hardware(device: torch.device, num_processes: int, precision: str) -> dict[str, Any]:
-    """What a run trains on, for `status.json`, from where the card takes it.
+    """The hardware of a run, for `status.json` and the card.
 
     Args:
         device: Of this process.
-        num_processes: Each with a device of this kind.
+        num_processes: Each has a device of this kind.
         precision: "no", "bf16" or "fp16".
 
     Returns:
-        `device` (its name), `processes`, `precision`, and `watts`: the power limit of one GPU as `nvidia-smi` says it,
-        None where it does not.
+        `device` (its name), `processes`, `precision`, and `watts`, the power limit of one GPU by `nvidia-smi`, or None.
     """
     name, watts = device.type.upper(), None
     if device.type == "cuda":

@@ -1,87 +1,61 @@
-"""Publish a run's model on the Hub, with a card written from the run.
+"""Publishes a run's best model, or an exported model, on the Hub, with a model card written from the run.
 
-    python -m training.publish runs/ultra_20250101_120000 --repo-id org/name --dry-run   # what would go; no network
-    python -m training.publish runs/ultra_20250101_120000 --repo-id org/name [--private] [--create-pr]
-    python -m training.publish model_weights/vae_ultra --repo-id org/name                # a card without the run's figures
+    python -m training.publish runs/ultra_20250101_120000 --repo-id org/name --dry-run   # list the files; no network
+    python -m training.publish runs/ultra_20250101_120000 --repo-id org/name [--public] [--create-pr]
+    python -m training.publish model_weights/vae_ultra --repo-id org/name                # a card without metrics
 
-What it is for: gathering exactly what belongs (weights, `config.json`, source, priors, card, grids, plots, resolved
-training configuration) in a folder of its own, and sending that. What it is not for: the upload itself (hub.py) and what
-the card says (model_card.py). It may be repeated: an upload that failed left nothing behind.
+The files of the repository (weights, `config.json`, source, priors, card, grids, plots, training configuration) are
+gathered in a temporary folder, loaded once as a user would, and uploaded in one commit. A failed upload leaves nothing
+behind and can be repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import filecmp
+import ast
 import json
 import re
+import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.cli import run
 from training.config import HubConfig
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def find_model(source: Path) -> tuple[Path, Path | None]:
-    """The model's folder and the run's, from either.
-
-    A run's finished model lies outside of it, where a later run of the same name replaces it: it is taken only while
-    its weights are those that the run kept in `best/`, which is taken otherwise.
-
-    Returns:
-        The model's folder; the run's folder, None if `source` is a model.
-
-    Raises:
-        ValueError: `source` is neither.
-    """
-    if not source.is_dir():
-        raise ValueError(f"there is no folder {source}: give a run's folder, or that of an exported model.")
-    if (source / _WEIGHTS).is_file() and (source / "config.json").is_file():
-        run = source.parent if source.name == "best" and (source.parent / "metrics.jsonl").is_file() else None
-        return source, run
-    if not (source / "status.json").is_file():
-        raise ValueError(
-            f"{source} holds neither a run (status.json) nor a model ({_WEIGHTS}): give the folder of one."
-        )
-    named = json.loads((source / "status.json").read_text(encoding="utf-8")).get("model_dir")
-    best, finished = source / "best", Path(named) if named else None
-    if finished is not None and (finished / _WEIGHTS).is_file():
-        kept = best / _WEIGHTS
-        if not kept.is_file() or filecmp.cmp(kept, finished / _WEIGHTS, shallow=False):
-            return finished, source
-    if not (best / _WEIGHTS).is_file():
-        raise ValueError(f"{source} has no model yet (best/ is written after the first epoch): let it train on.")
-    return best, source
+from training.run_files import find_model
 
 
 def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
-    """Gather what belongs to the published model.
+    """Gather the files of the repository.
 
-    A README.md in the model's folder is the user's own card and replaces the written one.
+    A README.md in the model's folder is the user's own card and replaces the generated one.
 
     Args:
-        source: A run's folder or a model's.
-        folder: Empty; becomes what the repository will be.
-        repo_id: For the card.
+        source: A run's folder, a checkpoint's, or an exported model's.
+        folder: Empty; receives the files.
+        repo_id: "organization/name", for the card.
 
     Returns:
-        Names in the model's folder that do not belong and stay here.
+        Names of the files in the model's folder that are not published.
+
+    Raises:
+        ValueError: There is no model, or it cannot be loaded from these files.
     """
     from training.publish.card import write_card
     from training.publish.hub import files_to_publish
     from training.publish.run_record import read_run
 
-    model, run = find_model(source)
-    record = None if run is None else read_run(run)
+    if not (found := find_model(source)) and not source.is_dir():
+        raise ValueError(f"{source} does not exist: give the folder of a run, or of an exported model.")
+    model, run_dir = found or (source, None)
+    record = None if run_dir is None else read_run(run_dir)
     files = files_to_publish(model)
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
+    check_loadable(folder)
     if record is not None:
         settings = without_paths(record.config.to_dict())
         (folder / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -92,8 +66,54 @@ def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
     return sorted(set(others) - set(files))
 
 
+def check_loadable(folder: Path) -> None:
+    """Check that a user can load a model and its priors: the source is there and the weights are complete.
+
+    Args:
+        folder: Holds `config.json`, weights of any number of variants and shards, and `priors/`.
+
+    Raises:
+        ValueError: What is missing, and how to save it again.
+    """
+    from safetensors import SafetensorError
+
+    from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+    from modeling.latent_prior import LatentPrior
+    from training.publish.card import weight_files
+
+    for model_class, part in [
+        (AutoencoderKLUltra, folder),
+        *((LatentPrior, path.parent) for path in sorted(folder.glob("priors/*/config.json"))),
+    ]:
+        name = part.relative_to(folder).as_posix()
+        what = "the model" if name == "." else name
+        remedy = "save it again with save_pretrained"
+        try:
+            module, _, class_name = _auto_class(part / "config.json").partition(".")
+            tree = ast.parse((part / f"{module}.py").read_bytes())
+            if class_name not in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}:
+                raise ValueError(f"{module}.py does not define {class_name!r}")
+            for variant in weight_files(part):
+                _, info = model_class.from_pretrained(
+                    str(part), variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+                )
+                for problem in ("missing", "unexpected", "mismatched"):
+                    if keys := info[f"{problem}_keys"]:
+                        raise ValueError(f"{len(keys)} {problem} weights, such as {keys[0]}")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SyntaxError, SafetensorError) as error:
+            raise ValueError(f"{what} cannot be loaded from its files ({error}): {remedy}.") from error
+
+
+def _auto_class(config: Path) -> str:
+    """`file.Class` that `AutoModel` is to load, by a model's `config.json`."""
+    auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map") or {}
+    if "AutoModel" not in auto_map:
+        raise ValueError("config.json has no auto_map for AutoModel")
+    return auto_map["AutoModel"]
+
+
 def without_paths(value: Any) -> Any:
-    """A configuration without places on this machine: of absolute paths, only the last part remains."""
+    """A configuration in which only the last part of each path is left."""
     if isinstance(value, dict):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -104,18 +124,18 @@ def without_paths(value: Any) -> Any:
 
 
 def publish(source: Path, hub: HubConfig, create_pr: bool = False) -> str:
-    """Write the card, gather the files and upload them; may be repeated.
+    """Upload a model with its card; may be repeated.
 
     Args:
-        source: A run's folder or a model's.
+        source: A run's folder, a checkpoint's, or an exported model's.
         hub: Repository and visibility.
         create_pr: Open a pull request instead of writing to the main branch.
 
     Returns:
-        The address of the repository, or of the pull request.
+        The URL of the repository, or of the pull request.
 
     Raises:
-        ValueError: There is no model, or a file holds a secret; nothing was sent.
+        ValueError: There is no complete model, or a file holds a secret; nothing was sent.
         PushError: The upload failed; nothing of it is visible.
     """
     from training.publish.hub import push
@@ -125,8 +145,14 @@ def publish(source: Path, hub: HubConfig, create_pr: bool = False) -> str:
         return push(Path(folder), hub, create_pr)
 
 
+def publish_command(source: Path, hub: HubConfig) -> str:
+    """The command line that does what `publish(source, hub)` does."""
+    arguments = ["python", "-m", "training.publish", str(source), "--repo-id", str(hub.repo_id)]
+    return shlex.join(arguments + ([] if hub.private else ["--public"]))
+
+
 def _dry_run(source: Path, hub: HubConfig) -> None:
-    """List what would go. Needs no network and no token."""
+    """List the files that would be uploaded; needs no network and no token."""
     from training.publish.hub import files_to_publish, refuse_secrets
 
     with tempfile.TemporaryDirectory(prefix="publish_") as folder:
@@ -137,43 +163,38 @@ def _dry_run(source: Path, hub: HubConfig) -> None:
     print(f"to {hub.repo_id} ({'private' if hub.private else 'public'}, if it has to be created):")
     for name, size in sizes.items():
         print(f"  {size:>14,}  {name}")
-    print(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files; no secrets found in them")
+    print(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files, no secrets found")
     for name in left_out:
-        print(f"  stays here: {name}")
+        print(f"  not published: {name}")
     print("dry run: nothing was sent")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m training.publish", description="Publish a run's model on the Hub, with a card."
+        prog="python -m training.publish", description="Publish a model on the Hugging Face Hub, with a model card."
     )
-    parser.add_argument("source", metavar="RUN_OR_MODEL", type=Path, help="a run's folder, or an exported model's")
+    parser.add_argument(
+        "source", metavar="MODEL", type=Path, help="folder of a run (its best model), a checkpoint or an exported model"
+    )
     parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="the repository, created if it is missing")
-    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument(
+        "--public", action="store_true", help="create the repository as a public one (default: private)"
+    )
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of writing to main")
-    parser.add_argument("--dry-run", action="store_true", help="list what would go; needs no network and no token")
+    parser.add_argument("--dry-run", action="store_true", help="list the files; needs no network and no token")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 with one line that says what to change."""
-    arguments = _parser().parse_args(argv)
+def _publish(arguments: argparse.Namespace) -> None:
     if arguments.repo_id.count("/") != 1 or not all(arguments.repo_id.split("/")):
-        print(f"error: --repo-id {arguments.repo_id}: give organisation/name.", file=sys.stderr)
-        return 2
-    hub = HubConfig(push=True, repo_id=arguments.repo_id, private=arguments.private)
-    from training.publish.hub import PushError  # after the arguments: --help need not wait for torch
-
-    try:
-        if arguments.dry_run:
-            _dry_run(arguments.source, hub)
-            return 0
+        raise ValueError(f"--repo-id must be organization/name, got {arguments.repo_id}.")
+    hub = HubConfig(push=True, repo_id=arguments.repo_id, private=not arguments.public)
+    if arguments.dry_run:
+        _dry_run(arguments.source, hub)
+    else:
         print(publish(arguments.source, hub, arguments.create_pr))
-    except (ValueError, PushError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run(_publish, _parser().parse_args(argv))
