@@ -14,8 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from training.cli import UserError
-from training.config import Config, load_config
+from training.cli import UserError, run
+from training.config import load_config
 from training.launch import check_launch_environment
 
 _EXIT_CODES = """\
@@ -54,7 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dry_run(config: Config, num_processes: int) -> None:
+def _explain(arguments: argparse.Namespace) -> None:
+    from training.config_reference import explain
+
+    print(explain(arguments.explain))
+
+
+def _dry_run(arguments: argparse.Namespace) -> None:
+    num_processes = check_launch_environment()
+    config = load_config(arguments.config, arguments.overrides)
+
     from training.budget.plan import describe_plan, known_train_images
     from training.builders import build_model, micro_batch_size
 
@@ -66,17 +75,11 @@ def _dry_run(config: Config, num_processes: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    if arguments.explain or arguments.dry_run:
+        return run(_explain if arguments.explain else _dry_run, arguments)
     try:
-        if arguments.explain:
-            from training.config_reference import explain
-
-            print(explain(arguments.explain))
-            return 0
-        num_processes = check_launch_environment()
+        check_launch_environment()
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            _dry_run(config, num_processes)
-            return 0
 
         # Imported late: --help and a misspelled key do not wait for torch.
         from training.trainer import Trainer

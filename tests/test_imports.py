@@ -92,7 +92,7 @@ def test_modeling_and_what_computes_import_nothing_above_them(path):
     if name.startswith("modeling"):
         assert all(module.startswith("modeling") for module in own)
     if name in COMPUTES:
-        assert own <= {*COMPUTES, "training.data.images", "modeling.autoencoder_kl_ultra"}
+        assert own <= {*COMPUTES, "training.data.images", "training.io", "modeling.autoencoder_kl_ultra"}
     assert "train_vae" not in used
     if name != "train_vae":
         assert "training.trainer" not in used or name == "training.trainer"

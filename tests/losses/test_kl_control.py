@@ -331,7 +331,10 @@ def test_a_state_of_another_version_loads(caplog):
     loaded = KLController(KLSchedule())
     loaded.load_state_dict(state)
     assert loaded.state_dict() == {**saved.state_dict(), "correcting": False}
-    assert caplog.messages == ["KL controller state: unknown field held ignored"]
+    assert caplog.messages == [
+        "KL controller state: ignored unknown fields: held",
+        "KL controller state: fields missing, defaults used: correcting",
+    ]
 
 
 BAD_SETTINGS = {

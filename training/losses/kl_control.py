@@ -29,15 +29,13 @@ full range: for small fractions this is the same comparison, without a jump at t
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from training.config import KLSchedule
-
-logger = logging.getLogger(__name__)
+from training.io import restore_fields
 
 # Smaller KL counts as this, so that the logarithm is finite and the average soon forgets a total collapse.
 _SMALLEST_KL = 1e-4  # nats per dimension; a tenth of a nat per image of 1,024 dimensions
@@ -185,11 +183,9 @@ class KLController:
         Raises:
             ValueError: A value has the wrong type or is not finite; the controller is unchanged.
         """
-        for name in sorted(state.keys() - set(_STATE)):
-            logger.warning("KL controller state: unknown field %s ignored", name)
-        known = {name: state[name] for name in _STATE if name in state}
-        for name, value in known.items():
+        restored = restore_fields(self.state_dict(), state, "KL controller state")
+        for name, value in restored.items():
             if type(value) is not (bool if name == "correcting" else float) or not math.isfinite(value):
                 raise ValueError(f"KL controller state: {name} is {value!r}; resume from an older checkpoint.")
-        for name, value in known.items():
+        for name, value in restored.items():
             setattr(self, name if name == "log_beta" else f"_{name}", value)
