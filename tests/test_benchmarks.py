@@ -67,7 +67,7 @@ def test_a_timed_round_leaves_the_model_as_one_step_would(benchmark, config_file
     assert bench.number == 1
     assert any(not torch.equal(a, b) for a, b in zip(before, bench.parameters))
     assert all(parameter.grad is None for parameter in bench.parameters)
-    frozen = bench.model.pca_branch.to_latents.weight
+    frozen = bench.model.pca_branch.encoder.linear.weight
     assert not frozen.requires_grad and all(frozen is not parameter for parameter in bench.parameters)
 
 

@@ -165,7 +165,7 @@ def build_model(config: Config) -> AutoencoderKLUltra:
         model = AutoencoderKLUltra(**config.model)
     except TypeError as error:
         raise ValueError(f"section model: a value has the wrong type ({error}).") from None
-    full, unit = model.config.sample_size, model.downsampling
+    full, unit = model.config.sample_size, model.spatial_compression_ratio
     for side in map(int, config.training_presets.resolution_schedule):
         if model.config.latent_layout == "vector":
             raise ValueError(

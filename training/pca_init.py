@@ -1,21 +1,20 @@
-"""Fits the model's linear path before the first step: principal components of faces, and the way back from them.
+"""PCA initialization: sets a model's PCA branch and first posterior variances from training images, before step 0.
 
-What it is for: starting where linear methods end. The first training images give the components (their mirror images
-included, without being formed), least squares gives the map back to `pca_decode_size` pixels, and reverse
-water-filling gives each channel its first posterior variance. What it is not for: anything after step 0.
+The components are those of the images and their horizontal flips, and the map back to `pca_decode_size` pixels is the
+least-squares solution. Reverse water-filling gives each channel its first posterior variance.
 
-Mirror images double the sample at no cost: with x = s + a, s mirror-symmetric and a antisymmetric, the covariance of
-{x, mirror(x)} falls apart into those of s and a, each of half the rank, so two half-sized problems replace one.
+Flipped images are never formed. With x = s + a, s symmetric and a antisymmetric under a horizontal flip, the covariance
+of {x, flip(x)} is the sum of those of s and a, which have no component in common: two problems of half the size.
 
-Moved copies do for small samples what mirror images do: a thousand components of a few thousand faces fit those faces
-(half the squared error that other faces have), and a face that is moved, turned or scaled a little is a face.
+Augmented copies of the images prevent overfitting: a thousand components of a few thousand faces fit those faces with
+half the squared error of other faces.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,25 +26,25 @@ from training.losses.objective import kl_per_dimension
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 128  # images turned to float at once: 0.1 GB at 256 px
-_SMALLEST_SHARE = 1e-9  # of the largest variance; components below are rounding errors and are left out
-_EXACT_SIDE = 4096  # largest matrix whose eigenvectors are all computed: 20 s on two cores, and the cube of it beyond
-_SPARE, _ROUNDS = 200, 6  # of the subspace iteration: spare columns and multiplications
+_CHUNK = 128  # images converted to float at once: 0.1 GB at 256 px
+_SMALLEST_FRACTION = 1e-9  # of the largest variance; components below it are rounding errors and are left out
+_EXACT_SIZE = 4096  # largest matrix whose eigenvectors are all computed: 20 s on two cores, cubic beyond
+_EXTRA_COLUMNS, _ITERATIONS = 200, 6  # of the subspace iteration
 
 
 def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of the second moment of centred samples, largest first.
+    """Principal components of centered samples, largest variance first.
 
-    Whichever of the n x n and d x d problems is smaller is solved. Its float32 sums of squares know variances to
-    about 1e-7 of the largest only, so it merely chooses the span; coordinates within that span keep their digits,
-    and the second moment of the coordinates gives axes and variances.
+    Solves whichever of the n x n and d x d eigenvalue problems is smaller. In float32 it resolves variances down to
+    about 1e-7 of the largest, which is enough for the span; the covariance of the coordinates within that span then
+    gives axes and variances without this loss.
 
     Args:
-        samples: (n, d), centred, float32.
-        count: How many are wanted; fewer come back where n or d is smaller or the samples span less.
+        samples: (n, d), centered, float32.
+        count: Number of components wanted; fewer are returned where n, d or the rank of the samples is smaller.
 
     Returns:
-        Variances (k,) in falling order, all positive, and orthonormal columns (d, k).
+        Variances (k,), descending and positive, and orthonormal columns (d, k).
     """
     n, d = samples.shape
     if n < d:
@@ -54,10 +53,10 @@ def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
     else:
         vectors = _largest_eigenvectors(samples.T @ samples, count)
     coordinates = samples @ vectors
-    # Float64, on the CPU because Apple's GPUs have none: k x k only.
+    # In float64 on the CPU, because Apple's GPUs have none; the matrix is only k x k.
     values, rotation = torch.linalg.eigh((coordinates.T @ coordinates).cpu().double() / n)
     values, rotation = values.flip(0), rotation.flip(1)
-    keep = values > max(_SMALLEST_SHARE * values[0].item(), torch.finfo(torch.float32).tiny)
+    keep = values > max(_SMALLEST_FRACTION * values[0].item(), torch.finfo(torch.float32).tiny)
     values, rotation = values[keep].to(samples), rotation[:, keep].to(samples)
     return values, vectors @ rotation
 
@@ -65,193 +64,192 @@ def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _largest_eigenvectors(matrix: Tensor, count: int) -> Tensor:
     """Orthonormal eigenvectors (d, k) of the k = min(count, d) largest eigenvalues of a symmetric matrix (d, d).
 
-    Of large matrices by subspace iteration from random columns (Halko, Martinsson and Tropp 2011,
-    https://arxiv.org/abs/0909.4061, algorithm 4.4): a tenth of the time, and what it mixes are neighbours in the
-    spectrum, whose exchange costs next to no variance.
+    Large matrices by subspace iteration from random columns (Halko, Martinsson and Tropp 2011,
+    https://arxiv.org/abs/0909.4061, algorithm 4.4), in a tenth of the time. It mixes only components of nearly equal
+    variance, which costs next to none of it.
     """
-    side = len(matrix)
-    if side <= _EXACT_SIDE or count + _SPARE >= side // 2:
+    size = len(matrix)
+    if size <= _EXACT_SIZE or count + _EXTRA_COLUMNS >= size // 2:
         return torch.linalg.eigh(matrix)[1].flip(1)[:, :count]
     generator = torch.Generator().manual_seed(0)
-    span = torch.randn(side, count + _SPARE, generator=generator).to(matrix)
-    for _ in range(_ROUNDS):
+    span = torch.randn(size, count + _EXTRA_COLUMNS, generator=generator).to(matrix)
+    for _ in range(_ITERATIONS):
         span = torch.linalg.qr(matrix @ span)[0]
     rotation = torch.linalg.eigh(span.T @ matrix @ span)[1].flip(1)[:, :count]
     return span @ rotation
 
 
-def mirror_halves(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """What mirroring keeps of patches (n, 3, p, p), and what it turns round, in orthonormal coordinates.
+def split_symmetry(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric and antisymmetric parts (under a horizontal flip) of patches (n, 3, p, p), in orthonormal coordinates.
 
     Returns:
-        Rows (n, 3 p ceil(p / 2)) and (n, 3 p floor(p / 2)).
+        (n, 3 p ceil(p / 2)) and (n, 3 p floor(p / 2)).
     """
-    side = patches.shape[-1]
-    left, right = patches[..., : side // 2], patches.flip(-1)[..., : side // 2]
-    centre = patches[..., side // 2 : side - side // 2]
-    even = torch.cat([(left + right) * 0.5**0.5, centre], dim=-1)
-    return even.flatten(1), ((left - right) * 0.5**0.5).flatten(1)
+    half = patches.shape[-1] // 2
+    left, right = patches[..., :half], patches.flip(-1)[..., :half]
+    center = patches[..., half : patches.shape[-1] - half]
+    symmetric = torch.cat([(left + right) * 0.5**0.5, center], dim=-1)
+    return symmetric.flatten(1), ((left - right) * 0.5**0.5).flatten(1)
 
 
-def _whole_patches(halves: Tensor, side: int, sign: int) -> Tensor:
-    """Inverse of `mirror_halves` for rows of one half, symmetric (sign 1) or antisymmetric (-1): (n, 3, p, p)."""
-    columns = halves.unflatten(1, (3, side, halves.shape[1] // (3 * side)))
-    left = columns[..., : side // 2] * 0.5**0.5
-    centre = columns[..., side // 2 :] if sign > 0 else columns.new_zeros(*columns.shape[:3], side % 2)
-    return torch.cat([left, centre, sign * left.flip(-1)], dim=-1)
+def _join_symmetry(part: Tensor, size: int, sign: int) -> Tensor:
+    """Patches (n, 3, p, p) of one part of `split_symmetry`, symmetric (sign 1) or antisymmetric (sign -1)."""
+    columns = part.unflatten(1, (3, size, part.shape[1] // (3 * size)))
+    left = columns[..., : size // 2] * 0.5**0.5
+    center = columns[..., size // 2 :] if sign > 0 else columns.new_zeros(*columns.shape[:3], size % 2)
+    return torch.cat([left, center, sign * left.flip(-1)], dim=-1)
 
 
-def mirrored_components(chunks: Iterable[Tensor], number: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Principal components of patches and their mirror images.
+def flip_symmetric_components(
+    chunks: Iterable[Tensor], number: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Principal components of patches and their horizontal flips.
 
     Args:
-        chunks: Patches, (n_i, 3, p, p), held once in all; the numbers n_i sum to `number`.
-        number: Of patches.
-        count: Components wanted.
+        chunks: Patches (n_i, 3, p, p), copied once into one buffer; the n_i add up to `number`.
+        number: Number of patches.
+        count: Number of components wanted.
 
     Returns:
-        Mean (3p^2,), total variance (), variances of the components (k,) in falling order and the orthonormal
-        components (3p^2, k), in the order of `pixel_unshuffle` with factor p: channel, row, column.
+        Mean (3p^2,), total variance (), variances of the components (k,) in descending order and the orthonormal
+        components (3p^2, k), in the order of `pixel_unshuffle` by p: channel, row, column.
     """
-    held: list[Tensor] = []
+    parts: list[Tensor] = []
     filled = 0
     for patches in chunks:
-        side, parts = patches.shape[-1], mirror_halves(patches)
-        held = held or [part.new_empty(number, part.shape[1]) for part in parts]
-        for rows, part in zip(held, parts):
-            rows[filled : filled + len(part)] = part
+        size, new_parts = patches.shape[-1], split_symmetry(patches)
+        parts = parts or [part.new_empty(number, part.shape[1]) for part in new_parts]
+        for part, new_part in zip(parts, new_parts):
+            part[filled : filled + len(new_part)] = new_part
         filled += len(patches)
-    even = held[0]
-    mean = even.mean(dim=0, keepdim=True)  # the mean of patches and mirror images has no antisymmetric half
-    even -= mean
-    total = sum(part.square().sum() for rows in held for part in rows.split(_CHUNK)) / number
-    found_variances, found_vectors = [], []
-    for sign, rows in zip((1, -1), held):
-        if rows.shape[1] == 0:  # patches of one pixel are their own mirror images
+    mean = parts[0].mean(dim=0, keepdim=True)  # that of the antisymmetric parts is zero, over patches and flips
+    parts[0] -= mean
+    total = sum(chunk.square().sum() for part in parts for chunk in part.split(_CHUNK)) / number
+    all_variances, all_vectors = [], []
+    for sign, part in zip((1, -1), parts):
+        if part.shape[1] == 0:  # patches of one pixel have no antisymmetric part
             continue
-        part_variances, vectors = principal_components(rows, count)
-        found_variances.append(part_variances)
-        found_vectors.append(_whole_patches(vectors.T, side, sign).flatten(1).T)
-    variances, vectors = torch.cat(found_variances), torch.cat(found_vectors, dim=1)
+        variances, vectors = principal_components(part, count)
+        all_variances.append(variances)
+        all_vectors.append(_join_symmetry(vectors.T, size, sign).flatten(1).T)
+    variances, vectors = torch.cat(all_variances), torch.cat(all_vectors, dim=1)
     variances, order = variances.sort(descending=True)
-    # Once more for both together: all of the smaller half may be rounding errors.
-    found = min(count, int((variances > _SMALLEST_SHARE * variances[:1]).sum()))
-    return _whole_patches(mean, side, 1).flatten(), total, variances[:found], vectors[:, order[:found]]
+    # Compared with both parts, because one of them may consist of rounding errors only.
+    found = min(count, int((variances > _SMALLEST_FRACTION * variances[:1]).sum()))
+    return _join_symmetry(mean, size, 1).flatten(), total, variances[:found], vectors[:, order[:found]]
 
 
 @torch.no_grad()
 def fit_pca_branch(
     model: AutoencoderKLUltra, images: Tensor, noise_fraction: float, copies: int = 0
 ) -> dict[str, float]:
-    """Set the linear path and the first posterior variances from images.
+    """Set the PCA branch and the first posterior variances from images.
 
     Args:
-        model: With a linear path; changed in place.
+        model: A model with a PCA branch; changed in place.
         images: (n, 3, sample_size, sample_size), uint8.
-        noise_fraction: The posterior's noise may add this share of the squared error that the components leave.
-        copies: Moved copies of each image to fit to as well (`training.data.images.move`).
+        noise_fraction: Squared error that the posterior's noise may add, as a fraction of the squared error of the
+            components.
+        copies: Augmented copies (`training.data.images.random_affine`) of each image to fit as well.
 
     Returns:
-        `kept_fraction` of the variance at `pca_size`, `components` found, and `kl_per_dimension` in nats that the
-        fitted posterior has over the images.
+        `kept_fraction` of the variance at `pca_size`, number of `components` found, and `kl_per_dimension`, nats per
+        dimension of the initial posterior over the images.
 
     Raises:
-        ValueError: No linear path, images of another size or type, or too few or too equal to determine a component.
+        ValueError: There is no PCA branch, the images have another size or type, or no component can be found.
     """
-    path, count, size = model.pca_branch, model.config.latent_channels, model.config.sample_size
-    if path is None:
-        raise ValueError("the model has no linear path to fit: set model.pca_size, or do not fit it.")
+    branch, count, size = model.pca_branch, model.config.latent_channels, model.config.sample_size
+    if branch is None:
+        raise ValueError("the model has no PCA branch to initialize: set model.pca_size.")
     if tuple(images.shape[1:]) != (3, size, size) or images.dtype != torch.uint8:
         raise ValueError(
-            f"images are {images.dtype} {tuple(images.shape)}: the linear path is fitted to uint8 (n, 3, {size}, "
-            f"{size})."
+            f"PCA initialization needs uint8 images of shape (n, 3, {size}, {size}), got {images.dtype} "
+            f"{tuple(images.shape)}."
         )
-    device = path.to_latents.weight.device
+    if len(images) < 2:
+        raise ValueError(f"PCA initialization needs at least 2 images, got {len(images)}.")
+    encode, decode = branch.encoder, branch.decoder
+    device = encode.linear.weight.device
+    # Averaging over the common factor first is exact, and makes the augmentation cheaper.
+    shared = math.gcd(encode.factor, decode.factor)
 
-    # Averages of averages are averages: what both sizes average anyway comes first, and moving costs the less.
-    shared = math.gcd(model.shrink_factor, model.enlarge_factor)
-
-    def chunks():
-        generator = torch.Generator().manual_seed(0)  # the same copies each time
+    def chunks() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)  # the same copies in both passes
         for copy in range(1 + copies):
             for part in images.split(_CHUNK):
                 pixels = F.avg_pool2d(part.to(device).float() / 127.5 - 1.0, shared)
                 yield random_affine(pixels, torch.rand(len(pixels), 5, generator=generator)) if copy else pixels
 
-    def encoded(part: Tensor) -> Tensor:
-        return F.avg_pool2d(part, model.shrink_factor // shared)
+    def to_patches(pixels: Tensor, factor: int, patch_size: int) -> Tensor:
+        """Pixels of `chunks`, reduced by `factor` in all, as patches (n h w, 3, p, p)."""
+        rows = F.pixel_unshuffle(F.avg_pool2d(pixels, factor // shared), patch_size).permute(0, 2, 3, 1)
+        return rows.reshape(-1, 3, patch_size, patch_size)
 
-    def as_rows(maps: Tensor) -> Tensor:
-        """(n, c, h, w) to (n h w, c)."""
-        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-    patch = path.encode_patch
-    if len(images) < 2:
-        raise ValueError(f"{len(images)} images cannot determine a linear path: give at least 2.")
-    cut = (as_rows(F.pixel_unshuffle(encoded(part), patch)).view(-1, 3, patch, patch) for part in chunks())
-    patches_each = (size // model.shrink_factor // patch) ** 2
-    mean, total, variances, vectors = mirrored_components(cut, len(images) * (1 + copies) * patches_each, count)
+    number = len(images) * (1 + copies) * model.config.latent_size**2
+    patches = (to_patches(part, encode.factor, encode.patch_size) for part in chunks())
+    mean, total, variances, vectors = flip_symmetric_components(patches, number, count)
     found = len(variances)
     if not found:
-        raise ValueError(f"{len(images)} images without differences cannot determine a linear path: give others.")
-    deviations = variances.sqrt()
-    path.to_latents.weight.zero_()
-    path.to_latents.bias.zero_()
-    path.to_latents.weight[:found] = (vectors / deviations).T[:, :, None, None]
-    path.to_latents.bias[:found] = -(mean @ (vectors / deviations))
+        raise ValueError(f"the {len(images)} images are identical: PCA initialization needs different images.")
+    whitening = (vectors / variances.sqrt()).T
+    weight, bias = encode.linear.weight, encode.linear.bias
+    weight.zero_()
+    bias.zero_()
+    weight[:found] = whitening
+    bias[:found] = -(mean @ whitening.T)
 
-    # Least squares from whitened, centred coefficients: their second moment over images and mirror images is the
-    # identity, so the normal equations need no solve, and numbers that were not found get a zero column. A component
-    # is symmetric or antisymmetric, and so is what it paints: its mirror image is known, and half of it is enough.
-    even = (vectors * vectors.view(3, patch, patch, found).flip(2).view_as(vectors)).sum(dim=0) > 0
-    painted = path.decode_patch
-    width = (painted + 1) // 2
+    # Least squares from whitened, centered coefficients: their covariance over images and flips is the identity, so the
+    # solution is the mean product with the targets, and channels without a component get zero. A component and its
+    # image are both symmetric or both antisymmetric, so half of the image determines it.
+    p = encode.patch_size
+    symmetric = (vectors * vectors.view(3, p, p, found).flip(2).view_as(vectors)).sum(dim=0) > 0
+    p = decode.patch_size
+    width = (p + 1) // 2
     products = {
-        sign: torch.zeros(int((even == (sign > 0)).sum()), 3 * painted * width, device=device) for sign in (1, -1)
+        sign: torch.zeros(int((symmetric == (sign > 0)).sum()), 3 * p * width, device=device) for sign in (1, -1)
     }
-    sums, squares, number = 0.0, torch.zeros(count, device=device), 0
+    sums, squares = 0.0, torch.zeros(count, device=device)
     for part in chunks():
-        coefficients = as_rows(path.encode(encoded(part)))
-        targets = as_rows(F.pixel_unshuffle(F.avg_pool2d(part, model.enlarge_factor // shared), painted))
-        targets = targets.view(-1, 3, painted, painted)
+        patches = to_patches(part, encode.factor, encode.patch_size).flatten(1)
+        coefficients = F.linear(patches, weight, bias)
+        targets = to_patches(part, decode.factor, p)
         for sign in (1, -1):
             half = (targets + sign * targets.flip(-1))[..., :width].flatten(1) / 2
-            products[sign].addmm_(coefficients[:, :found][:, even == (sign > 0)].T, half)
+            products[sign].addmm_(coefficients[:, :found][:, symmetric == (sign > 0)].T, half)
         sums = sums + (targets + targets.flip(-1)).sum(dim=0).flatten() / 2
         squares += coefficients.square().sum(dim=0)
-        number += len(targets)
-    path.to_pixels.weight.zero_()
+    decode.linear.weight.zero_()
     for sign, product in products.items():
-        half = (product / number).view(-1, 3, painted, width)
-        whole = torch.cat([half, sign * half[..., : painted // 2].flip(-1)], dim=-1)
-        numbers = (even == (sign > 0)).nonzero().flatten()
-        path.to_pixels.weight[:, numbers, 0, 0] = whole.flatten(1).T
-    path.to_pixels.bias.copy_(sums / number)
+        half = (product / number).view(-1, 3, p, width)
+        full = torch.cat([half, sign * half[..., : p // 2].flip(-1)], dim=-1)
+        channels = (symmetric == (sign > 0)).nonzero().flatten()
+        decode.linear.weight[:, channels] = full.flatten(1).T
+    decode.linear.bias.copy_(sums / number)
 
-    # Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): each number's noise adds the
-    # same squared error, variance x sigma^2, up to sigma = 1, where it is at the prior and costs nothing.
+    # Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): the noise of each channel adds
+    # the same squared error, variance x sigma^2, up to sigma = 1, the prior's, where the channel has no KL.
     allowed = noise_fraction * (total - variances.sum()).clamp_min(1e-6 * total) / count
-    model.logvar_bias.zero_()
-    model.logvar_bias[:found] = (allowed / variances).clamp(max=1.0).log().clamp(min=LOGVAR_MIN)
-    logvar = model.logvar_bias
-    kl = kl_per_dimension((squares / number).sqrt(), logvar).mean()
-    result = {
-        "kept_fraction": (variances.sum() / total).item(),
-        "components": found,
-        "kl_per_dimension": kl.item(),
-    }
+    logvar = model.logvar_bias.bias
+    logvar.zero_()
+    logvar[:found] = (allowed / variances).clamp(max=1.0).log().clamp(min=LOGVAR_MIN)
     if found < count:
         logger.warning(
-            "the linear path found %d components for %d latent channels: %d images are too few; the other channels "
-            "start at the prior. Raise training_presets.pca_init_images or use more data.",
+            "PCA initialization found %d components for %d latent channels in %d images; the other channels start at "
+            "the prior. Raise training_presets.pca_init_images or use more data.",
             found,
             count,
             len(images),
         )
-    return result
+    return {
+        "kept_fraction": (variances.sum() / total).item(),
+        "components": found,
+        # KL depends on the mean through its square only, so the root mean square gives the average over images.
+        "kl_per_dimension": kl_per_dimension((squares / number).sqrt()[None], logvar[None]).mean().item(),
+    }
 
 
 def freeze_pca_branch(model: AutoencoderKLUltra, lr_scale: float) -> None:
-    """Keep the linear path out of training where its learning rate is 0."""
+    """Exclude the PCA branch from training if its learning rate scale is 0."""
     if model.pca_branch is not None and lr_scale == 0:
         model.pca_branch.requires_grad_(False)

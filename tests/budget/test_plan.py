@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from modeling.autoencoder_kl_ultra import AutoencoderKLUltra, Downsample, Upsample
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.memory import GIB
 from training.budget.plan import count_cost, describe_plan, main, memory_of, plan_run, planned_micro_batch
 from training.config import config_from_dict, load_config
@@ -35,7 +35,6 @@ ENCODER = (
     conv(3 * 4**2, 16, 3, 10)
     + 2 * conv(16, 16, 3, 10)  # the block at 10
     + conv(16, 32 // 4, 3, 10)  # downsampling
-    + conv(16, 32, 2, 5)  # its shortcut
     + 2 * conv(32, 32, 3, 5)
     + conv(32, 8, 1, 5)
     + conv(8 * 5**2, 2 * 16, 1, 1)
@@ -105,12 +104,7 @@ def operations_by_shapes(config) -> dict[str, float]:
 
     def hook(layer, inputs, output):
         nonlocal forward, backward
-        trained = False
-        if isinstance(layer, Downsample):  # beside its convolution: the shortcut's constant kernel of 2 x 2
-            kernel = 4 * inputs[0].shape[1]
-        else:
-            weight = layer.conv.weight if isinstance(layer, Upsample) else layer.weight
-            kernel, trained = weight.shape[1:].numel(), weight.requires_grad  # inputs of one output number
+        kernel, trained = layer.weight.shape[1:].numel(), layer.weight.requires_grad  # inputs of one output value
         cost = 2 * output.numel() * kernel / 1e9
         forward += cost
         if torch.is_grad_enabled():
@@ -122,7 +116,7 @@ def operations_by_shapes(config) -> dict[str, float]:
 
     def watch(module):
         for layer in module.modules():
-            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear, Downsample, Upsample)):
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
                 layer.register_forward_hook(hook)
         return module
 

@@ -228,7 +228,7 @@ def test_a_posterior_sample_has_the_posteriors_spread():
 
 def test_a_posterior_sample_that_changes_no_pixel_is_left_out(models, config_file, tmp_path, capsys):
     model = AutoencoderKLUltra.from_pretrained(models / "ours")
-    torch.nn.init.constant_(model.logvar_bias, -40.0)  # clamped to a sigma of 4.5e-5
+    torch.nn.init.constant_(model.logvar_bias.bias, -40.0)  # clamped to a sigma of 4.5e-5
     model.save_pretrained(tmp_path / "sharp")
     assert evaluate.main([str(tmp_path / "sharp"), "--config", str(config_file), *TRUNK, "--device", "cpu"]) == 0
     assert "posterior mean" in (out := capsys.readouterr().out) and "posterior sample" not in out
@@ -309,9 +309,9 @@ def test_models_that_cannot_be_evaluated(models, config_file, tmp_path, capsys):
         model.save_pretrained(tmp_path / name)
     weights = tmp_path / "lost" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
-    save_file({key: value for key, value in state.items() if key != "logvar_bias"}, weights, {"format": "pt"})
-    assert "1 weights do not fit its config.json, such as logvar_bias" in error(capsys, tmp_path / "lost", *rest)
-    save_file(state | {"logvar_bias": torch.full((16,), math.nan)}, weights, {"format": "pt"})
+    save_file({key: value for key, value in state.items() if key != "logvar_bias.bias"}, weights, {"format": "pt"})
+    assert "1 weights do not fit its config.json, such as logvar_bias.bias" in error(capsys, tmp_path / "lost", *rest)
+    save_file(state | {"logvar_bias.bias": torch.full((16,), math.nan)}, weights, {"format": "pt"})
     assert "values that are not finite" in error(capsys, tmp_path / "lost", *rest)
     (tmp_path / "cut" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert "(AutoencoderKLUltra) cannot be loaded" in error(capsys, tmp_path / "cut", *rest)

@@ -31,6 +31,7 @@ from modeling.autoencoder_kl_ultra import (
     AutoencoderKLUltra,
     ChannelNorm,
     Downsample,
+    PCADecoder,
     ResBlock,
     Upsample,
 )
@@ -226,7 +227,7 @@ def test_shapes_determinism_and_plain_tuples(kind):
     with torch.no_grad():
         output = model(pixels)
         latents = output.posterior.mode()
-        assert output.sample.shape == output.reconstruction.shape == pixels.shape
+        assert output.sample.shape == pixels.shape
         config = model.config
         assert latents.shape == (3, config.latent_channels, config.latent_size, config.latent_size)
         assert latents[0].numel() == config.latent_dim
@@ -268,7 +269,7 @@ def test_posterior_kl_and_its_bounds():
     reference = kl_divergence(Normal(posterior.mean.double(), posterior.std.double()), Normal(0.0, 1.0))
     torch.testing.assert_close(posterior.kl().double(), reference.sum(dim=(1, 2, 3)), rtol=1e-5, atol=0)
     for start, bound in ((1e3, LOGVAR_MAX), (-1e3, LOGVAR_MIN)):
-        nn.init.constant_(model.logvar_bias, start)
+        nn.init.constant_(model.logvar_bias.bias, start)
         assert (model.encode(pixels).latent_dist.logvar == bound).all()
 
 
@@ -280,14 +281,14 @@ def test_logvar_init_is_the_first_log_variance():
 @pytest.mark.parametrize("kind", ["vector", "spatial"])
 def test_convolutions_are_silent_at_first(kind):
     model = fresh(kind)
-    nn.init.normal_(model.pca_branch.to_latents.weight)
-    nn.init.normal_(model.pca_branch.to_pixels.weight)
-    pixels = faces()
+    nn.init.normal_(model.pca_branch.encoder.linear.weight)
+    nn.init.normal_(model.pca_branch.decoder.linear.weight)
+    pixels, decoder = faces(), model.pca_branch.decoder
     with torch.no_grad():
         output = model(pixels)
-        latents = model.pca_branch.encode(model.shrink(pixels))
+        latents = model.pca_branch.encoder(pixels)
         assert torch.equal(output.posterior.mean, latents)
-        assert torch.equal(output.sample, model.enlarge(model.pca_branch.decode(latents)))
+        assert torch.equal(output.sample, decoder.enlarge(decoder(latents)))
     assert output.sample.std() > 0
 
 
@@ -327,8 +328,8 @@ def test_bfloat16_autocast_keeps_the_posterior_in_float32(kind):
 
 def test_the_linear_path_keeps_its_digits_under_autocast():
     model, pixels = fresh("vector"), faces()
-    nn.init.normal_(model.pca_branch.to_latents.weight)
-    nn.init.normal_(model.pca_branch.to_pixels.weight)
+    nn.init.normal_(model.pca_branch.encoder.linear.weight)
+    nn.init.normal_(model.pca_branch.decoder.linear.weight)
     expected = model(pixels)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(pixels)
@@ -341,13 +342,13 @@ def test_output_survives_the_launchers_conversion_to_float32():
     output = awake("vector").to(torch.bfloat16)(faces().bfloat16())
     converted = convert_to_fp32(output)
     assert type(converted) is type(output)
-    assert torch.equal(converted.reconstruction, output.sample.float())
+    assert torch.equal(converted.sample, output.sample.float())
     assert converted.posterior is output.posterior
 
 
 def test_diffusers_image_processor():
     model = awake("spatial")
-    processor = VaeImageProcessor(vae_scale_factor=model.downsampling)
+    processor = VaeImageProcessor(vae_scale_factor=model.spatial_compression_ratio)
     uint8 = ((faces(1)[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     pixels = processor.preprocess(processor.numpy_to_pil(uint8 / 255.0))
     assert pixels.shape == (1, 3, 32, 32)
@@ -409,13 +410,12 @@ def test_large_images_in_tiles():
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(20, 28, 2), (5, 4, 4), (1, 7, 3)])
 def test_the_linear_image_is_enlarged_as_torch_does_it(height, width, factor):
-    model = fresh("spatial")
-    model.enlarge_factor = factor
+    decoder = PCADecoder(1, factor, 1)
     image = torch.randn(2, 3, height, width)
     expected = torch.nn.functional.interpolate(image, scale_factor=factor, mode="bicubic", align_corners=False)
-    torch.testing.assert_close(model.enlarge(image), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(decoder.enlarge(image), expected, rtol=0, atol=2e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model.enlarge(image), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(decoder.enlarge(image), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -442,8 +442,8 @@ def test_gradients_lie_in_memory_as_their_weights_do(layout):
 @pytest.mark.parametrize("decode_size", [32, 16])
 def test_tiling_the_linear_path_is_exact(decode_size):
     model = fresh("spatial", pca_decode_size=decode_size)
-    nn.init.normal_(model.pca_branch.to_latents.weight)
-    nn.init.normal_(model.pca_branch.to_pixels.weight)
+    nn.init.normal_(model.pca_branch.encoder.linear.weight)
+    nn.init.normal_(model.pca_branch.decoder.linear.weight)
     pixels = faces(1, 64)
     with torch.no_grad():
         latents = model.encode(pixels).latent_dist.mean
@@ -488,12 +488,12 @@ def test_tiles_that_disagree_are_blended_without_a_seam():
 
 
 def test_tiling_refusals():
-    with pytest.raises(NotImplementedError, match="positions.*whole image.*enable_slicing"):
+    with pytest.raises(NotImplementedError, match="spatial latent.*whole image.*enable_slicing"):
         fresh("vector").enable_tiling()
     model = fresh("spatial")
-    with pytest.raises(ValueError, match="tile_sample_min_size 20 must be a positive multiple of 8"):
+    with pytest.raises(ValueError, match="tile_sample_min_size must be a positive multiple of 8, got 20"):
         model.enable_tiling(tile_sample_min_size=20)
-    with pytest.raises(ValueError, match="tile_overlap_factor 0.7"):
+    with pytest.raises(ValueError, match="tile_overlap_factor must be .*got 0.7"):
         model.enable_tiling(tile_overlap_factor=0.7)
     assert not model.use_tiling
 
@@ -558,27 +558,27 @@ def test_spatial_takes_other_sizes(kind):
         latents = model.encode(pixels).latent_dist.mean
         assert latents.shape == (1, 6, height // 8, width // 8)
         assert model.decode(latents).sample.shape == pixels.shape
-    with pytest.raises(ValueError, match="30x32 pixels: sides must be multiples of 8; resize or pad"):
+    with pytest.raises(ValueError, match="multiples of 8, got 30x32: resize or pad"):
         model.encode(faces(1, 30, 32))
 
 
 def test_vector_takes_its_own_size_only():
     model = awake("vector")
     for height, width in ((64, 64), (32, 40), (16, 16)):
-        with pytest.raises(ValueError, match=f"{height}x{width} pixels: .* takes 32x32 only; resize them"):
+        with pytest.raises(ValueError, match=f"32x32 pixels only, got {height}x{width}: resize them"):
             model.encode(faces(1, height, width))
 
 
 def test_wrong_shapes_are_named():
     model = fresh("vector")
     for shape in ((3, 32, 32), (2, 1, 32, 32)):
-        with pytest.raises(ValueError, match=r"images of shape \(.*\): \(N, 3, height, width\)"):
+        with pytest.raises(ValueError, match=r"images .* shape \(N, 3, height, width\), got \("):
             model.encode(torch.zeros(shape))
     for shape in ((2, 48), (2, 48, 2, 2), (2, 47, 1, 1)):
-        with pytest.raises(ValueError, match=r"latents of shape \(.*\): \(N, 48, 1, 1\)"):
+        with pytest.raises(ValueError, match=r"latents .* shape \(N, 48, 1, 1\), got \("):
             model.decode(torch.zeros(shape))
     for shape in ((6, 4, 4), (2, 5, 4, 4)):
-        with pytest.raises(ValueError, match=r"latents of shape \(.*\): \(N, 6, height, width\)"):
+        with pytest.raises(ValueError, match=r"latents .* shape \(N, 6, height, width\), got \("):
             fresh("spatial").decode(torch.zeros(shape))
 
 
@@ -598,7 +598,7 @@ def test_other_depths_and_linear_sizes(sizes, stages):
     assert reconstruct(model, faces()).shape == (2, 3, 32, 32)
     # The linear image enters the stages that are not finer than it.
     finer = [4 * 2**index < 32 // sizes[1] for index in range(stages)]
-    assert [fold == 0 for fold in model.decoder.pca_folds] == finer
+    assert [factor == 0 for factor in model.decoder.pca_factors] == finer
 
 
 def test_the_defaults_hold_what_they_promise():
@@ -612,52 +612,50 @@ def test_the_defaults_hold_what_they_promise():
     assert counter.get_total_flops() <= 15e9
 
 
-WRONG = [
+INVALID = [
     ("vector", {"latent_dim": 50}, "48 x 1 x 1 = 48, but latent_dim is 50: change one"),
     ("spatial", {"latent_dim": 48}, "6 x 4 x 4 = 96, but latent_dim is 48"),
-    ("vector", {"latent_layout": "flat"}, "latent_layout is 'flat': use 'vector' or 'spatial'"),
-    ("vector", {"latent_layout": "spatial"}, "'spatial' with latent_size 1.*at least 2"),
-    ("spatial", {"latent_layout": "vector"}, "'vector' with latent_size 4.*means latent_size 1"),
-    (
-        "vector",
-        {"encoder_layers_per_block": (1,)},
-        r"encoder_layers_per_block \(1,\) must have one entry for each .* 2 stages",
-    ),
-    ("vector", {"decoder_layers_per_block": (1, 1, 1)}, r"decoder_layers_per_block \(1, 1, 1\) .* the 2 stages"),
+    ("vector", {"latent_layout": "flat"}, "latent_layout must be 'vector' or 'spatial', got 'flat'"),
+    ("vector", {"latent_layout": "spatial"}, "'spatial' does not go with latent_size 1.*at least 2"),
+    ("spatial", {"latent_layout": "vector"}, "'vector' does not go with latent_size 4: set latent_size to 1"),
+    ("vector", {"encoder_layers_per_block": (1,)}, "encoder_layers_per_block has 1 entries .* has 2: give both"),
+    ("vector", {"decoder_layers_per_block": (1, 1, 1)}, "decoder_layers_per_block has 3 entries .* has 2"),
+    ("vector", {"encoder_layers_per_block": (-1, 1)}, r"encoder_layers_per_block must .* at least 0.*got \(-1, 1\)"),
+    ("vector", {"decoder_layers_per_block": (1, -2)}, r"decoder_layers_per_block must .* at least 0.*got \(1, -2\)"),
+    ("vector", {"encoder_layers_per_block": (1, 1.0)}, r"encoder_layers_per_block must list integers.*got \(1, 1.0\)"),
+    ("vector", {"encoder_layers_per_block": (True, 1)}, r"encoder_layers_per_block .*got \(True, 1\)"),
     (
         "vector",
         {"decoder_block_out_channels": (32, 64, 64), "decoder_layers_per_block": (1, 1, 1)},
-        r"decoder_block_out_channels \(32, 64, 64\) .* the 2 stages",
+        "decoder_block_out_channels has 3 entries .* has 2",
     ),
-    (
-        "vector",
-        {"encoder_block_out_channels": (38, 64)},
-        "encoder_block_out_channels: 38 is not a multiple of 4: change",
-    ),
-    ("vector", {"decoder_block_out_channels": (33, 64)}, "decoder_block_out_channels: 33 is not a multiple"),
-    ("vector", {"encoder_block_out_channels": (8, 64)}, "between 8 and 64 needs 4 x 8 = 32 to be a multiple of 64"),
+    ("vector", {"encoder_block_out_channels": (38, 64)}, "encoder_block_out_channels must be multiples of 4 .*got 38"),
+    ("vector", {"decoder_block_out_channels": (33, 64)}, "decoder_block_out_channels must be multiples of 4 .*got 33"),
+    ("vector", {"encoder_block_out_channels": (32.0, 64)}, r"must list integers of at least 1.*got \(32.0, 64\)"),
+    ("vector", {"encoder_block_out_channels": (8, 64)}, "from 8 to 64, but 4 x 8 = 32 .* multiple of 64: change"),
     ("vector", {"sample_size": 36}, "sample_size 36 .* 4 x 2 = 8: change one"),
-    ("spatial", {"patch_size": 2}, "32 / 4 = 8 positions wide, but latent_size is 4: change"),
-    ("vector", {"pca_size": 7}, "pca_size 7 must divide sample_size 32"),
-    ("vector", {"pca_size": 64}, "pca_size 64 must divide sample_size 32"),
-    ("vector", {"pca_decode_size": 12}, "pca_decode_size 12 must divide sample_size 32"),
-    ("spatial", {"pca_size": 2}, "pca_size 2 .* multiple of latent_size 4"),
-    ("vector", {"pca_size": 2}, r"3 x 2\^2 = 12 values, fewer than latent_channels 48: raise pca_size"),
-    ("vector", {"sample_size": 48, "pca_decode_size": 16}, "48 / 16 = 3 .* = 4 times.* multiple of 3"),
-    ("vector", {"pca_size": "8"}, "pca_size is '8': whole numbers from 1 up"),
-    ("vector", {"pca_size": 0}, "pca_size is 0"),
-    ("vector", {"patch_size": 0}, "patch_size is 0: whole numbers from 1 up"),
-    ("vector", {"vector_width": 0}, "vector_width is 0"),
+    ("spatial", {"patch_size": 2}, "32 / 4 = 8, but latent_size is 4: change"),
+    ("vector", {"pca_size": 7}, "pca_size must divide sample_size 32 .*got 7"),
+    ("vector", {"pca_size": 64}, "pca_size must divide sample_size 32 .*got 64"),
+    ("vector", {"pca_decode_size": 12}, "pca_decode_size must divide sample_size 32 .*got 12"),
+    ("spatial", {"pca_size": 2}, "pca_size must .* multiple of latent_size 4, got 2"),
+    ("vector", {"pca_size": 2}, r"latent_channels 48 exceeds the 12 = 3 x 2\^2 values .*raise pca_size"),
+    ("vector", {"sample_size": 48, "pca_decode_size": 16}, "at 1/4 .* 1/3 .*48 / pca_decode_size 16.*multiple of 3"),
+    ("vector", {"pca_size": "8"}, "pca_size must be an integer of at least 1, got '8'"),
+    ("vector", {"pca_size": 0}, "pca_size must be an integer of at least 1, got 0"),
+    ("vector", {"patch_size": 0}, "patch_size must be an integer of at least 1, got 0"),
+    ("vector", {"patch_size": 4.0}, "patch_size must be an integer of at least 1, got 4.0"),
+    ("vector", {"vector_width": 0}, "vector_width must be an integer of at least 1, got 0"),
     (
         "vector",
         {"encoder_block_out_channels": (), "encoder_layers_per_block": ()},
-        r"encoder_block_out_channels is \(\)",
+        r"encoder_block_out_channels must list integers .*got \(\)",
     ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "changes", "message"), WRONG)
-def test_shapes_that_cannot_be_are_refused_with_the_arithmetic(kind, changes, message):
+@pytest.mark.parametrize(("kind", "changes", "message"), INVALID)
+def test_invalid_sizes_are_refused(kind, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         AutoencoderKLUltra(**settings(kind, **changes))
     assert "\n" not in str(caught.value)

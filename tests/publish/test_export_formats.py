@@ -45,7 +45,7 @@ def trained(request, tmp_path_factory, faces_pixels) -> Path:
     model = AutoencoderKLUltra(**settings)
     fit_pca_branch(model, faces_pixels, 0.05)
     with torch.no_grad():
-        for last in (model.encoder.moments, model.decoder.conv_out):
+        for last in (model.encoder.head.out, model.decoder.conv_out):
             last.weight.normal_(0, 0.02)
     folder = tmp_path_factory.mktemp(request.param) / "model"
     export_model(model, folder)
@@ -77,10 +77,10 @@ def test_a_variant_is_finite_and_near(trained, faces_pixels):
 def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
     model = AutoencoderKLUltra(**tiny.SETTINGS["model"])
     with torch.no_grad():
-        model.pca_branch.to_latents.weight[0, 0] = 70_000.0  # above 65,504, the largest number in fp16
+        model.pca_branch.encoder.linear.weight[0, 0] = 70_000.0  # above 65,504, the largest number in fp16
     export_model(model, tmp_path / "model")
     assert export_formats.main([str(tmp_path / "model"), "--variant", "fp16"]) == 2
-    assert "pca_branch.to_latents.weight has weights that fp16 cannot hold" in capsys.readouterr().err
+    assert "pca_branch.encoder.linear.weight has weights that fp16 cannot hold" in capsys.readouterr().err
     assert not list((tmp_path / "model").glob("*fp16*"))
     assert export_formats.main([str(tmp_path / "model"), "--variant", "bf16"]) == 0
 
