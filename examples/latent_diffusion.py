@@ -1,14 +1,13 @@
-"""Latent diffusion on an exported model's latents, small enough to read in one go.
+"""A minimal latent diffusion model on the latents of an exported VAE.
 
-    python examples/latent_diffusion.py model_weights/vae_ultra --images FOLDER --steps 5000 --out samples.png
+    python examples/latent_diffusion.py model_weights/vae_ultra --images FOLDER --steps 5000 --output samples.png
     python examples/latent_diffusion.py model_weights/vae_quickstart --images FOLDER --steps 300
 
-Needs torch, diffusers and Pillow, not the rest of this project: `MODEL` is a folder or a Hub id, loaded by
-`AutoModel` with the source that travels with the weights. The images are encoded once; a network over the latent's numbers
-learns the velocity of flow matching (Lipman et al. 2022, https://arxiv.org/abs/2210.02747); diffusers' Euler scheduler
-draws new latents, and the model decodes them. The second command took 46 s of one CPU core (AMD EPYC, 256 images of 64x64
-pixels, start included). What it is not for: good pictures; for those, exchange `Velocity` for one of
-diffusers' transformers and train for hours.
+Needs torch, diffusers and Pillow, not this project: `AutoModel` loads the VAE from a folder or the Hub, with the source
+that is saved with the weights. The images are encoded once; a residual MLP learns the velocity of flow matching (Lipman
+et al. 2022, https://arxiv.org/abs/2210.02747); diffusers' Euler scheduler samples new latents, and the VAE decodes them.
+The second command took 46 s on one CPU core (AMD EPYC, 256 images of 64x64 pixels). For good images, replace `Velocity`
+by one of diffusers' transformers and train for hours.
 """
 
 from __future__ import annotations
@@ -32,24 +31,23 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Velocity(nn.Module):
-    """A residual network over all numbers of a latent: (N, C, h, w) and times (N,) in [0, 1000] to velocities."""
+    """A residual MLP over all latent dimensions: (N, C, h, w) and times (N,) in [0, 1000] to velocities."""
 
-    def __init__(self, numbers: int, width: int, blocks: int) -> None:
+    def __init__(self, latent_dim: int, width: int, blocks: int) -> None:
         super().__init__()
         self.time = nn.Sequential(
             Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(128, width)
         )
-        self.first = nn.Linear(numbers, width)
+        self.first = nn.Linear(latent_dim, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
             for _ in range(blocks)
         )
-        self.last = nn.Linear(width, numbers)
+        self.last = nn.Linear(width, latent_dim)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, latents: Tensor, times: Tensor) -> Tensor:
-        """See the class."""
         h, time = self.first(latents.flatten(1)), self.time(times)
         for block in self.blocks:
             h = h + block(h + time)
@@ -58,20 +56,22 @@ class Velocity(nn.Module):
 
 @torch.no_grad()
 def encode_folder(vae: nn.Module, folder: Path, limit: int, batch: int = 16) -> Tensor:
-    """Latents of the images in a folder, of mean 0 and variance 1 by the model's own measured scaling, (n, C, h, w)."""
-    side, device = vae.config.sample_size, vae.device
+    """Encodes the images in a folder, (n, C, h, w); the VAE's measured scaling gives mean 0 and variance 1."""
+    size, device = vae.config.sample_size, vae.device
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[:limit]
     if not files:
-        raise ValueError(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: give another --images.")
+        raise ValueError(f"--images {folder} has no images ({', '.join(IMAGE_SUFFIXES)}).")
     processor, latents = VaeImageProcessor(), []
     for start in range(0, len(files), batch):
-        faces = [ImageOps.fit(Image.open(path).convert("RGB"), (side, side)) for path in files[start : start + batch]]
-        latents.append(vae.encode(processor.preprocess(faces).to(device)).latent_dist.sample())
+        batch_images = [
+            ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in files[start : start + batch]
+        ]
+        latents.append(vae.encode(processor.preprocess(batch_images).to(device)).latent_dist.sample())
     return (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def train(network: nn.Module, latents: Tensor, steps: int, batch: int, generator: torch.Generator) -> list[float]:
-    """Learn the velocity noise - latents on the straight line between them; returns the loss of each step."""
+    """Trains the velocity noise - latents on the straight path between them; returns the loss of each step."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
     for step in range(steps):
@@ -79,7 +79,7 @@ def train(network: nn.Module, latents: Tensor, steps: int, batch: int, generator
             group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         clean = latents[torch.randint(len(latents), (batch,), generator=generator)]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        sigma = torch.rand(batch, generator=generator).to(clean)  # 0: an image, 1: noise; the scheduler's convention
+        sigma = torch.rand(batch, generator=generator).to(clean)  # 0 is an image, 1 is noise, as in the scheduler
         s = sigma[:, None, None, None]
         loss = F.mse_loss(network((1 - s) * clean + s * noise, 1000 * sigma), noise - clean)
         optimizer.zero_grad()
@@ -93,7 +93,7 @@ def train(network: nn.Module, latents: Tensor, steps: int, batch: int, generator
 def sample(
     network: nn.Module, shape: tuple[int, ...], device: torch.device, steps: int, generator: torch.Generator
 ) -> Tensor:
-    """New latents of that shape, by Euler steps from noise."""
+    """Samples latents of a shape by Euler steps from noise."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps, device=device)
     latents = torch.randn(shape, generator=generator).to(device)
@@ -104,19 +104,19 @@ def sample(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description="Train a small latent diffusion on an exported model's latents.")
-    parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a Hub id")
-    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="faces to learn from")
+    parser.add_argument("model", metavar="MODEL", help="folder of an exported VAE, or a Hub id")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="training images")
     parser.add_argument("--max-images", type=int, default=100_000, metavar="N")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="training steps (2,000)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
-    parser.add_argument("--width", type=int, default=512, metavar="N", help="of the network (512)")
-    parser.add_argument("--sample-steps", type=int, default=50, metavar="N", help="Euler steps of a sample (50)")
-    parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="faces in the grid (16)")
+    parser.add_argument("--width", type=int, default=512, metavar="N", help="width of the network (512)")
+    parser.add_argument("--sample-steps", type=int, default=50, metavar="N", help="Euler steps per sample (50)")
+    parser.add_argument("--num-samples", type=int, default=16, metavar="N", help="images in the grid (16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, default=Path("latent_diffusion.png"), metavar="FILE", help="grid of samples"
+        "--output", type=Path, default=Path("latent_diffusion.png"), metavar="FILE", help="image grid to write"
     )
     arguments = parser.parse_args(argv)
 
@@ -134,18 +134,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     network = Velocity(latents[0].numel(), arguments.width, blocks=4).to(device)
     losses = train(network, latents, arguments.steps, arguments.batch_size, generator)
     tenth = max(1, len(losses) // 10)
-    print(f"loss {sum(losses[:tenth]) / tenth:.3f} at first, {sum(losses[-tenth:]) / tenth:.3f} at the end")
+    print(f"loss {sum(losses[:tenth]) / tenth:.3f} at the start, {sum(losses[-tenth:]) / tenth:.3f} at the end")
 
     shape = (arguments.num_samples, *latents.shape[1:])
-    drawn = sample(network.eval(), shape, device, arguments.sample_steps, generator)
-    print(f"samples: mean {drawn.mean():.3f}, variance {drawn.var():.3f}")
+    samples = sample(network.eval(), shape, device, arguments.sample_steps, generator)
+    print(f"samples: mean {samples.mean():.3f}, variance {samples.var():.3f}")
     with torch.no_grad():
-        faces = vae.decode(drawn / vae.config.scaling_factor + vae.config.shift_factor).sample
-    columns = max(n for n in range(1, math.isqrt(len(faces)) + 1) if len(faces) % n == 0)
-    grid = make_image_grid(VaeImageProcessor().postprocess(faces), rows=columns, cols=len(faces) // columns)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(arguments.out)
-    print(arguments.out)
+        images = vae.decode(samples / vae.config.scaling_factor + vae.config.shift_factor).sample
+    rows = max(n for n in range(1, math.isqrt(len(images)) + 1) if len(images) % n == 0)
+    grid = make_image_grid(VaeImageProcessor().postprocess(images), rows=rows, cols=len(images) // rows)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(arguments.output)
+    print(arguments.output)
     return 0
 
 
