@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -274,3 +275,23 @@ def test_a_file_that_lacks_weights_raises(tmp_path):
     save_file({"mean": load_file(file)["mean"]}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lack factor"):
         LatentPrior.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture", "flow"])
+def test_samples_are_the_same_with_offloaded_weights(kind):
+    """Hooks of accelerate load weights in the `forward` of their own module."""
+    prior = random_priors()[kind]
+    samples = prior.sample(3, generator())
+    accelerate.cpu_offload(prior, execution_device=torch.device("cpu"))
+    assert prior.mean.is_meta
+    assert torch.equal(prior.sample(3, generator()), samples)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture", "flow"])
+def test_layerwise_casting_samples_nearly_the_same(kind):
+    prior = random_priors()[kind]
+    samples = prior.sample(3, generator())
+    prior.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    cast = prior.sample(3, generator())
+    assert cast.dtype == torch.float32
+    assert (cast - samples).norm() < 0.05 * samples.norm()
