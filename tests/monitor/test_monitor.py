@@ -1,4 +1,4 @@
-"""The monitor on run directories of the trainer's shape: states, growing and broken files, both pages."""
+"""The monitor on run folders as the trainer writes them: states, growing and malformed files, both pages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from xml.etree import ElementTree
 
 import pytest
@@ -25,7 +26,9 @@ from training.config import Config
 from training.monitor import run as monitor_run
 from training.monitor import terminal as monitor
 from training.monitor.html import write_page
-from training.monitor.run import Run, Series, duration, find_run
+from training.monitor.rows import rows
+from training.monitor.run import Run, Series, duration, select_run
+from training.run_files import list_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "faces_20250102_030405"
@@ -82,7 +85,7 @@ def event_line(message: str, level: str = "warning") -> dict:
 
 
 def make_run(folder: Path, status: dict | None, lines: list[dict] | None = None, name: str = NAME) -> Path:
-    """A run directory; `lines` None: metrics of four and a half epochs."""
+    """A run folder; without `lines`, with metrics of four and a half epochs."""
     path = folder / name
     (path / "samples").mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(Config().to_dict()))
@@ -110,12 +113,12 @@ def dead_pid() -> int:
     return process.pid
 
 
-def shown(run: Run, encoding: str = "utf-8", width: int = 80, height: int | None = None) -> list[str]:
-    """The page's lines as a pipe of that encoding gets them; strict, so that a missing character raises."""
+def shown(run: Run, encoding: str = "utf-8", width: int = 80) -> list[str]:
+    """The page's lines as a pipe of that encoding gets them."""
     buffer = io.BytesIO()
-    file = io.TextIOWrapper(buffer, encoding=encoding, errors="strict", newline="\n")
+    file = io.TextIOWrapper(buffer, encoding=encoding, errors="replace", newline="\n")
     console = Console(file=file, width=width, force_terminal=False)
-    console.print(monitor.page(run, console, height))
+    console.print(monitor.page(run, console))
     file.flush()
     return buffer.getvalue().decode(encoding).splitlines()
 
@@ -123,8 +126,8 @@ def shown(run: Run, encoding: str = "utf-8", width: int = 80, height: int | None
 def test_states_of_ended_runs(tmp_path):
     for state, reason in (("finished", None), ("stopped", "early stopping"), ("failed", "RuntimeError: [x]")):
         run = Run(make_run(tmp_path / state, status_of(state, reason=reason, pid=dead_pid())))
-        assert (run.state.name, run.state.detail, run.state.alive) == (state, reason or "", False)
-        assert state.upper() in shown(run)[0] and "4 of 10 epochs done, 45 %" in "\n".join(shown(run))
+        assert (run.state.name, run.state.detail, run.state.is_alive) == (state, reason or "", False)
+        assert state.upper() in shown(run)[0] and "4 epochs done of 10, 45 %" in "\n".join(shown(run))
         assert (reason or "epoch") in "\n".join(shown(run))
 
 
@@ -136,27 +139,27 @@ def test_live_starting_and_dead_on_this_host(tmp_path):
     pid = dead_pid()
     for number, lines in enumerate((None, [])):
         dead = Run(make_run(tmp_path / f"dead{number}", status_of(pid=pid), lines))
-        assert dead.state.name == "dead" and f"process {pid} is gone" in dead.state.detail
+        assert dead.state.name == "dead" and f"process {pid} does not exist" in dead.state.detail
 
 
-def test_a_silent_process_may_hang(tmp_path, monkeypatch):
+def test_a_process_without_updates_may_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor_run, "STALE_SECONDS", 0.5)
     then = time.time() - 0.6
     run = Run(make_run(tmp_path, status_of(updated=then), [train_line(50, time=then)]))
     assert run.state.name == "live" and "may hang" in run.state.detail
 
 
-def test_a_reused_process_number_is_not_the_run(tmp_path):
-    # This process began after the last update of the run that once had its number.
+def test_a_reused_process_id_is_not_the_run(tmp_path):
+    # This process started after the last update of the run.
     lines = [train_line(50, time=time.time() - 10**6)]
     run = Run(make_run(tmp_path, status_of(updated=time.time() - 10**6), lines))
     assert run.state.name == "dead"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="zombies are of Unix")
+@pytest.mark.skipif(sys.platform == "win32", reason="only Unix has zombies")
 def test_a_zombie_is_dead(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
-        assert process.stdout.read() == b""  # it ends, and nobody has waited for it yet
+        assert process.stdout.read() == b""  # it ends, and nobody has waited for it
         path = make_run(tmp_path, status_of(pid=process.pid))
         for _ in range(100):
             if (state := Run(path).state.name) == "dead":
@@ -165,7 +168,7 @@ def test_a_zombie_is_dead(tmp_path):
         assert state == "dead"
 
 
-def test_on_another_host_age_decides(tmp_path):
+def test_on_another_host_the_age_of_the_update_decides(tmp_path):
     here = Run(make_run(tmp_path / "a", status_of(host="far", updated=time.time() - 300), []))
     assert here.state.name == "starting" and "far" in here.state.detail
     old = time.time() - 660
@@ -180,11 +183,11 @@ def test_without_status_the_age_of_the_files_decides(tmp_path):
     for item in (path, *path.iterdir()):
         os.utime(item, (time.time() - 3600,) * 2)
     assert Run(path).state.name == "dead"
-    (path / "status.json").write_text('{"state": "fini')  # never seen of an atomic writer, but of a full disk
+    (path / "status.json").write_text('{"state": "fini')  # as a full disk may leave it
     assert Run(path).state.name == "starting"
 
 
-def test_the_end_of_a_run_while_watched(tmp_path):
+def test_the_end_of_a_watched_run(tmp_path):
     path = make_run(tmp_path, status_of())
     run = Run(path)
     append(path, [train_line(500, **{"loss/total": 0.5})])
@@ -193,7 +196,7 @@ def test_the_end_of_a_run_while_watched(tmp_path):
     assert run.state.name == "finished" and run.train["loss/total"] == 0.5
 
 
-def test_a_run_that_ends_during_the_look_is_not_dead(tmp_path, monkeypatch):
+def test_a_run_that_ends_during_a_refresh_is_not_dead(tmp_path, monkeypatch):
     path = make_run(tmp_path, status_of())
 
     def ends_just_now(pid: int, last_update: float) -> bool:
@@ -201,7 +204,7 @@ def test_a_run_that_ends_during_the_look_is_not_dead(tmp_path, monkeypatch):
         (path / "status.json").write_text(json.dumps(status_of("finished")))
         return False
 
-    monkeypatch.setattr(monitor_run, "process_runs", ends_just_now)
+    monkeypatch.setattr(monitor_run, "process_exists", ends_just_now)
     run = Run(path)
     assert run.state.name == "finished" and run.train["loss/total"] == 0.5
 
@@ -211,7 +214,7 @@ def test_metrics_are_read_as_they_grow(tmp_path):
     append(path, [], json.dumps(train_line(2))[:40])
     run = Run(path)
     assert run.train["step"] == 1 and run.unreadable == 0 and run.warnings() == []
-    append(path, [], json.dumps(train_line(2))[40:])  # whole, but its line break is missing
+    append(path, [], json.dumps(train_line(2))[40:])  # complete except for the line break
     run.refresh()
     assert run.train["step"] == 1
     append(path, [], "\n" + json.dumps(train_line(3)) + "\n")
@@ -223,7 +226,7 @@ def test_metrics_are_read_as_they_grow(tmp_path):
     assert run.series["loss/total"].xs == [64 * 9]
 
 
-def test_broken_lines_and_values_that_are_not_finite(tmp_path):
+def test_malformed_lines_and_non_finite_values(tmp_path):
     path = make_run(tmp_path, status_of(), [train_line(1)])
     append(path, [], '{"kind": "tr' + json.dumps(train_line(2)) + "\n[1]\n\n\0\0\0\n")
     append(path, [train_line(3, **{"loss/total": None, "loss/mse": math.nan, "kl/smoothed_fraction": None})])
@@ -233,10 +236,10 @@ def test_broken_lines_and_values_that_are_not_finite(tmp_path):
     )
     run = Run(path)
     assert run.unreadable == 3
-    assert run.lost == {"loss/total": (2, 4), "loss/mse": (1, 3)}
+    assert run.non_finite == {"loss/total": (2, 4), "loss/mse": (1, 3)}
     assert run.series["loss/l1"].xs == [64, 192] and run.series["loss/total"].xs == [64]
     text = "\n".join(shown(run))
-    assert "unreadable: 3" in text and "loss/mse was not finite" in text and "n/a" in text
+    assert "unreadable lines 3" in text and "loss/mse not finite" in text and "n/a" in text
 
 
 def test_missing_terms_and_a_run_without_metrics(tmp_path):
@@ -246,10 +249,10 @@ def test_missing_terms_and_a_run_without_metrics(tmp_path):
     path = make_run(tmp_path / "b", None, [])
     (path / "metrics.jsonl").unlink()
     (path / "config.json").write_text("[]")
-    assert "nothing logged yet" in "\n".join(shown(Run(path)))
+    assert "no metrics yet" in "\n".join(shown(Run(path)))
 
 
-def test_a_series_is_thinned_to_means_and_rewound_by_a_resume():
+def test_a_series_is_reduced_to_means_and_rewound_by_a_resume():
     series = Series()
     for x in range(5000):
         series.add(x, float(x))
@@ -260,20 +263,20 @@ def test_a_series_is_thinned_to_means_and_rewound_by_a_resume():
     assert series.xs[-2:] == [999, 1000] and series.ys[-1] == -1.0
 
 
-def test_a_large_file_is_read_fast_and_once(tmp_path):
+def test_a_large_file_is_read_once(tmp_path):
     path = make_run(tmp_path, status_of(), [])
     text = "".join(json.dumps(train_line(step)) + "\n" for step in range(1, 201)).encode()
-    micro_batches = [text.replace(b'"images_seen": ', b'"images_seen": %d' % (index + 1)) for index in range(30)]
-    (path / "metrics.jsonl").write_bytes(b"".join(micro_batches))  # 6,000 lines, over 4 MiB: more than one chunk
+    chunks = [text.replace(b'"images_seen": ', b'"images_seen": %d' % (index + 1)) for index in range(30)]
+    (path / "metrics.jsonl").write_bytes(b"".join(chunks))  # 6,000 lines, over 4 MiB
     run = Run(path)
     assert (path / "metrics.jsonl").stat().st_size > 1 << 22 and run.unreadable == 0
     assert all(len(series.xs) <= 2048 for series in run.series.values())
     start = time.perf_counter()
     run.refresh()
-    assert time.perf_counter() - start < 0.2  # nothing new: nothing read
+    assert time.perf_counter() - start < 0.2  # nothing new to read
 
 
-def test_sparkline_against_hand_drawn_ones():
+def test_sparklines():
     assert monitor.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert monitor.sparkline([7, 0, math.nan, None, 7], 8, ascii_only=True) == "#_#"
     assert monitor.sparkline([0, 2, 6, 8], 2) == "▁█"  # means 1 and 7
@@ -283,39 +286,28 @@ def test_sparkline_against_hand_drawn_ones():
     assert monitor.sparkline([], 8) == "" and monitor.sparkline([1.0], 0) == ""
 
 
-def test_gauge_and_bar_against_hand_drawn_ones():
-    # The axis runs from 1/8 to 64 x 1/8 x 8 = 64: nine doublings from edge to edge below, band 1 to 8.
-    assert monitor.gauge(2.0, 1.0, 8.0, 10) == "···━●━━···"
-    assert monitor.gauge(1e-9, 1.0, 8.0, 10, ascii_only=True) == "O..====..."
-    assert monitor.gauge(1e9, 1.0, 8.0, 10, ascii_only=True) == "...====..O"
-    assert monitor.gauge(0.0, 1.0, 8.0, 10)[0] == "●" and monitor.gauge(None, 0.0, 0.0, 10) == ""
-    assert monitor.bar(0.25, 8, ascii_only=True) == "##------" and monitor.bar(7.0, 4) == "████"
-
-
 def test_durations():
     spans = {0: "0 s", 59.6: "1 min 0 s", 4320: "1 h 12 min", 90_000: "1 d 1 h", -5: "0 s"}
     assert {seconds: duration(seconds) for seconds in spans} == spans
 
 
-def test_the_page_says_what_it_should(tmp_path):
+def test_the_page_shows_the_metrics(tmp_path):
     path = make_run(tmp_path, status_of())
     append(path, [event_line("data starves the device"), event_line("saved", "info")])
     text = "\n".join(shown(Run(path)))
     for words in (
         "LIVE",
         "epoch 5 of 10, 45 %",
-        "28,800 images in 450 steps",
         "1 h 1",
-        "2 %, inside band 1 to 3 %",
-        "━●━",
-        "0.001, floor 5e-05",
+        "2 %, inside target range 1 to 3 %",
+        "0.001, minimum 5e-05",
         "5e-05, minimum 1e-07",
-        "0.9, clipped in 12 %, 2 skipped",
+        "0.9, clipped 12 %, skipped steps 2",
         "3 of 10 epochs without improvement",
         "4 of 20 epochs without improvement",
-        "after 2 epochs",
         "27.50 dB, best model 27.71",
-        "0.31 alexnet",
+        "val lpips_alexnet",
+        "0.31",
         "123.4 images/s, 10.2 GiB",
         "3 % of the time",
         "step 7: data starves the device",
@@ -324,7 +316,7 @@ def test_the_page_says_what_it_should(tmp_path):
         assert words in text
     assert "saved" not in text  # information is no warning
     append(path, [train_line(460, **{"kl/smoothed_fraction": 0.004}), train_line(470, **{"kl/smoothed_fraction": 0.2})])
-    assert "above band 1 to 3 %" in "\n".join(shown(Run(path)))
+    assert "above target range 1 to 3 %" in "\n".join(shown(Run(path)))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
@@ -339,11 +331,19 @@ def test_no_line_is_wider_than_the_terminal(tmp_path, encoding, width):
     assert ("█" in "".join(lines)) is (encoding == "utf-8")
 
 
-def test_a_low_terminal_loses_minor_rows_first(tmp_path):
-    run = Run(make_run(tmp_path, status_of()))
-    lines = shown(run, height=23)
-    assert len(lines) <= 23 < len(shown(run))
-    assert all(any(line.startswith(label) for line in lines) for label in ("KL share", "PSNR", "samples"))
+def test_important_rows_come_first(tmp_path):
+    """A live page is cropped to the terminal's height."""
+    labels = [row.label for row in rows(Run(make_run(tmp_path, status_of())))]
+    order = ["progress", "loss total", "KL fraction", "val psnr", "throughput", "samples", "loss mse", "gradient norm"]
+    assert [label for label in labels if label in order] == order
+
+
+def test_a_loss_term_of_a_user_has_a_row_and_a_curve(tmp_path):
+    line = train_line(50, **{"loss/edges": 0.25, "weighted/edges": 0.025})
+    path = make_run(tmp_path, status_of(), [line])
+    (row,) = [row for row in rows(Run(path)) if row.label == "loss edges"]
+    assert row.text.split() == ["0.25", "weighted", "0.025"]
+    assert "weighted/edges" in base64.b64decode(html_of(path, tmp_path)[0].split("base64,")[1].split('"')[0]).decode()
 
 
 def test_names_and_messages_are_shown_as_they_are(tmp_path, monkeypatch):
@@ -357,7 +357,7 @@ def test_names_and_messages_are_shown_as_they_are(tmp_path, monkeypatch):
         assert words in text
 
 
-def test_grids_are_whole_and_fit_the_state(tmp_path):
+def test_grids_are_complete_and_fit_the_state(tmp_path):
     path = make_run(tmp_path, status_of())
     samples = path / "samples"
     (samples / "faces_samples_epoch_0020.png").write_bytes(b"\x89PNG half")
@@ -372,35 +372,42 @@ def test_grids_are_whole_and_fit_the_state(tmp_path):
     assert run.grid("reconstructions").name == "faces_reconstructions_final.png"
 
 
-def test_finding_a_run(tmp_path):
+def test_selecting_a_run(tmp_path):
     for name in ("b_20250101_000000", "a_20250301_000000", "a_20250201_000000"):
         make_run(tmp_path, status_of(), [], name=name)
-    (tmp_path / "z_20260101_000000").mkdir()  # no run
+    (tmp_path / "z_20260101_000000").mkdir()  # not a run
     os.utime(tmp_path / "b_20250101_000000")  # copied just now
-    assert find_run(None, tmp_path).name == "a_20250301_000000"
-    assert find_run("b", tmp_path).name == find_run("b_20250101_000000", tmp_path).name == "b_20250101_000000"
-    assert find_run(str(tmp_path / "a_20250201_000000"), Path("nowhere")).name == "a_20250201_000000"
+    assert select_run(None, tmp_path).name == "a_20250301_000000"
+    assert select_run("b", tmp_path).name == select_run("b_20250101_000000", tmp_path).name == "b_20250101_000000"
+    assert select_run(str(tmp_path / "a_20250201_000000"), Path("nowhere")).name == "a_20250201_000000"
+
+
+def test_the_newest_run_is_the_one_that_resume_auto_takes(tmp_path):
+    """By recorded UTC time: local times in names depend on the time zone."""
+    tokyo = make_run(tmp_path, status_of(), [], name="a_20250302_090000")
+    los_angeles = make_run(tmp_path, status_of(), [], name="a_20250301_170000")
+    (tokyo / "run.json").write_text(json.dumps({"created": "2025-03-02T00:00:00+00:00"}))
+    (los_angeles / "run.json").write_text(json.dumps({"created": "2025-03-02T01:00:00+00:00"}))
+    assert select_run(None, tmp_path) == select_run("a", tmp_path) == list_runs(tmp_path, "a")[0] == los_angeles
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--runs-dir", "none"], "there is no folder none: start a training"),
-        (["--runs-dir", "empty"], "there is no run in empty"),
-        (["typo"], "typo is not a run directory"),
-        (["empty"], "empty is not a run directory (no config.json"),
+        (["--runs-dir", "none"], "error: no run in none: start a training first"),
+        (["--runs-dir", "empty"], "no run in empty: start a training first, or set --runs-dir"),
+        (["typo"], "typo is not a run folder: start a training first, or set --runs-dir (runs in runs: faces_2025"),
+        (["empty"], "empty is not a run folder"),
         (["--html", "metrics.jsonl"], "ends in .html"),
         (["--html", "absent/page.html"], "does not exist"),
-        (["--refresh", "0"], "--refresh 0.0: give 0.1"),
+        (["--refresh", "0"], "--refresh must be between 0.1 and 3600 seconds, got 0."),
     ],
 )
 def test_errors_name_the_remedy(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     make_run(tmp_path / "runs", status_of(), [])
-    with pytest.raises(SystemExit) as exit_info:
-        monitor.main(arguments)
-    assert exit_info.value.code == 2
+    assert monitor.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -460,7 +467,7 @@ def test_in_a_terminal_the_page_follows_the_run_to_its_end(tmp_path):
 
 def html_of(path: Path, folder: Path) -> tuple[str, ElementTree.Element]:
     run, file = Run(path), folder / "page.html"
-    write_page(run, [(row.label, row.text) for row in monitor.rows(run)], file)
+    write_page(run, rows(run), file)
     text = file.read_text(encoding="utf-8")
     assert [item.name for item in folder.iterdir() if "page.html" in item.name] == ["page.html"]
     return text, ElementTree.fromstring(text)
@@ -485,7 +492,7 @@ def test_html_is_well_formed_complete_and_self_contained(tmp_path):
     assert not re.search(r"(?:src|href|url|action)\s*[=(]\s*[\"']?\s*(?:https?:)?//", text)
     assert "<script" not in text and "default-src 'none'" in text
     shown_text = " ".join(page.itertext())
-    for words in ("LIVE", "data starves the device", "early_stopping_patience", "0.31 alexnet", "KL share"):
+    for words in ("LIVE", "data starves the device", "early_stopping_patience", "val lpips_alexnet", "KL fraction"):
         assert words in shown_text
 
 
@@ -522,7 +529,51 @@ def test_html_of_a_run_that_has_only_just_started(tmp_path):
     assert "STARTING" in " ".join(page.itertext()) and not list(page.iter("img"))
 
 
-def test_html_command_says_what_it_wrote(tmp_path, capsys):
+def test_the_html_command_prints_what_it_wrote(tmp_path, capsys):
     make_run(tmp_path, status_of("finished"), [validation_line(50)])
-    monitor.main(["--runs-dir", str(tmp_path), "--html", str(tmp_path / "out.html")])
+    assert 0 == monitor.main(["--runs-dir", str(tmp_path), "--html", str(tmp_path / "out.html")])
     assert capsys.readouterr().out.startswith("wrote ") and (tmp_path / "out.html").stat().st_size > 10_000
+
+
+def test_a_closed_stdout_ends_the_monitor_quietly(tmp_path):
+    """As `| head -1` does, which reads one line and ends."""
+    path = make_run(tmp_path, status_of())
+    append(path, [event_line("x" * 200) for _ in range(50)])
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "training.monitor", "--runs-dir", str(tmp_path), "--once"]
+    result = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+VALUES = [None, True, -1, 10**400, 1e308, math.nan, "text", "\udce9", [], {}, [{}], {"epoch": "x", "step": None}]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_malformed_run_folder_is_shown_without_an_error(tmp_path, seed):
+    random = Random(seed)
+    name = os.fsdecode(b"Jos\xe9_20250102_030405")
+    path = make_run(tmp_path, status_of(), name=name)
+
+    def damaged(line: dict) -> dict:
+        return {key: random.choice(VALUES) if random.random() < 0.3 else value for key, value in line.items()}
+
+    lines = [
+        damaged(line) for step in range(1, 40) for line in (train_line(step), validation_line(step), event_line("x"))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    cut = random.randrange(len(text))
+    (path / "metrics.jsonl").write_bytes(text[:cut] + b"\xe9\n" + text[cut : cut + random.randrange(5000)])
+    (path / "status.json").write_text(json.dumps(damaged(status_of())))
+    (path / "config.json").write_text(
+        json.dumps(damaged(Config().to_dict()) | {"training_presets": random.choice(VALUES)})
+    )
+    (path / "training.log").write_bytes(b"Jos\xe9\n")
+    for file in random.sample(["metrics.jsonl", "status.json", "config.json", "training.log"], 1):
+        (path / file).unlink()
+        if random.random() < 0.5:
+            (path / file).mkdir()
+    for encoding in ("utf-8", "latin-1"):
+        assert shown(Run(path), encoding)
+    html_of(path, tmp_path)

@@ -1,8 +1,6 @@
-"""Writes a training run as one HTML file: state, figures, curves, grids, events, configuration.
+"""Writes a training run as one self-contained HTML file: state, metrics, curves, image grids, events, configuration.
 
-What this file is for: a page to send or keep. Everything is inside it (curves as SVG, grids as PNG, both as
-data URIs), it has no script, and its content security policy forbids the network. What it is not for: reading
-a run (`training.monitor.run`) or the command (`python -m training.monitor --html FILE`).
+Curves (SVG) and grids (PNG) are data URIs; the page has no script, and its content security policy forbids the network.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, StrMethodFormatter
 
+from training.monitor.rows import Row
 from training.monitor.run import Run, clean, event_text
 
 _STYLE = """
@@ -58,42 +57,45 @@ td { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart.
+    """A chart over images seen.
 
     Attributes:
         title: With the unit.
-        keys: Field names; one that ends in `*` stands for all that begin so.
-        log: A logarithmic y axis, where the values differ enough.
-        band: Field names of the lower and upper line of a band that is shaded.
+        keys: Metric names; one that ends in `*` stands for all that start so.
+        log: Logarithmic y axis, if the values differ enough.
+        target_range: Metrics of the lower and upper limit of a range that is shaded.
     """
 
     title: str
     keys: tuple[str, ...]
     log: bool = False
-    band: tuple[str, str] | None = None
+    target_range: tuple[str, str] | None = None
 
 
 CHARTS = (
-    Chart("Loss parts, weighted", ("loss/total", "weighted/*"), log=True),
+    Chart("Weighted loss terms", ("loss/total", "weighted/*"), log=True),
     Chart(
-        "KL share of the loss", ("kl/loss_fraction", "kl/smoothed_fraction"), True, ("kl/target_low", "kl/target_high")
+        "KL fraction of the loss",
+        ("kl/loss_fraction", "kl/smoothed_fraction"),
+        True,
+        ("kl/target_low", "kl/target_high"),
     ),
     Chart("KL weight (beta)", ("kl/beta", "kl/beta_floor"), log=True),
-    Chart("KL, nats per number", ("loss/kl",), log=True),
+    Chart("KL, nats per dimension", ("loss/kl",), log=True),
     Chart("Learning rate", ("optim/learning_rate",), log=True),
     Chart("Validation PSNR, dB", ("validation/psnr",)),
     Chart("Validation LPIPS", ("validation/lpips_*",)),
     Chart("Validation MSE, images in [-1, 1]", ("validation/mse",), log=True),
     Chart("Validation reconstruction loss", ("validation/reconstruction_loss",), log=True),
-    Chart("Active units", ("validation/active_units",)),
+    Chart("Active latent dimensions", ("validation/active_units",)),
     Chart("Gradient norm before clipping", ("optim/grad_norm",), log=True),
     Chart("Throughput, images per second", ("speed/images_per_second",)),
-    Chart("Share of time waiting for data", ("speed/data_wait_fraction",)),
+    Chart("Fraction of time waiting for data", ("speed/data_wait_fraction",)),
 )
 
 
 def draw_chart(run: Run, chart: Chart, last_x: float) -> bytes | None:
-    """Draws a chart over images seen, 0 to `last_x`, as SVG; None where the run has none of its curves."""
+    """Render a chart from 0 to `last_x` images as SVG; None if the run has none of its curves."""
     keys: list[str] = []
     for key in chart.keys:
         matching = [name for name in run.series if name.startswith(key[:-1])] if key.endswith("*") else [key]
@@ -101,33 +103,33 @@ def draw_chart(run: Run, chart: Chart, last_x: float) -> bytes | None:
     if not keys:
         return None
     figure = Figure(figsize=(5.6, 2.9))
-    axes = figure.add_axes((0.12, 0.16, 0.85, 0.74))  # fixed: faster than a computed layout, and charts line up
+    axes = figure.add_axes((0.12, 0.16, 0.85, 0.74))  # fixed, so that charts line up
     for color, key in enumerate(keys):
         curve = run.series[key]
         marker = "o" if len(curve.xs) <= 40 else None
-        faint = key == "kl/loss_fraction" and len(keys) > 1  # the noisy curve behind its average
-        style = {"alpha": 0.35, "linewidth": 0.7} if faint else {"linewidth": 1.4}
+        is_noisy = key == "kl/loss_fraction" and len(keys) > 1  # drawn faintly behind its average
+        style = {"alpha": 0.35, "linewidth": 0.7} if is_noisy else {"linewidth": 1.4}
         axes.plot(curve.xs, curve.ys, label=key, color=f"C{color}", marker=marker, markersize=2.5, **style)
-    if chart.band and all(name in run.series for name in chart.band):
-        low, high = (run.series[name] for name in chart.band)
-        for name in chart.band:
-            axes.plot(run.series[name].xs, run.series[name].ys, "C2--", linewidth=1.0)
+    if chart.target_range and all(name in run.series for name in chart.target_range):
+        low, high = (run.series[name] for name in chart.target_range)
+        for limit in (low, high):
+            axes.plot(limit.xs, limit.ys, "C2--", linewidth=1.0)
         if low.xs == high.xs:
-            axes.fill_between(low.xs, low.ys, high.ys, color="C2", alpha=0.18, linewidth=0, label="band")
+            axes.fill_between(low.xs, low.ys, high.ys, color="C2", alpha=0.18, linewidth=0, label="target range")
     axes.set_title(chart.title, fontsize=10, loc="left")
     axes.set_xlabel("images seen", fontsize=8)
     axes.set_xlim(0, last_x or 1)
     positive = [y for key in keys for y in run.series[key].ys if y > 0] or [1.0]
-    if chart.log and max(positive) > 5 * min(positive):  # on less than that, a log axis has too few round numbers
+    if chart.log and max(positive) > 5 * min(positive):  # a log axis needs a few round numbers
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     else:
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # the default may split off a factor
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))  # the default may use an offset
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.3)
-    if len(keys) > 1 or chart.band:
+    if len(keys) > 1 or chart.target_range:
         axes.legend(fontsize=7, ncols=2, loc="best")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -154,24 +156,20 @@ def _config_table(name: str, values: Any) -> str:
     return f"<table><caption>{_text(name)}</caption>{''.join(cells)}</table>" if cells else ""
 
 
-def render(run: Run, figures: Sequence[tuple[str, str]]) -> str:
-    """The page, as text that is both HTML and well-formed XML.
-
-    Args:
-        figures: (label, text) pairs for the head of the page.
-    """
+def render(run: Run, rows: Sequence[Row]) -> str:
+    """The page, as text that is both HTML and well-formed XML."""
     last_x = max((curve.xs[-1] for curve in run.series.values()), default=0.0)
-    # Labels are plain text, never formulas: field names are part of what the page does not trust.
+    # `parse_math`: metric names are not trusted, so they must not be parsed as formulas.
     with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "monitor"}):
-        drawn = [(chart.title, draw_chart(run, chart, last_x)) for chart in CHARTS]
-    charts = [_image(data, "svg+xml", f"Chart: {title}") for title, data in drawn if data]
+        rendered = [(chart.title, draw_chart(run, chart, last_x)) for chart in CHARTS]
+    charts = [_image(data, "svg+xml", f"Chart: {title}") for title, data in rendered if data]
     grids = []
     for kind in ("samples", "reconstructions"):
         if path := run.grid(kind):
             image = _image(path.read_bytes(), "png", f"Grid of {kind}")
             grids.append(f"<figure>{image}<figcaption>{_text(path.name)}</figcaption></figure>")
     detail = f" {_text(run.state.detail)}" if run.state.detail else ""
-    pairs = (f"<div><dt>{_text(label)}</dt><dd>{_text(text)}</dd></div>" for label, text in figures)
+    pairs = (f"<div><dt>{_text(row.label)}</dt><dd>{_text(row.text)}</dd></div>" for row in rows)
     tables = (_config_table(name, values) for name, values in run.config.items())
     log = [_text(line) for line in run.log_tail(20)]
     written = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -181,12 +179,12 @@ def render(run: Run, figures: Sequence[tuple[str, str]]) -> str:
         f'<p><strong class="state {state}">{state.upper()}</strong>{detail}; page written {written}</p>',
         _section("Warnings", (f"<div>{_text(warning)}</div>" for warning in run.warnings()), kind="warnings"),
         _section("Last lines of training.log", log, tag="pre") if any(log) else "",
-        _section("Figures", pairs, tag="dl", kind="figures"),
+        _section("Metrics", pairs, tag="dl", kind="metrics"),
         _section("Curves", charts, kind="charts"),
         _section("Grids", grids, kind="grids"),
         _section("Latest events", (f"<div>{_text(event_text(event))}</div>" for event in run.events)),
         _section("Configuration", tables, kind="config"),
-        "<p>Written by training.monitor. Long curves show means of neighbouring log lines.</p>",
+        "<p>Written by training.monitor. Points of long curves are means of neighboring log lines.</p>",
     ]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
@@ -197,19 +195,19 @@ def render(run: Run, figures: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def write_page(run: Run, figures: Sequence[tuple[str, str]], path: Path) -> None:
-    """Writes the page; a browser that reloads it never sees half of it.
+def write_page(run: Run, rows: Sequence[Row], path: Path) -> None:
+    """Write the page atomically.
 
     Raises:
         ValueError: The file's name does not end in .html, or its folder does not exist.
     """
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--html {path}: give a file name that ends in .html")
+        raise ValueError(f"--html must be a file name that ends in .html, got {path}.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--html {path}: its folder does not exist")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+        raise ValueError(f"--html {path}: the folder does not exist; create it, or give another one.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(render(run, figures), encoding="utf-8")
-        os.replace(partial, path)
+        temporary.write_text(render(run, rows), encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
