@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from training.builders import build_model, build_optimizer
 from training.checkpoint.format import Snapshot, write_checkpoint
-from training.checkpoint.state import RunState
+from training.checkpoint.state import TrainingState
 from training.config import load_config
 from training.ema import EMAWeights
 from training.pca_init import freeze_pca_branch
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    state = RunState(accelerator, model, optimizer, EMAWeights(parameters))
+    state = TrainingState(accelerator, model, optimizer, EMAWeights(parameters), {})
     copied, written, verified, size = [], [], [], 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for step in range(arguments.rounds):
             began = time.perf_counter()
-            snapshot = Snapshot(step, model_files(model), state.host_tensors(), state.plain_values(), None)
+            snapshot = Snapshot(step, model_files(model), state.host_tensors(), state.values(), None)
             copied.append(time.perf_counter() - began)
             began = time.perf_counter()
             checkpoint = write_checkpoint(Path(folder), snapshot, keep=2)

@@ -32,9 +32,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.profiler import ProfilerActivity, profile
 
 from training.budget.plan import count_cost
-from training.builders import build_model, build_optimizer, resolve_precision
+from training.builders import build_model, build_optimizer
 from training.config import Config, config_from_dict, load_config
 from training.data.images import normalize
+from training.distributed import resolve_precision
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from benchmarks.compare_baseline import STOCK, build_baseline
 from benchmarks.step import add_common_arguments, read_config
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltraOutput
-from training.builders import resolve_precision
 from training.config import Config
 from training.data.stream import TrainStream
+from training.distributed import resolve_precision
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss
 from training.step import TrainStep

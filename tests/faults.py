@@ -133,13 +133,13 @@ def _life(config: Config, page: mmap.mmap, dies_at_call: int | None) -> int:
         trainer = Trainer(config, "auto")
         page[MAIN] = TRAINING
         page[RESUMED_AT] = page[STEP] = trainer.progress.step
-        guard = trainer._guard
+        check = trainer._check_step
 
-        def guard_and_say(*args: Any) -> None:
+        def check_and_say(*args: Any) -> None:
             page[STEP] = trainer.progress.step
-            guard(*args)
+            check(*args)
 
-        trainer._guard = guard_and_say
+        trainer._check_step = check_and_say
         return trainer.run()
 
 

@@ -27,18 +27,18 @@ def record(config: Config, folder: Path) -> None:
     (batch,) = trainer.stream.epoch_batches(0, max_batches=1)
     trainer.train_step.gradients(batch.pixels, step=0, beta=0.01)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    gradients = {names[id(parameter)]: parameter.grad.clone() for parameter in trainer.parameters}
+    gradients = {names[id(parameter)]: parameter.grad.clone() for parameter in trainer.setup.parameters}
     trainer.train_step.optimizer.zero_grad(set_to_none=True)
 
     # The state behind each epoch's decisions, on every process and not only the one that writes the log.
-    trace, decide = [], trainer._epoch_end
+    trace, decide = [], trainer._end_epoch
 
     def decide_and_record(*args, **kwargs):
         is_best = decide(*args, **kwargs)
-        plateau, progress = trainer.plateau, trainer.progress
+        plateau, progress = trainer.learning_rate._plateau, trainer.progress
         trace.append(
             {
-                "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+                "learning_rate": trainer.setup.optimizer.param_groups[0]["lr"],
                 "plateau": [plateau.best, plateau.num_bad_epochs],
                 "early_stopping_bad_epochs": progress.early_stopping_bad_epochs,
                 "best_epoch": progress.best["epoch"],
@@ -48,7 +48,7 @@ def record(config: Config, folder: Path) -> None:
         )
         return is_best
 
-    trainer._epoch_end = decide_and_record
+    trainer._end_epoch = decide_and_record
     code = trainer.run()
     last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     for kind, tensors in (("first", first), ("gradients", gradients), ("last", last)):

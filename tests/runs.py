@@ -18,7 +18,7 @@ from typing import Any
 import tiny
 import torch
 
-from training import trainer as trainer_module
+from training import setup
 from training.config import Config
 from training.run_files import STATE_FILE, list_checkpoints
 from training.trainer import Trainer
@@ -54,7 +54,7 @@ class Run:
     def end_state(self) -> dict[str, Any]:
         """All that the next step would depend on."""
         trainer = self.trainer
-        moments = trainer.optimizer.state_dict()
+        moments = trainer.setup.optimizer.state_dict()
         clocks = ("train_seconds", "window")
         return {
             **{f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()},
@@ -62,7 +62,7 @@ class Run:
             **{f"adam.{i}.{name}": value for i, entry in moments["state"].items() for name, value in entry.items()},
             "groups": moments["param_groups"],
             "updates averaged": trainer.ema.optimization_step,
-            "plateau": trainer.plateau.state_dict(),
+            "learning rate": trainer.learning_rate.state_dict(),
             "kl": trainer.kl.state_dict(),
             "progress": {name: value for name, value in vars(trainer.progress).items() if name not in clocks},
             "window": {k: v for k, v in trainer.progress.window.items() if k not in ("seconds", "waited")},
@@ -116,7 +116,7 @@ def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
         os.environ.update({"OMP_NUM_THREADS": "1"} | environment)  # without, accelerate warns where there are several
         torch.set_num_threads(1)  # threads of the parent do not exist here
-        trainer_module.describe_plan = lambda *_: "(no plan)"  # counting its operations takes longer than the run
+        setup.describe_plan = lambda *_: "(no plan)"  # counting its operations takes longer than the run
         with tiny.process_state():
             code = job()
     except BaseException:

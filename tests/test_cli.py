@@ -14,10 +14,12 @@ from PIL import Image
 
 import train_vae
 from training import builders as build
+from training import distributed
 from training.budget.plan import count_cost
-from training.builders import micro_batch_size, resolve_precision
+from training.builders import micro_batch_size
 from training.config import load_config
 from training.data import sources
+from training.distributed import resolve_precision
 
 CPU = torch.device("cpu")
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID")
@@ -262,5 +264,5 @@ def test_the_launcher_takes_precedence_for_precision(monkeypatch, launcher, want
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    monkeypatch.setattr(build, "cpu_computes_bf16", lambda: computes)
+    monkeypatch.setattr(distributed, "cpu_computes_bf16", lambda: computes)
     assert resolve_precision(wanted, CPU) == result

@@ -33,7 +33,14 @@ LAYERS = [
         "training.kl",
         "training.sample",
     ),
-    ("training.builders", "training.distributed", "training.pca_init", "training.signals", "training.step"),
+    (
+        "training.builders",
+        "training.distributed",
+        "training.learning_rate",
+        "training.pca_init",
+        "training.signals",
+        "training.step",
+    ),
     ("training.ema", "training.randomness"),
     ("training.data", "training.losses"),
     ("training.cli", "training.config", "training.io", "training.launch", "training.run_files"),
@@ -133,7 +140,7 @@ def test_the_entry_point_needs_no_torch_to_start():
 
 def test_only_training_that_ends_and_one_command_publish():
     uploaders = {name for path, name in NAMES.items() if "training.publish.hub" in imports(path)}
-    assert uploaders <= {"training.trainer", "training.publish.stage", "training.publish.card"}
+    assert uploaders <= {"training.setup", "training.publish.stage", "training.publish.card"}
 
 
 def test_the_monitor_stands_apart():

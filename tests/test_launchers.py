@@ -23,8 +23,8 @@ from runs import differences, fork, metric_lines, run_ranks, wait_for_all
 from safetensors.torch import load_file, save_file
 
 from training import step as step_module
-from training.builders import join_processes
 from training.config import Config, config_from_dict
+from training.distributed import join_processes
 from training.run_files import MODEL_FILE, list_checkpoints, read_state, verify
 from training.trainer import Trainer
 
@@ -137,7 +137,7 @@ def assert_stopped(launched: Launched) -> Path:
     newest = list_checkpoints(run_dir)[-1]
     verify(newest)
     assert read_state(newest)["progress"]["step"] == status["step"] < 2 * STEPS
-    assert "stopped by SIGTERM; continue with --resume auto" in (run_dir / "training.log").read_text()
+    assert "stopped by SIGTERM; resume with --resume auto" in (run_dir / "training.log").read_text()
     assert not list((run_dir / "checkpoints").glob(".*"))
     return run_dir
 
@@ -193,7 +193,7 @@ def test_restarted_processes_meet_each_other_and_not_the_dead(session, tmp_path)
 
     def meet(late: float) -> int:
         time.sleep(late)
-        state, _, _ = join_processes("no")
+        state = join_processes()
         total = torch.tensor(1.0)
         torch.distributed.all_reduce(total)
         return 0 if state.num_processes == int(total) == 2 else 1
@@ -231,7 +231,7 @@ def poison(trainer: Trainer, folder: Path) -> None:
 
     trainer.train_step.gradients = noted
     step_module.vae_loss = bad(3, loss, lambda result, now: (result[0] * (math.nan if now else 1), result[1]))
-    trainer.parameters[-1].register_hook(lambda gradient: gradient * (math.nan if at["step"] == 6 else 1))
+    trainer.setup.parameters[-1].register_hook(lambda gradient: gradient * (math.nan if at["step"] == 6 else 1))
     step_module.normalize = bad(9, normalize, lambda pixels, now: pixels * (math.nan if now else 1))
 
 
@@ -246,7 +246,7 @@ def test_nan_on_one_process_is_skipped_by_both(faces, finished, tmp_path):
     assert [skipped[step] for step in (3, 4, 6, 7, 9, 10, STEPS)] == [0, 1, 1, 2, 2, 3, 3]
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     said = {line["step"]: line["message"] for line in events if line["kind"] == "event"}
-    assert all("gradient is not finite, nothing was updated (images " in said[step] for step in (4, 7, 10))
+    assert all("skipped: the gradient is not finite (images " in said[step] for step in (4, 7, 10))
     mine, its = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert mine.keys() == its.keys()
     for name, value in mine.items():

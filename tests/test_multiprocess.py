@@ -15,8 +15,8 @@ import torch
 from multiprocess_worker import record
 from safetensors.torch import load_file
 
-from training.builders import resolve_precision
 from training.config import config_from_dict
+from training.distributed import resolve_precision
 
 pytestmark = pytest.mark.multiprocess
 

@@ -29,6 +29,7 @@ from training.config import load_config
 from training.data.images import normalize
 from training.evaluate.validation import Validation
 from training.run_files import STATE_FILE, list_checkpoints
+from training.setup import ROLLBACK_SEED
 from training.trainer import EXIT_STOPPED, Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,7 @@ def test_grids_show_what_they_say(finished):
     # The upper row holds the validation images themselves.
     with Image.open(finished.folder / "samples" / "tiny_reconstructions_epoch_0001.png") as grid:
         first = torch.tensor(list(grid.crop((2, 2, 42, 42)).tobytes())).view(40, 40, 3).permute(2, 0, 1)
-    assert (first - finished.trainer.validation_images[0].int()).abs().max() <= 1
+    assert (first - finished.trainer.setup.validation_images[0].int()).abs().max() <= 1
 
 
 def test_every_line_of_metrics_has_the_promised_names(finished):
@@ -125,7 +126,7 @@ def test_a_loss_term_added_from_outside_is_trained_and_logged(session, faces, tm
     presets = {"num_epochs": 1, "max_images_per_epoch": 8}  # two steps
     losses = {"perceptual_weight": 0, "lpips_weight": 0}
     trainer = Trainer(tiny.tiny_config(tmp_path, faces, training_presets=presets, loss=losses))
-    trainer.loss.add_term("mean_color", 3.0, mean_color)
+    trainer.setup.loss.add_term("mean_color", 3.0, mean_color)
     assert trainer.run() == 0
     (line,) = Run(trainer.config, trainer, 0).lines("train")
     assert line["loss/mean_color"] > 0
@@ -150,16 +151,16 @@ def test_figures_agree_with_each_other(finished):
         assert line["validation/psnr"] >= 10 * math.log10(4 / line["validation/mse"])  # Jensen: a mean of logarithms
 
 
-def test_beta_obeys_floor_warm_up_and_cycle(finished):
-    schedule = finished.config.training_presets
+def test_beta_follows_minimum_warm_up_and_cycle(finished):
+    presets, kl = finished.config.training_presets, finished.trainer.kl
     lines = finished.lines("train")
     for line in lines:
         first_epoch = (line["step"] - 2) // STEPS  # of the two steps whose mean the line holds
-        assert line["kl/beta_floor"] == schedule.floor(line["epoch"])
-        assert line["kl/beta"] >= schedule.floor(first_epoch)
-        factor = 0.25 if line["epoch"] % 2 == 0 else 1.0  # a cycle of 2 epochs, the first of them a cool-down
+        assert line["kl/beta_floor"] == kl.minimum_beta(line["epoch"])
+        assert line["kl/beta"] >= kl.minimum_beta(first_epoch)
+        factor = 0.25 if line["epoch"] % 2 == 0 else 1.0  # a cycle of 2 epochs, the first with low beta
         assert (line["kl/target_low"], line["kl/target_high"]) == (0.01 * factor, 0.03 * factor)
-    assert lines[0]["kl/beta"] == schedule.kl_beta_floor  # the floor holds: the warm-up alone would be below it
+    assert lines[0]["kl/beta"] == presets.kl_beta_floor  # the minimum applies: the warm-up alone would be below it
 
 
 def test_the_learning_rate_warms_up(finished):
@@ -248,7 +249,7 @@ save_file(found, out)
 
 @pytest.mark.slow  # imports torch and diffusers once more
 def test_a_fresh_process_reconstructs_as_the_averaged_weights_do(finished, tmp_path, single_thread):
-    pixels = normalize(finished.trainer.validation_images).contiguous()
+    pixels = normalize(finished.trainer.setup.validation_images).contiguous()
     with torch.no_grad():
         wanted = averaged_model(finished)(pixels).sample
         here = AutoencoderKLUltra.from_pretrained(finished.status["model_dir"]).eval()(pixels).sample
@@ -292,7 +293,7 @@ def test_scaling_is_measured(finished):
     model = AutoencoderKLUltra.from_pretrained(finished.status["model_dir"]).eval()
     config = model.config
     with torch.no_grad():
-        posterior = model.encode(normalize(finished.trainer.validation_images)).latent_dist
+        posterior = model.encode(normalize(finished.trainer.setup.validation_images)).latent_dist
     generator = torch.Generator().manual_seed(0)
     draws = torch.cat([posterior.sample(generator=generator) for _ in range(50)])
     scaled = (draws - config.shift_factor) * config.scaling_factor
@@ -390,7 +391,7 @@ def test_the_time_limit_in_mid_epoch_is_no_epoch_without_improvement(finished, f
         "the limit of 1e-06 minutes of training",
     )
     after = json.loads((folder / "checkpoints" / "step_00000011" / STATE_FILE).read_text())
-    assert after["plateau"] == before["plateau"]
+    assert after["learning_rate"] == before["learning_rate"]
     for name in ("best", "early_stopping_bad_epochs"):
         assert after["progress"][name] == before["progress"][name]
     assert after["progress"]["batch"] == 1
@@ -403,13 +404,13 @@ def test_gradients_that_stay_infinite_roll_a_run_back_once_then_end_it(finished,
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
     with tiny.process_state():
         trainer = Trainer(config, "auto")
-        weights = [parameter.detach().clone() for parameter in trainer.parameters]
+        weights = [parameter.detach().clone() for parameter in trainer.setup.parameters]
         trainer.kl.beta = lambda epoch, images_seen: math.nan
-        with pytest.raises(RuntimeError, match="3 steps in a row had no finite gradient, again, after going back"):
+        with pytest.raises(RuntimeError, match="3 steps in a row had no finite gradient, again, after a roll-back"):
             trainer.run()
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and "3 steps in a row" in status["reason"]
-    assert all(torch.equal(old, new) for old, new in zip(weights, trainer.parameters, strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(weights, trainer.setup.parameters, strict=True))
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     warned = [line for line in events if line["kind"] == "event" and line["level"] == "warning"]
     assert [line["step"] for line in warned] == [11, 12, 13, 10, 11, 12, 13]
@@ -432,13 +433,13 @@ def test_a_run_that_recovers_after_a_roll_back_ends_well(faces, tmp_path):
         def poisoned(pixels, *, step, **settings):
             parts = gradients(pixels, step=step, **settings)
             if step >= 3 and not trainer.progress.rollbacks:
-                trainer.parameters[0].grad.fill_(math.nan)
+                trainer.setup.parameters[0].grad.fill_(math.nan)
             return parts
 
         trainer.train_step.gradients = poisoned
         assert trainer.run() == 0
     assert trainer.progress.rollbacks == 1 and trainer.progress.skipped_steps == 0
-    assert trainer.train_step.seed == config.training_presets.seed + trainer_module.REORDER
+    assert trainer.train_step.seed == config.training_presets.seed + ROLLBACK_SEED
     checkpoint = list_checkpoints(trainer.run_dir)[-1]
     assert json.loads((checkpoint / STATE_FILE).read_text())["progress"]["rollbacks"] == 1
     log = (trainer.run_dir / "training.log").read_text()
@@ -446,7 +447,7 @@ def test_a_run_that_recovers_after_a_roll_back_ends_well(faces, tmp_path):
     with tiny.process_state():
         again = Trainer(config, str(trainer.run_dir))
         again.tracker.close()
-        again._folder.release()
+        again.setup.folder.release()
         assert again.train_step.seed == trainer.train_step.seed
 
 

@@ -1,36 +1,208 @@
-"""What one process finds out, all of them know."""
+"""Processes and devices: how a run finds its processes, its device and its precision, and how processes agree."""
 
 from __future__ import annotations
 
+import datetime
+import os
+import pickle
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+import torch
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from torch import Tensor
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from training.config import COLLECTIVE_TIMEOUT_S
 
 T = TypeVar("T")
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # not supported
 
-def on_main_process(state: Accelerator | PartialState, function: Callable[[], T]) -> T:
-    """Call `function` on the main process and give every process its result; all processes must call this.
 
-    Args:
-        state: Says which process this is.
-        function: Its result, or its error, must be picklable.
+def join_processes() -> PartialState:
+    """Joins the other processes of the launch and selects this process's device.
 
     Raises:
-        ValueError: The function raised it; on every process.
+        ValueError: The launcher's settings contradict the configuration or the machine.
     """
-    box: list = [None, None]
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise ValueError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulation}: accumulation follows from "
+            "training_presets.batch_size and micro_batch_size; remove gradient_accumulation_steps from the accelerate "
+            "configuration."
+        )
+    # The main process initializes the PCA branch while the others wait for it in their first collective.
+    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    state = PartialState(cpu=_use_cpu(), **timeout.to_kwargs(), **_store_of_restart())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched but do not find each other (each sees {state.num_processes}): set "
+            "ACCELERATE_USE_CPU=true to train on the CPU, or launch one process."
+        )
+    return state
+
+
+def _store_of_restart() -> dict[str, Any]:
+    """Arguments of `init_process_group` with which processes that torchrun has restarted find each other.
+
+    torchrun keeps the store of the first start, with the addresses of processes that have died; a process that looks
+    before all others have registered waits for dead ones (pytorch/pytorch#135712). So each restart uses its own key
+    prefix. On several nodes the restart counts may differ; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return {}
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": PrefixStore(f"restart_{restart}", store), "rank": rank, "world_size": world_size}
+
+
+def _use_cpu() -> bool:
+    """Whether to train on the CPU; accelerate itself ignores the launcher's choice when it builds its state."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def build_accelerator(precision: str, run_dir: Path, static_graph: bool) -> Accelerator:
+    """Builds the accelerator of a run.
+
+    Args:
+        precision: "no", "bf16" or "fp16".
+        run_dir: Folder of the TensorBoard events.
+        static_graph: Whether gradients are exchanged after every forward pass. Only then is the graph the same in all
+            iterations, so that DDP need not search for unused parameters.
+
+    Raises:
+        ValueError: The launcher asks for a sharded model.
+    """
+    accelerator = Accelerator(
+        cpu=_use_cpu(),
+        mixed_precision=precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, static_graph=static_graph, broadcast_buffers=False
+            )
+        ],
+    )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"the accelerate configuration asks for {accelerator.distributed_type.value}: a model of this size fits on "
+            "every device (distributed_type: MULTI_GPU); sharding would only add communication."
+        )
+    return accelerator
+
+
+def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """Returns the mixed precision to use, and where the choice comes from.
+
+    A launcher that names a precision wins. "no" is also what `accelerate launch` exports when nobody chose, so it does
+    not count as named: a plain launch gets the configuration's precision rather than a silent float32.
+
+    Raises:
+        ValueError: fp16 on a CPU, which autocast accepts and ignores, or a precision that is not supported.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    source = "the configuration"
+    if launcher != "no":
+        wanted, source = launcher, "the launcher"
+    if wanted == "auto":
+        source = f"auto on {device.type}"
+        if device.type == "cuda":
+            wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu":
+            wanted = "bf16" if cpu_computes_bf16() else "no"
+        else:
+            wanted = "no"
+    if wanted not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed precision {wanted!r} (from {source}): use no, bf16 or fp16.")
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError(
+            f"mixed precision fp16 (from {source}) does nothing on a CPU: use bf16 or no, in "
+            "training_presets.mixed_precision or in the accelerate configuration."
+        )
+    return wanted, source
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them bf16 is emulated and several times slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def on_main_process(state: Accelerator | PartialState, function: Callable[[], T]) -> T:
+    """Runs a function on the main process and broadcasts its result or its exception; every process must call this.
+
+    Args:
+        state: The processes.
+        function: Its result must be picklable.
+
+    Raises:
+        Exception: Whatever the function raised, on every process; as a RuntimeError with the same message on the other
+            processes if the exception cannot be pickled.
+    """
+    if state.num_processes == 1:
+        return function()
+    result, error = None, None
     if state.is_main_process:
         try:
-            box[0] = function()
-        except ValueError as error:
-            if state.num_processes == 1:
-                raise
-            box[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(box, from_process=0)
+            result = function()
+        except Exception as raised:  # an exception that stays here leaves the others waiting in a collective
+            error = raised
+    box = [result, error if error is None or _is_picklable(error) else RuntimeError(f"{type(error).__name__}: {error}")]
+    broadcast_object_list(box, from_process=0)
+    if error is not None:
+        raise error
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def main_process_first(state: Accelerator | PartialState, function: Callable[[], T]) -> T:
+    """Runs a function on every process, on the main process first, so that it can fill a cache for the others.
+
+    Raises:
+        Exception: What the function raised on the main process, on every process; or on this one.
+    """
+    results: list[T] = []
+    on_main_process(state, lambda: results.append(function()))
+    return results[0] if state.is_main_process else function()
+
+
+def _is_picklable(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:  # pickling runs the exception's own code, which may raise anything
+        return False
+
+
+def reduce_step(
+    accelerator: Accelerator, terms: dict[str, Tensor], flags: dict[str, bool]
+) -> tuple[dict[str, float], dict[str, bool]]:
+    """Averages loss terms over all processes and combines flags, in one collective and one transfer to the host.
+
+    Args:
+        accelerator: The processes.
+        terms: Scalars on the device, means over equally many images on every process.
+        flags: Conditions of this process.
+
+    Returns:
+        The means, and for each flag whether any process raises it.
+    """
+    raised = torch.tensor([float(flag) for flag in flags.values()], device=accelerator.device)
+    vector = torch.cat([torch.stack(list(terms.values())), raised])
+    if accelerator.num_processes > 1:
+        vector = accelerator.reduce(vector, reduction="mean")
+    values = vector.tolist()
+    return dict(zip(terms, values)), {name: value > 0 for name, value in zip(flags, values[len(terms) :])}

@@ -32,7 +32,7 @@ from training.checkpoint.format import (
     write_checkpoint,
 )
 from training.checkpoint.resume import newest_valid
-from training.checkpoint.state import RunState
+from training.checkpoint.state import TrainingState
 from training.io import file_sha256
 from training.run_files import (
     MANIFEST,
@@ -418,13 +418,13 @@ def test_tensors_of_another_model_are_refused_by_name():
 def test_the_scaler_of_fp16_comes_back():
     """Its state is plain numbers, and JSON keeps them."""
 
-    def state() -> RunState:
+    def state() -> TrainingState:
         model = torch.nn.Linear(2, 1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
         accelerator = SimpleNamespace(scaler=scaler, is_main_process=True, num_processes=1)
-        return RunState(accelerator, model, torch.optim.Adam(model.parameters()), None)
+        return TrainingState(accelerator, model, torch.optim.Adam(model.parameters()), None, {})
 
-    def update(each: RunState, factor: float) -> None:
+    def update(each: TrainingState, factor: float) -> None:
         scaler, optimizer = each.accelerator.scaler, each.optimizer
         optimizer.zero_grad()
         scaler.scale(each.model(torch.ones(1, 2)).sum() * factor).backward()
@@ -434,7 +434,7 @@ def test_the_scaler_of_fp16_comes_back():
     first, second = state(), state()
     for factor in (float("inf"), 1.0, 1.0):  # backs off, then is two good steps away from the growth at the third
         update(first, factor)
-    saved = json.loads(json.dumps(first.plain_values()))
+    saved = json.loads(json.dumps(first.values()))
     assert (saved["scaler"]["scale"], saved["scaler"]["_growth_tracker"]) == (512.0, 2)
     second.accelerator.scaler.load_state_dict(saved["scaler"])
     for each in (first, second):
@@ -536,7 +536,7 @@ def test_a_full_disk_costs_what_is_written_and_never_the_run(finished, faces, tm
     said = capfd.readouterr().err
     for what in ("metrics.jsonl", "status.json", "training.log", "samples/", "TensorBoard"):
         assert said.count(f"{what} failed, training continues") == 1, said
-    assert said.count("the checkpoint of step 15 could not be written, older ones are as they were (OSError") == 1
+    assert said.count("the checkpoint of step 15 could not be written; older checkpoints are unchanged (OSError") == 1
     assert "finished: 3 epochs; best model of epoch 2, step 10" in said
     assert "Logging error" not in said
     assert names(run_dir) == ["step_00000010"] and not hidden(run_dir)

@@ -70,7 +70,7 @@ def test_stopped_with_an_epochs_last_step_and_killed_after_its_validation_it_is_
 
     with tiny.process_state():
         second = Trainer(config, "auto")
-        second._save = killed
+        second.checkpoints.save = killed
         with pytest.raises(Killed):
             second.run()
     assert [line["epoch"] for line in first.lines("validation")] == [0, 1]
@@ -133,7 +133,7 @@ def test_a_refused_change_goes_through_where_it_is_allowed_by_name(finished, ses
         Trainer(config, str(run_dir), allowed)
     trainer = Trainer(config, str(run_dir), [*allowed, "data"])
     trainer.tracker.close()
-    trainer._folder.release()
+    trainer.setup.folder.release()
     assert trainer.progress.step == 10
     assert "data.horizontal_flip was True, is now False" in (run_dir / "training.log").read_text()
 
@@ -158,9 +158,9 @@ def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_pa
     values["training_presets"] |= {"plateau_patience": 3, "plateau_factor": 0.1, "min_learning_rate": 1e-6}
     trainer = Trainer(config_from_dict(values), str(folder))
     trainer.tracker.close()
-    (group,) = trainer.optimizer.param_groups
+    (group,) = trainer.setup.optimizer.param_groups
     assert (group["lr"], group["weight_decay"], group["betas"]) == (2.5e-4, 0.5, (0.5, 0.999))
-    plateau = trainer.plateau
+    plateau = trainer.learning_rate._plateau
     assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
     assert plateau.best < math.inf  # its memory is the checkpoint's
     assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
@@ -189,7 +189,7 @@ def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
     assert (ended.code, ended.status["step"]) == (0, 3)
     alone = run(tiny.tiny_config(tmp_path / "alone", faces, **sections))
     assert differences(ended.folder, alone.folder) == []
-    groups = ended.trainer.optimizer.param_groups
+    groups = ended.trainer.setup.optimizer.param_groups
     assert [group["lr"] for group in groups] == [1e-3, 1e-5]
     assert all(
         parameter.requires_grad and parameter.dtype == torch.float32 for parameter in ended.trainer.model.parameters()

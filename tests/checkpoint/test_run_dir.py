@@ -116,13 +116,15 @@ def test_runs_that_begin_in_the_same_second_have_different_folders(faces, tmp_pa
     try:
         assert [each.run_dir.name for each in (first, second)] == ["tiny_20000101_000000", "tiny_20000101_000001"]
         for each in (first, second):
-            assert Path(each.accelerator.logging_dir) == each.run_dir == each.tracker.run_dir == each.writer.run_dir
+            assert (
+                Path(each.accelerator.logging_dir) == each.run_dir == each.tracker.run_dir == each.checkpoints.run_dir
+            )
             assert list(each.run_dir.glob("events.*")) and (each.run_dir / "config.json").is_file()
             assert f"run       {each.run_dir}" in (each.run_dir / "training.log").read_text()
     finally:
         for each in (first, second):
             each.tracker.close()
-            each._folder.release()
+            each.setup.folder.release()
 
 
 def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_line_names(
@@ -143,7 +145,7 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
         with tiny.process_state():
             trainer = Trainer(config, resume)
             trainer.tracker.close()
-            trainer._folder.release()
+            trainer.setup.folder.release()
         assert (trainer.run_dir, trainer.progress.step) == (run_dir, 15)
         assert "restarted by the launcher: resuming its run" in (run_dir / "training.log").read_text()
     assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000010", "step_00000015"]
@@ -151,7 +153,7 @@ def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_
     with tiny.process_state():
         trainer = Trainer(config)
         trainer.tracker.close()
-        trainer._folder.release()
+        trainer.setup.folder.release()
     assert trainer.run_dir != run_dir
     assert (
         "restarted by the launcher before the first checkpoint: starting a new run"

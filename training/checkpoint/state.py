@@ -1,14 +1,13 @@
-"""The state of a run as named tensors and plain values: taken out for a checkpoint, put back by a resume.
+"""What a checkpoint contains: the one list of the tensors and objects that a resumed run needs.
 
-What it is for: which tensor of the model, the optimizer and the averaged weights has which name in which file, and
-that every process has the main process's values after a load. What it is not for: files (checkpoint.py), and what
-progress, plateau and KL control remember (trainer.py). Random state is missing on purpose: a step has none (step.py).
+Random state is not part of it: all randomness of a step is a function of the seed and the step (randomness.py).
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,27 +17,46 @@ from training.checkpoint.format import copy_into, host_copy, read_tensors
 from training.ema import EMAWeights
 from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
+logger = logging.getLogger(__name__)
+
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
 
 
-class RunState:
-    """The tensors of a run, by the names they have in a checkpoint.
+class Stateful(Protocol):
+    """An object whose state is JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a state."""
+
+
+class TrainingState:
+    """The state of a run: named tensors for safetensors files, and JSON values.
 
     Args:
-        accelerator: For the gradient scaler and the other processes.
+        accelerator: Holds the gradient scaler and the processes.
         model: Unwrapped, on the device.
         optimizer: torch's Adam or AdamW over the model's trained parameters.
-        ema: Averaged weights of the trained parameters, or None.
+        ema: EMA weights of the trained parameters, or None.
+        components: Name in the checkpoint -> object whose state is JSON values, the same on every process.
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAWeights | None
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMAWeights | None,
+        components: dict[str, Stateful],
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
+        self.components = components
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def live_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File of a checkpoint -> name -> the tensor itself, not a copy."""
+        """Returns file of a checkpoint -> name -> the tensor itself, not a copy."""
         files = {MODEL_FILE: dict(self.model.state_dict())}
         if self.ema is not None:
             files[MODEL_FILE].update(zip(self._trained, self.ema.shadow_params, strict=True))
@@ -47,62 +65,65 @@ class RunState:
             f"{kind}/{name}": self.optimizer.state[parameter][kind]
             for name, parameter in self._trained.items()
             if parameter in self.optimizer.state
-            for kind in _MOMENTS
+            for kind in _ADAM_STATE
         }
         return files
 
     def host_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """`live_tensors`, copied to host memory: what training changes later, they do not show."""
+        """Returns `live_tensors` as copies in host memory, which further training does not change."""
         return {
             file: {name: host_copy(tensor) for name, tensor in tensors.items()}
             for file, tensors in self.live_tensors().items()
         }
 
-    def plain_values(self) -> dict[str, Any]:
-        """What is not a tensor, JSON-able."""
+    def values(self) -> dict[str, Any]:
+        """Returns everything else, as JSON values."""
         scaler, ema = self.accelerator.scaler, self.ema
         return {
-            "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
-            "has_moments": bool(self.optimizer.state),
+            "optimizer_has_state": bool(self.optimizer.state),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": None if ema is None else {"step": ema.optimization_step, "decay": ema.cur_decay_value},
+            **{name: component.state_dict() for name, component in self.components.items()},
         }
 
     def load(self, checkpoint: Path, values: dict[str, Any]) -> None:
-        """Put a checkpoint's state back; called by every process, read by the main one alone.
+        """Restores a checkpoint; every process calls it, the main process reads the files and broadcasts.
 
         Args:
             checkpoint: A verified checkpoint.
-            values: What `plain_values` gave, the same on every process.
+            values: What `values` returned, the same on every process.
 
         Raises:
             ValueError: The checkpoint belongs to another model.
         """
-        if values["has_moments"]:
-            self._create_state()
+        if values["optimizer_has_state"]:
+            self._create_optimizer_state()
         for file, tensors in self.live_tensors().items():
             if self.accelerator.is_main_process:
                 copy_into(tensors, read_tensors(checkpoint, file), file)
             if self.accelerator.num_processes > 1:
                 for tensor in tensors.values():
-                    sent = tensor.detach().contiguous()  # a copy where strides are others, which are kept
+                    sent = tensor.detach().contiguous()  # a copy for other strides, which the tensor keeps
                     torch.distributed.broadcast(sent, src=0)
                     with torch.no_grad():
                         tensor.copy_(sent)
-        for group, rate in zip(self.optimizer.param_groups, values["learning_rates"], strict=True):
-            group["lr"] = rate
         if self.accelerator.scaler is not None and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.ema is not None:
             self.ema.optimization_step = values["ema"]["step"]
             self.ema.cur_decay_value = values["ema"]["decay"]
+        for name, component in self.components.items():
+            if name in values:
+                component.load_state_dict(values[name])
+            else:  # written by an earlier version
+                logger.warning("resume: the checkpoint has no state of %s, which starts anew", name)
 
-    def _create_state(self) -> None:
-        """Adam's state as it is after a first step, with zeros; strides follow the parameters', as kernels expect."""
+    def _create_optimizer_state(self) -> None:
+        """Creates Adam's state as after a first step, with zeros, in the strides of the parameters."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         zeros = {
             index: {
-                "step": torch.zeros(()),  # moved to the device where the kernel wants it there
+                "step": torch.zeros(()),  # `load_state_dict` moves it to where the kernel expects it
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -6,6 +6,7 @@ The learning rate, early stopping and the best model are decided by these metric
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +42,26 @@ class Validation:
     channel_mean: Tensor
     channel_std: Tensor
     sigma_at_bound_fraction: float
+
+    @property
+    def latent_scaling(self) -> dict[str, Any]:
+        """Scaling of the latents, as the keys of the model's configuration."""
+        return {
+            "scaling_factor": 1.0 / max(self.values["latents_std"], 1e-6),
+            "shift_factor": self.values["latents_mean"],
+            "latents_mean": self.channel_mean.tolist(),
+            "latents_std": self.channel_std.tolist(),
+        }
+
+    def summary(self, latent_dim: int) -> str:
+        """One line for the log."""
+        values = self.values
+        lpips = "".join(f", {name} {value:.4f}" for name, value in values.items() if name.startswith("lpips_"))
+        return (
+            f"validation PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.4f}{lpips}, MSE {values['mse']:.5f} on "
+            f"[-1, 1], reconstruction loss {values['reconstruction_loss']:.5f}, KL {values['kl']:.3f} nats per "
+            f"dimension, {values['active_units']:.0f} of {latent_dim} latent dimensions active"
+        )
 
 
 @torch.no_grad()

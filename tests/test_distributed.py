@@ -1,0 +1,95 @@
+"""What one process raises, every process raises; a process that dies takes the others down at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+import tiny
+from runs import fork, run_ranks, wait_for_all
+
+from training.data.images import DataError
+from training.distributed import join_processes, main_process_first, on_main_process
+from training.trainer import Trainer
+
+
+class Unpicklable(RuntimeError):
+    """An exception whose constructor takes other arguments than its message, so that unpickling it fails."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def run_on_two(job: Callable[[], int], log) -> list[int]:
+    """Exit codes of `job` on two processes of one group."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return wait_for_all([fork(job, log, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)], 60)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ValueError("a wrong value"), ValueError),
+        (OSError(28, "No space left on device"), OSError),
+        (DataError("no such data set"), DataError),
+        (Unpicklable("two", "arguments"), RuntimeError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+@pytest.mark.multiprocess
+def test_an_exception_on_the_main_process_reaches_every_process(session, tmp_path, error, raised):
+    def job() -> int:
+        state = join_processes()
+
+        def fail() -> None:
+            raise error
+
+        for call in (on_main_process, main_process_first):
+            try:
+                call(state, fail)
+            except raised as received:
+                assert str(error) in str(received)
+            else:
+                return 1
+        return 0
+
+    assert run_on_two(job, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+
+
+@pytest.mark.multiprocess
+def test_results_reach_every_process(session, tmp_path):
+    def job() -> int:
+        state = join_processes()
+        main = on_main_process(state, os.getpid)
+        own = main_process_first(state, os.getpid)
+        return 0 if own == os.getpid() and (main == own) == state.is_main_process else 1
+
+    assert run_on_two(job, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_fails_takes_the_others_down_at_once_and_logs_why(faces, tmp_path):
+    config = tiny.tiny_config(tmp_path, faces, loss={"perceptual_weight": 0, "lpips_weight": 0})
+
+    def fail_in_step_3(trainer: Trainer) -> None:
+        step = trainer.train_step.gradients
+
+        def gradients(*args, step: int, **kwargs):
+            if step == 3 and trainer.accelerator.process_index == 1:
+                raise OSError("the disk of the second process fails")
+            return original(*args, step=step, **kwargs)
+
+        original, trainer.train_step.gradients = step, gradients
+
+    started = time.monotonic()
+    codes = run_ranks(config, None, tmp_path / "log", 2, prepare=fail_in_step_3)
+    log = (tmp_path / "log").read_text()
+    assert all(codes) and time.monotonic() - started < 60, log
+    errors = [line for line in log.splitlines() if "failed: " in line]
+    assert "[1] ERROR failed: OSError: the disk of the second process fails" in errors[0]

@@ -1,0 +1,399 @@
+"""From a configuration to the objects of a run, in named phases; whatever the user got wrong is found here.
+
+The phases, in order: processes, run folder, model, feature networks, data, checks, log, initial weights, training
+objects, checkpoint. No file is written before the checks have passed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.budget.plan import describe_plan, planned_micro_batch
+from training.builders import build_model, build_optimizer, micro_batch_size
+from training.checkpoint.manager import CheckpointManager
+from training.checkpoint.resume import check_resume
+from training.checkpoint.run_dir import RunFolder
+from training.checkpoint.state import TrainingState
+from training.config import Config
+from training.data.stream import TrainStream, load_validation
+from training.distributed import (
+    build_accelerator,
+    cpu_computes_bf16,
+    join_processes,
+    main_process_first,
+    on_main_process,
+    resolve_precision,
+)
+from training.ema import EMAWeights
+from training.learning_rate import LearningRate
+from training.losses.kl_control import KLController
+from training.losses.objective import ReconstructionLoss
+from training.losses.perceptual import PerceptualTrunk
+from training.pca_init import fit_pca_branch, freeze_pca_branch
+from training.publish import hub
+from training.publish.export import model_files
+from training.publish.run_record import describe_hardware
+from training.step import TrainStep
+from training.tracking.alerts import Alerts
+from training.tracking.progress import Progress
+from training.tracking.trackers import Tracker, setup_logging
+
+logger = logging.getLogger(__name__)
+
+ROLLBACK_SEED = 1_000_003  # added to the seed by each roll-back: another example order and other noise
+
+
+@dataclass
+class Run:
+    """A run, ready to train.
+
+    Attributes:
+        config: The configuration.
+        folder: Locks the run's folder until `folder.release()`.
+        run_dir: The run's folder.
+        accelerator: Processes, device and precision.
+        model: Unwrapped, on the device.
+        reported: Network of the LPIPS that validation reports.
+        loss: The reconstruction loss.
+        stream: Training images.
+        validation_images: uint8, (n, 3, H, W), on the host; this process's part.
+        validation_indices: Their indices in the validation set.
+        parameters: Trained parameters.
+        optimizer: Adam or AdamW over them.
+        ema: Their EMA weights, or None.
+        learning_rate, kl: Control of the learning rate and of beta.
+        train_step: One optimizer step.
+        progress, alerts: Where the run stands, and what is wrong with it.
+        tracker: Logs, metrics and images.
+        checkpoints: Writes and restores checkpoints.
+    """
+
+    config: Config
+    folder: RunFolder
+    run_dir: Path
+    accelerator: Accelerator
+    model: AutoencoderKLUltra
+    reported: PerceptualTrunk
+    loss: ReconstructionLoss
+    stream: TrainStream
+    validation_images: Tensor
+    validation_indices: list[int]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: EMAWeights | None
+    learning_rate: LearningRate
+    kl: KLController
+    train_step: TrainStep
+    progress: Progress
+    alerts: Alerts
+    tracker: Tracker
+    checkpoints: CheckpointManager
+
+    @property
+    def max_batches(self) -> int | None:
+        """Most global batches in an epoch, or None."""
+        limit = self.config.training_presets.max_images_per_epoch
+        return None if limit is None else limit // self.config.training_presets.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch, or None if unknown."""
+        images = self.stream.num_rows or self.config.data.num_train_images
+        steps = None if images is None else images // self.config.training_presets.batch_size
+        return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
+
+    def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        """Restores a checkpoint; see `CheckpointManager.restore`."""
+        self.checkpoints.restore(checkpoint, saved)
+        self.apply_progress(saved)
+
+    def apply_progress(self, saved: dict[str, Any]) -> None:
+        """Carries a restored progress over to the model's configuration, the step and the stream."""
+        if self.progress.latents is not None:
+            self.model.register_to_config(**self.progress.latents)
+        if self.config.training_presets.micro_batch_size == "auto":  # sums round as the micro-batches are cut
+            self.train_step.micro_batch = min(saved["micro_batch"], self.train_step.micro_batch)
+        self.reseed()
+
+    def reseed(self) -> None:
+        """Gives the step and the stream the seed of the current number of roll-backs."""
+        seed = self.config.training_presets.seed + ROLLBACK_SEED * self.progress.rollbacks
+        self.train_step.seed = seed
+        self.stream.reseed(seed)
+
+
+def build_run(config: Config, resume: str | None = None, allow_changed: Sequence[str] = ()) -> Run:
+    """Builds a run.
+
+    Args:
+        config: The configuration.
+        resume: None, "auto" or a path (see `find_run`).
+        allow_changed: Keys that a resume may find changed (see `check_resume`).
+
+    Raises:
+        ValueError: Anything that the configuration, the files or the machine do not allow.
+    """
+    folder = RunFolder(config)
+    try:
+        return _build(config, folder, resume, allow_changed)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed: Sequence[str]) -> Run:
+    presets = config.training_presets
+    processes = join_processes()
+    precision, source = resolve_precision(presets.mixed_precision, processes.device)
+    opened = on_main_process(processes, lambda: folder.open(resume))
+    checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
+    accelerator = _build_accelerator(config, processes, precision, opened["run_dir"])
+    setup_logging(accelerator, None)
+
+    model = build_model(config)
+    if saved is not None:
+        notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
+    if config.hub.push:
+        on_main_process(accelerator, lambda: hub.check_access(config.hub))
+    loss, reported = _load_networks(config, model, accelerator)
+    stream, validation_images, validation_indices = _open_data(config, model, accelerator)
+    if saved is not None and "data" not in allow_changed:
+        stream.check_resume(saved["data"])
+
+    # All checks have passed; from here on files are written.
+    run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint))
+    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
+    setup_logging(accelerator, run_dir / "training.log")
+    _log_start(config, accelerator, stream, run_dir, precision, source, [*notes, *claimed])
+
+    _initialize_model(config, model, accelerator, from_images=checkpoint is None)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(config, model, parameters, accelerator.device)
+    # The main process's weights reach the other processes here, before the EMA weights are copied from them.
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    ema = _build_ema(config, parameters, accelerator)
+    train_step = TrainStep(
+        accelerator,
+        prepared_model,
+        prepared_optimizer,
+        parameters,
+        loss=loss,
+        ema=ema,
+        seed=presets.seed,
+        latent_shape=(model.config.latent_channels, model.config.latent_size, model.config.latent_size),
+        micro_batch=micro_batch_size(config, accelerator.num_processes),
+        adapt_micro_batch=presets.micro_batch_size == "auto",
+        augment=presets.augment,
+        max_grad_norm=presets.max_grad_norm,
+    )
+    learning_rate = LearningRate(optimizer, presets)
+    kl = KLController(presets, controlled=presets.kl_control_enabled)
+    progress, alerts = Progress(), Alerts(presets)
+    tracker = Tracker(
+        accelerator,
+        run_dir,
+        config.flat(),
+        {
+            "num_epochs": presets.num_epochs,
+            "model_dir": None,
+            "hardware": describe_hardware(accelerator.device, accelerator.num_processes, precision),
+        },
+        resumed_at=None if saved is None else (saved["progress"]["step"], saved["progress"]["epoch"]),
+    )
+    components = {"progress": progress, "learning_rate": learning_rate, "kl": kl, "alerts": alerts}
+    checkpoints = CheckpointManager(
+        run_dir,
+        config.output,
+        TrainingState(accelerator, model, optimizer, ema, components),
+        progress,
+        description=lambda: {
+            "config": config.to_dict(),
+            "processes": accelerator.num_processes,
+            "micro_batch": train_step.micro_batch,
+            "data": stream.identity,
+        },
+        model_files=lambda: model_files(model),
+        warn=lambda message: tracker.event(message, "warning", **progress.where),
+    )
+    run = Run(
+        config=config,
+        folder=folder,
+        run_dir=run_dir,
+        accelerator=accelerator,
+        model=model,
+        reported=reported,
+        loss=loss,
+        stream=stream,
+        validation_images=validation_images,
+        validation_indices=validation_indices,
+        parameters=parameters,
+        optimizer=optimizer,
+        ema=ema,
+        learning_rate=learning_rate,
+        kl=kl,
+        train_step=train_step,
+        progress=progress,
+        alerts=alerts,
+        tracker=tracker,
+        checkpoints=checkpoints,
+    )
+    if checkpoint is not None:
+        run.load(checkpoint, saved)
+        logger.info("resumed from %s: epoch %d, step %d", checkpoint, progress.epoch, progress.step)
+    elif presets.micro_batch_size == "auto":
+        _find_micro_batch(run)
+    return run
+
+
+# ---------------------------------------------------------------------- phases
+
+
+def _build_accelerator(config: Config, processes: PartialState, precision: str, run_dir: Path) -> Accelerator:
+    presets = config.training_presets
+    micro_batch = micro_batch_size(config, processes.num_processes)
+    static_graph = presets.micro_batch_size != "auto" and micro_batch * processes.num_processes == presets.batch_size
+    return build_accelerator(precision, run_dir, static_graph)
+
+
+def _load_networks(
+    config: Config, model: AutoencoderKLUltra, accelerator: Accelerator
+) -> tuple[ReconstructionLoss, PerceptualTrunk]:
+    """Loads the feature networks of the loss and of the reported LPIPS, each once."""
+    resolution = model.config.sample_size
+    memory_format = torch.channels_last if config.training_presets.channels_last else torch.contiguous_format
+    name = config.output.eval_lpips_trunk
+
+    def load() -> tuple[ReconstructionLoss, PerceptualTrunk]:
+        reported = PerceptualTrunk(name, config.loss.trunk_weights)
+        reported.to(accelerator.device, memory_format=memory_format)
+        loss = ReconstructionLoss.from_config(
+            config.loss, accelerator.device, memory_format=memory_format, networks={name: reported}
+        )
+        return loss, reported
+
+    loss, reported = main_process_first(accelerator, load)  # the other processes find a download in the cache
+    loss.check_resolution(resolution)
+    reported.check_size(resolution, "output.eval_lpips_trunk")
+    return loss, reported
+
+
+def _open_data(
+    config: Config, model: AutoencoderKLUltra, accelerator: Accelerator
+) -> tuple[TrainStream, Tensor, list[int]]:
+    """Opens the training images and decodes the validation images."""
+    presets, resolution = config.training_presets, model.config.sample_size
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+
+    def open_both() -> tuple[TrainStream, tuple[Tensor, list[int]]]:
+        stream = TrainStream(
+            config.data,
+            resolution=resolution,
+            seed=presets.seed,
+            global_batch=presets.batch_size,
+            rank=rank,
+            world_size=world_size,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        return stream, load_validation(config.data, resolution=resolution, rank=rank, world_size=world_size)
+
+    stream, validation = main_process_first(accelerator, open_both)
+    if (stream.num_rows or presets.batch_size) < presets.batch_size:
+        raise ValueError(
+            f"training_presets.batch_size {presets.batch_size} is more than the {stream.num_rows} training images of "
+            f"{config.data.dataset}: use a smaller batch or more data."
+        )
+    return stream, *validation
+
+
+def _log_start(
+    config: Config,
+    accelerator: Accelerator,
+    stream: TrainStream,
+    run_dir: Path,
+    precision: str,
+    source: str,
+    notes: list[str],
+) -> None:
+    logger.info("run       %s", run_dir)
+    logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
+    if precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
+        logger.warning(
+            "this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)"
+        )
+    images = stream.num_rows or config.data.num_train_images
+    for line in (*describe_plan(config, accelerator.num_processes, images).splitlines(), *notes):
+        logger.info(line)
+
+
+def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, from_images: bool) -> None:
+    """PCA initialization on the main process, and the model's place, memory format and compilation."""
+    presets = config.training_presets
+    freeze_pca_branch(model, presets.pca_lr_scale)
+    if from_images and model.pca_branch is not None:
+        # `prepare` sends the weights to the other processes; an error must reach them here.
+        on_main_process(accelerator, lambda: _fit_pca_branch(config, model, accelerator.device))
+    if presets.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if presets.channels_last:
+        model.to(memory_format=torch.channels_last)
+    model.to(accelerator.device)
+    if presets.compile:
+        model.compile()  # in place: the names in checkpoints stay those of the eager model
+
+
+def _fit_pca_branch(config: Config, model: AutoencoderKLUltra, device: torch.device) -> None:
+    """Fits the PCA branch to the first images of the stream."""
+    presets, started = config.training_presets, time.monotonic()
+    stream = TrainStream(
+        config.data,
+        resolution=model.config.sample_size,
+        seed=presets.seed,
+        global_batch=1,  # exactly `pca_init_images`, whatever the batch and the number of processes
+        rank=0,
+        world_size=1,
+    )
+    images = torch.cat([batch.pixels for batch in stream.epoch_batches(0, max_batches=presets.pca_init_images)])
+    if device.type == "cuda":  # MPS has no eigenvalue solver
+        model.to(device)
+    copies = presets.pca_init_augmented_copies
+    result = fit_pca_branch(model, images, presets.pca_noise_fraction, copies)
+    logger.info(
+        "PCA initialization: images %d, augmented copies %d, seconds %.0f, components %d, variance kept %.2f %%, "
+        "KL %.2f nats per dimension",
+        len(images),
+        copies,
+        time.monotonic() - started,
+        result["components"],
+        100 * result["kept_fraction"],
+        result["kl_per_dimension"],
+    )
+
+
+def _build_ema(config: Config, parameters: list[nn.Parameter], accelerator: Accelerator) -> EMAWeights | None:
+    presets = config.training_presets
+    if presets.ema_decay == 0:
+        return None
+    ema = EMAWeights(parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power)
+    ema.to(accelerator.device)
+    return ema
+
+
+def _find_micro_batch(run: Run) -> None:
+    """Sets the largest micro-batch that fits: on CUDA from the memory estimate, then by trial."""
+    presets, accelerator = run.config.training_presets, run.accelerator
+    if accelerator.device.type == "cuda":  # the estimate is closer than halving from the whole batch
+        own = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
+        limit = accelerator.gather(own).min().item()
+        run.train_step.micro_batch = planned_micro_batch(run.config, accelerator.num_processes, limit)
+    run.train_step.find_micro_batch(presets.batch_size // accelerator.num_processes, run.model.config.sample_size)
+    logger.info("micro_batch_size auto: %d images per forward pass", run.train_step.micro_batch)
