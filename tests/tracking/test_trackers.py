@@ -129,7 +129,7 @@ def test_a_learning_rate_that_diverges_ends_as_documented(faces, tmp_path):
     config = tiny.tiny_config(tmp_path, faces, training_presets=presets)
     with tiny.process_state():
         trainer = Trainer(config)
-        with pytest.raises(RuntimeError, match="8 steps in a row had no finite gradient, again, after going back"):
+        with pytest.raises(RuntimeError, match="8 steps in a row had no finite gradient, again, after a roll-back"):
             trainer.run()
     text = (trainer.run_dir / "training.log").read_text()
     assert "metrics not finite" in text and "rolled back from step" in text
