@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.data.synthetic_faces import render_face
+from training.data.synthetic_faces.render import render_face
 from training.pca_init import fit_pca_branch
 from training.publish.export import export_model
 

@@ -162,3 +162,8 @@ def retry_after(error: BaseException) -> float | None:
         return float(http_response(error).headers["Retry-After"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
+
+
+def printable(text: str) -> str:
+    """Escapes what UTF-8 cannot encode, such as bytes of a Latin-1 file name, so that any stream can write the text."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -108,7 +108,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> int | None:
         """Steps of an epoch, or None if unknown."""
-        images = self.stream.num_rows or self.config.data.num_train_images
+        images = self.stream.num_examples or self.config.data.num_train_images
         steps = None if images is None else images // self.config.training_presets.batch_size
         return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
 
@@ -307,9 +307,9 @@ def _open_data(
         return stream, load_validation(config.data, resolution=resolution, rank=rank, world_size=world_size)
 
     stream, validation = main_process_first(accelerator, open_both)
-    if (stream.num_rows or presets.batch_size) < presets.batch_size:
+    if (stream.num_examples or presets.batch_size) < presets.batch_size:
         raise ValueError(
-            f"training_presets.batch_size {presets.batch_size} is more than the {stream.num_rows} training images of "
+            f"training_presets.batch_size {presets.batch_size} is more than the {stream.num_examples} training images of "
             f"{config.data.dataset}: use a smaller batch or more data."
         )
     return stream, *validation
@@ -330,7 +330,7 @@ def _log_start(
         logger.warning(
             "this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)"
         )
-    images = stream.num_rows or config.data.num_train_images
+    images = stream.num_examples or config.data.num_train_images
     for line in (*describe_plan(config, accelerator.num_processes, images).splitlines(), *notes):
         logger.info(line)
 

@@ -129,7 +129,7 @@ def test_a_refused_change_goes_through_where_it_is_allowed_by_name(finished, ses
     with pytest.raises(ValueError, match="--allow-changed data.horizontal_flip data.synthetic_train_images"):
         Trainer(config, str(run_dir))
     allowed = ["data.horizontal_flip", "data.synthetic_train_images"]
-    with pytest.raises(ValueError, match="the training rows of 'synthetic_faces' are others than they were"):
+    with pytest.raises(ValueError, match="the training images of 'synthetic_faces' have changed"):
         Trainer(config, str(run_dir), allowed)
     trainer = Trainer(config, str(run_dir), [*allowed, "data"])
     trainer.tracker.close()

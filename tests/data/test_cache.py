@@ -1,4 +1,4 @@
-"""The cache of encoded rows: written once by one process, continued after a stop, never taken for another's."""
+"""The dataset cache: written once by one process, resumed after an interruption, one folder per identity."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from training.config import DataConfig, config_from_dict
 from training.data import cache as dataset_cache
 from training.data import chunks, shards
 from training.data.cache import DatasetCache, cache_folder
-from training.data.order import CachedRows, buffer_shuffled
+from training.data.order import CachedExamples, buffer_shuffled
 from training.data.shards import Shard
 from training.data.sources import Source
 
-NUM_SHARDS, SHARD_ROWS = 5, 23
+NUM_SHARDS, SHARD_EXAMPLES = 5, 23
 
 
 @pytest.fixture(autouse=True)
@@ -36,92 +36,92 @@ def small_chunks(monkeypatch, tmp_path):
 
 
 class CountedSource:
-    """Shards of numbered rows that count what is read of them; `fails` maps (shard, row) to errors to raise there."""
+    """Shards of numbered examples that record what is read; `fails` maps (shard, number) to errors to raise there."""
 
     def __init__(self, **facts):
-        self.read_rows: list[tuple[int, int]] = []
+        self.reads: list[tuple[int, int]] = []
         self.fails: dict[tuple[int, int], list[Exception]] = {}
         self.slow_s = 0.0
         parts = [Shard(f"mem://shard{i}", lambda start, i=i: self._read(i, start)) for i in range(NUM_SHARDS)]
         self.source = Source(name="numbers", identity={"role": "train"}, shards=parts, **facts)
 
     def _read(self, shard: int, start: int):
-        for row in range(start, SHARD_ROWS):
-            if errors := self.fails.get((shard, row)):
+        for number in range(start, SHARD_EXAMPLES):
+            if errors := self.fails.get((shard, number)):
                 raise errors.pop(0)
             time.sleep(self.slow_s)
-            self.read_rows.append((shard, row))
-            yield [row_of(shard, row)]
+            self.reads.append((shard, number))
+            yield [example_of(shard, number)]
 
 
-def row_of(shard: int, row: int) -> tuple[bytes | None, str | None]:
-    return (None, None) if row == 7 else (b"%d-%d" % (shard, row), f"{row}.png")
+def example_of(shard: int, number: int) -> tuple[bytes | None, str | None]:
+    return (None, None) if number == 7 else (b"%d-%d" % (shard, number), f"{number}.png")
 
 
-ALL_ROWS = [(shard, row) for shard in range(NUM_SHARDS) for row in range(SHARD_ROWS)]
+ALL_EXAMPLES = [(shard, number) for shard in range(NUM_SHARDS) for number in range(SHARD_EXAMPLES)]
 
 
-def rows_in_order(cache: DatasetCache, source: Source, epoch: int = 0, seed: int = 0) -> list:
-    rows = CachedRows(cache, 16, source)
-    return [rows.read(reference) for reference in rows.order(seed, epoch)]
+def examples_in_order(cache: DatasetCache, source: Source, epoch: int = 0, seed: int = 0) -> list:
+    examples = CachedExamples(cache, 16, source)
+    return [examples.read(reference) for reference in examples.order(seed, epoch)]
 
 
-def test_rows_are_fetched_once_and_come_back_in_both_kinds_of_epoch(tmp_path):
+def test_examples_are_downloaded_once_and_read_in_both_kinds_of_epoch(tmp_path):
     counted = CountedSource()
     cache = DatasetCache(tmp_path, 5.0, counted.source)
-    expected = sorted(map(str, itertools.starmap(row_of, ALL_ROWS)))
+    expected = sorted(map(str, itertools.starmap(example_of, ALL_EXAMPLES)))
     for epoch in range(3):
-        assert sorted(map(str, rows_in_order(cache, counted.source, epoch))) == expected
-    assert sorted(counted.read_rows) == ALL_ROWS
+        assert sorted(map(str, examples_in_order(cache, counted.source, epoch))) == expected
+    assert sorted(counted.reads) == ALL_EXAMPLES
     again = DatasetCache(tmp_path, 5.0, None)
-    assert again.is_complete and again.num_rows == len(ALL_ROWS)
-    assert rows_in_order(again, counted.source, 2) == rows_in_order(cache, counted.source, 2)
+    assert again.is_complete and again.num_examples == len(ALL_EXAMPLES)
+    assert examples_in_order(again, counted.source, 2) == examples_in_order(cache, counted.source, 2)
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_later_epochs_are_permutations_of_the_whole_set(tmp_path):
+def test_later_epochs_are_permutations_of_the_data_set(tmp_path):
     counted = CountedSource()
     cache = DatasetCache(tmp_path, 5.0, counted.source)
-    rows_in_order(cache, counted.source)
-    rows = CachedRows(cache, 16, counted.source)
+    examples_in_order(cache, counted.source)
+    examples = CachedExamples(cache, 16, counted.source)
     starts = []
     for epoch in range(1, 200):
-        order = list(rows.order(0, epoch))
-        assert len(set(order)) == len(ALL_ROWS)
+        order = list(examples.order(0, epoch))
+        assert len(set(order)) == len(ALL_EXAMPLES)
         starts.append(order[0][0])
-    # The first row comes from any shard: 5 equal chances, 199 draws, 40 +- 5.7 each.
+    # The first number comes from any shard: 5 equal chances, 199 draws, 40 +- 5.7 each.
     assert all(15 < count < 65 for count in np.bincount(starts, minlength=NUM_SHARDS))
 
 
-def test_buffer_shuffle_is_a_permutation_that_moves_rows_by_about_the_buffer():
+def test_buffer_shuffle_is_a_permutation_that_moves_examples_by_about_the_buffer():
     order = list(buffer_shuffled(iter(range(5000)), 100, np.random.default_rng(0)))
     assert sorted(order) == list(range(5000))
     moved = np.abs(np.array(order) - np.arange(5000))
     assert 60 < moved.mean() < 160
 
 
-def test_a_cut_off_cache_goes_on_at_the_last_chunk(tmp_path, monkeypatch):
+def test_an_interrupted_download_resumes_at_the_last_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_cache, "_WORKERS", 1)
     counted = CountedSource()
     order = np.random.default_rng((0, 0)).permutation(NUM_SHARDS).tolist()
     counted.fails[order[2], 14] = [ValueError("cut")] * 3
     with pytest.raises(RuntimeError, match=r"data: mem://shard\d cannot be read \(3 attempts\): ValueError: cut"):
-        rows_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
+        examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
     (tmp_path / "shard-00000-chunk-00001.tmp").write_bytes(b"half")
-    before = len(counted.read_rows)
-    assert before == 2 * SHARD_ROWS + 14
-    rows = rows_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
-    assert len(set(rows)) == NUM_SHARDS * (SHARD_ROWS - 1) + 1  # the nulls are alike
-    assert len(counted.read_rows) - before == 3 * SHARD_ROWS - 12  # 12 rows of the third shard were in chunks
+    before = len(counted.reads)
+    assert before == 2 * SHARD_EXAMPLES + 14
+    examples = examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
+    assert len(set(examples)) == NUM_SHARDS * (SHARD_EXAMPLES - 1) + 1  # the nulls are alike
+    assert len(counted.reads) - before == 3 * SHARD_EXAMPLES - 12  # 12 examples of the third shard were in chunks
     fresh = CountedSource()
-    assert rows == rows_in_order(DatasetCache(tmp_path / "fresh", 5.0, fresh.source), fresh.source)
+    assert examples == examples_in_order(DatasetCache(tmp_path / "fresh", 5.0, fresh.source), fresh.source)
 
 
 @pytest.mark.parametrize("trouble", ["flipped bit", "cut short", "missing"])
 @pytest.mark.parametrize("complete", [True, False])
-def test_damage_is_found_and_mended(tmp_path, trouble, complete):
+def test_corrupt_chunks_are_found_and_downloaded_again(tmp_path, trouble, complete):
     counted = CountedSource()
-    expected = rows_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source, 1)
+    expected = examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source, 1)
     chunk = tmp_path / "shard-00002-chunk-00003.arrow"
     good = chunk.read_bytes()
     if not complete:
@@ -134,22 +134,22 @@ def test_damage_is_found_and_mended(tmp_path, trouble, complete):
     if complete and trouble == "flipped bit":
         return  # contents are compared when a cache is completed, not at every start
     if complete:
-        with pytest.raises(ValueError, match=r"chunk-00003.arrow is damaged; delete .* and fetch it again"):
+        with pytest.raises(ValueError, match=r"chunk-00003.arrow is corrupt; delete .* and download it again"):
             DatasetCache(tmp_path, 5.0, None)
-    counted.read_rows.clear()
-    assert rows_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source, 1) == expected
-    assert counted.read_rows == [(2, row) for row in range(12, SHARD_ROWS)]
+    counted.reads.clear()
+    assert examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source, 1) == expected
+    assert counted.reads == [(2, number) for number in range(12, SHARD_EXAMPLES)]
     assert chunk.read_bytes() == good
 
 
-def test_one_fetches_and_the_others_follow(tmp_path):
+def test_one_process_downloads_and_the_others_follow(tmp_path):
     counted = CountedSource()
     counted.slow_s = 0.002
     caches = [DatasetCache(tmp_path, 5.0, counted.source) for _ in range(3)]
     found: list = [None] * 3
 
     def follow(i: int) -> None:
-        found[i] = rows_in_order(caches[i], counted.source, i % 2)
+        found[i] = examples_in_order(caches[i], counted.source, i % 2)
 
     threads = [threading.Thread(target=follow, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -157,47 +157,47 @@ def test_one_fetches_and_the_others_follow(tmp_path):
     for thread in threads:
         thread.join(timeout=20)
     assert found[0] == found[2] and sorted(map(str, found[0])) == sorted(map(str, found[1]))
-    assert sorted(counted.read_rows) == ALL_ROWS
+    assert sorted(counted.reads) == ALL_EXAMPLES
 
 
-def test_who_waits_takes_over_when_the_fetcher_is_gone(tmp_path):
+def test_a_waiting_process_takes_over_the_download(tmp_path):
     counted = CountedSource()
     lock = FileLock(tmp_path / "lock", thread_local=False)
     lock.acquire()
     threading.Timer(0.3, lock.release).start()
-    assert len(rows_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)) == len(ALL_ROWS)
+    assert len(examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)) == len(ALL_EXAMPLES)
 
 
 def test_waiting_ends_with_an_error_or_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")  # another process should fetch, and there is none
     counted = CountedSource()
     with pytest.raises(
-        RuntimeError, match=r"waited 0 s for the rows in shard.*timeout_s=0.2\): the process that fetches"
+        RuntimeError, match=r"waited 0 s for the examples in shard.*timeout_s=0.2\): the process that downloads"
     ):
-        rows_in_order(DatasetCache(tmp_path, 0.2, counted.source), counted.source)
+        examples_in_order(DatasetCache(tmp_path, 0.2, counted.source), counted.source)
     cache = DatasetCache(tmp_path, 60.0, counted.source)
     threading.Timer(0.2, cache.interrupt).start()
     with pytest.raises(RuntimeError, match="interrupted"):
-        rows_in_order(cache, counted.source)
-    assert counted.read_rows == []
+        examples_in_order(cache, counted.source)
+    assert counted.reads == []
 
 
-def test_progress_elsewhere_and_slow_rows_are_no_stall(tmp_path):
+def test_progress_elsewhere_and_slow_examples_are_no_stall(tmp_path):
     counted = CountedSource()
-    counted.slow_s = 0.02  # 23 rows of 5 shards in 4 threads: twice the timeout in all
-    assert len(rows_in_order(DatasetCache(tmp_path, 0.4, counted.source), counted.source, 1)) == len(ALL_ROWS)
+    counted.slow_s = 0.02  # 23 examples of 5 shards in 4 threads: twice the timeout in all
+    assert len(examples_in_order(DatasetCache(tmp_path, 0.4, counted.source), counted.source, 1)) == len(ALL_EXAMPLES)
 
 
-def test_a_full_disk_is_one_error_before_or_while_it_is_written(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_one_error_before_or_during_the_download(tmp_path, monkeypatch, caplog):
     counted = CountedSource(num_bytes=5_000_000_000)
     caplog.set_level("INFO")
     usage = dataset_cache.shutil.disk_usage(tmp_path)._replace(free=5_900_000_000)
     monkeypatch.setattr(dataset_cache.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        ValueError, match=r"needs up to 5.00 GB in .* 1 GB to spare, but 5.90 GB are free: set data.cache"
+        ValueError, match=r"needs up to 5.00 GB in .* 1 GB in reserve, but 5.90 GB are free: set data.cache"
     ):
         DatasetCache(tmp_path / "new", 5.0, counted.source)
-    assert "at most 5.00 GB, of which 0.00 GB are there; 5.9 GB free" in caplog.text
+    assert "at most 5.00 GB, of which 0.00 GB are cached; 5.9 GB free" in caplog.text
     assert not (tmp_path / "new").exists()
     counted = CountedSource()
 
@@ -206,14 +206,14 @@ def test_a_full_disk_is_one_error_before_or_while_it_is_written(tmp_path, monkey
 
     monkeypatch.setattr(chunks.os, "fsync", no_space)
     with pytest.raises(RuntimeError, match=r"data.cache: cannot write to .*No space left.*data.cache_dir"):
-        rows_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
+        examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
 
 
 def test_mapped_chunks_hold_no_file_open(tmp_path):
     counted = CountedSource()
     cache = DatasetCache(tmp_path, 5.0, counted.source)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    rows_in_order(cache, counted.source, 1)
+    examples_in_order(cache, counted.source, 1)
     assert len(list(tmp_path.glob("*.arrow"))) == NUM_SHARDS * 6
     if before:
         assert len(os.listdir("/proc/self/fd")) - before < 6
@@ -229,7 +229,7 @@ def test_another_identity_is_another_folder():
     assert folder() == folder()
 
 
-def test_files_written_anew_are_not_taken_for_the_old_ones(tmp_path):
+def test_files_that_are_replaced_in_place_have_another_cache(tmp_path):
     images = [image_bytes(coded_image(i)) for i in range(24)]
     config = parquet_config({"train": write_shards(tmp_path, images, 2)})
     assert len(list(open_stream(config).epoch_batches(0))) == 4
@@ -239,7 +239,7 @@ def test_files_written_anew_are_not_taken_for_the_old_ones(tmp_path):
     assert seen == [example_id for batch in open_stream(fresh).epoch_batches(1) for example_id in batch.example_ids]
 
 
-def test_a_resume_with_other_rows_is_refused_and_named(tmp_path):
+def test_a_resume_with_other_examples_is_refused(tmp_path):
     images = [image_bytes(coded_image(i)) for i in range(24)]
     stream = open_stream(parquet_config({"train": write_shards(tmp_path, images, 2)}))
     stream.check_resume(json.loads(json.dumps(stream.identity)))
@@ -288,7 +288,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 
 
 @pytest.mark.multiprocess
-def test_ranks_that_are_processes_see_every_row_once_in_equal_numbers_of_batches(tmp_path):
+def test_rank_processes_see_every_example_once_in_equal_numbers_of_batches(tmp_path):
     images = [image_bytes(coded_image(i)) for i in range(101)]
     cases = {}
     for layout in ((5, 2, 2, "on"), (7, 3, 1, "off"), (7, 3, 2, "on"), (19, 2, 1, "on"), (19, 2, 2, "on")):

@@ -1,4 +1,4 @@
-"""Training rows over the real Hub client from a stand-in on the loopback interface, in fair weather and foul."""
+"""Streams through the real Hub client from a fake server, with and without network failures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import datasets
 import huggingface_hub
 import pytest
 from fake_hub import COMMIT, FakeHub
-from test_stream import SIDE, assert_same, coded_image, flat_numbers, image_bytes, open_stream, write_shards
+from test_stream import SIZE, assert_same, coded_image, flat_numbers, image_bytes, open_stream, write_shards
 
 from training.config import DataConfig
 from training.data import cache as dataset_cache
 from training.data import shards
 from training.data.stream import load_validation
 
-NUM_ROWS = 143
+NUM_EXAMPLES = 143
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def repository(tmp_path_factory) -> Path:
     """5 shards of coded images to train on, 2 to validate on."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "data").mkdir()
-    images = [image_bytes(coded_image(i)) for i in range(NUM_ROWS)]
+    images = [image_bytes(coded_image(i)) for i in range(NUM_EXAMPLES)]
     write_shards(folder / "data", images, 5)
     write_shards(folder / "data", images[:12], 2, "validation")
     return folder
@@ -57,7 +57,7 @@ def hub_config(**changes) -> DataConfig:
     return DataConfig(**{"dataset": "org/faces", "shuffle_buffer": 16, "decode_threads": 2, **changes})
 
 
-def test_the_first_epoch_fetches_each_byte_range_once_and_later_ones_nothing(hub, repository):
+def test_the_first_epoch_requests_each_byte_range_once_and_later_ones_nothing(hub, repository):
     stream = open_stream(hub_config())
     orders = [flat_numbers(list(stream.epoch_batches(0)))]
     list(stream.epoch_batches(1, max_batches=1))  # the last rows of epoch 0 are behind us
@@ -68,26 +68,26 @@ def test_the_first_epoch_fetches_each_byte_range_once_and_later_ones_nothing(hub
     for epoch in (1, 2):
         orders.append(flat_numbers(list(stream.epoch_batches(epoch))))
     assert len(hub.requests) == asked
-    assert all(len(set(order)) == NUM_ROWS - NUM_ROWS % 6 for order in orders)
+    assert all(len(set(order)) == NUM_EXAMPLES - NUM_EXAMPLES % 6 for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert stream.num_rows == NUM_ROWS
+    assert stream.num_examples == NUM_EXAMPLES
 
 
-def test_a_pinned_commit_that_is_cached_needs_no_network_and_a_branch_needs_only(hub, tmp_path):
-    whole = {epoch: list(open_stream(hub_config()).epoch_batches(epoch)) for epoch in (0, 1)}
-    validation = load_validation(hub_config(), resolution=SIDE, rank=0, world_size=1)
+def test_a_cached_commit_needs_no_network_and_a_branch_needs_cache_only(hub, tmp_path):
+    full = {epoch: list(open_stream(hub_config()).epoch_batches(epoch)) for epoch in (0, 1)}
+    validation = load_validation(hub_config(), resolution=SIZE, rank=0, world_size=1)
     asked = len(hub.requests)
     for changes in ({"revision": COMMIT}, {"cache": "only"}, {"cache": "only", "revision": COMMIT}):
-        for epoch, batches in whole.items():
+        for epoch, batches in full.items():
             assert_same(list(open_stream(hub_config(**changes)).epoch_batches(epoch)), batches)
-        again = load_validation(hub_config(**changes), resolution=SIDE, rank=0, world_size=1)
+        again = load_validation(hub_config(**changes), resolution=SIZE, rank=0, world_size=1)
         assert again[1] == validation[1] == list(range(12)) and again[0].equal(validation[0])
     assert len(hub.requests) == asked
     for other in (
-        {"revision": "v1"}, {"train_split": "validation"}, {"image_column": "label"}, {"dataset": "org/others"},
+        {"revision": "v1"}, {"train_split": "all"}, {"image_column": "label"}, {"dataset": "org/others"},
         {"cache_dir": str(tmp_path / "elsewhere")},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"holds no complete cache of the train rows of .*data.cache=\"on\""):
+        with pytest.raises(ValueError, match=r"holds no complete cache of the train examples of .*data.cache=\"on\""):
             open_stream(hub_config(cache="only", **other))
     assert len(hub.requests) == asked
 
@@ -98,7 +98,7 @@ def test_without_a_cache_every_epoch_is_a_stream_in_the_order_of_the_first(hub):
     assert_same(first, list(open_stream(hub_config()).epoch_batches(0)))
     asked = len(hub.ranges)
     second = flat_numbers(list(off.epoch_batches(1)))
-    assert len(set(second)) == NUM_ROWS - NUM_ROWS % 6 and second != flat_numbers(first)
+    assert len(set(second)) == NUM_EXAMPLES - NUM_EXAMPLES % 6 and second != flat_numbers(first)
     assert len(hub.ranges) - asked == 5  # again, but not the footers
     assert_same(list(off.epoch_batches(0, start_batch=9)), first[9:])
 
@@ -106,7 +106,7 @@ def test_without_a_cache_every_epoch_is_a_stream_in_the_order_of_the_first(hub):
 @pytest.mark.parametrize(
     "trouble", [["429"], ["503"], ["cut"], ["stall"], ["cut", "ok", "503", "ok", "cut"]], ids="-".join
 )
-def test_trouble_is_outlasted(hub, trouble, monkeypatch, request):
+def test_network_failures_are_retried(hub, trouble, monkeypatch, request):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.4)
     calm = open_stream(hub_config(cache_dir=str(request.getfixturevalue("tmp_path") / "calm")))
     expected = list(calm.epoch_batches(0))
@@ -125,14 +125,14 @@ def impatient_client(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["503*", "429*", "cut*", "stall*"])
-def test_at_last_there_is_one_clear_error_and_what_came_is_kept(hub, trouble, monkeypatch, caplog):
+def test_a_lasting_failure_is_one_error_and_keeps_what_was_downloaded(hub, trouble, monkeypatch, caplog):
     impatient_client(monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(dataset_cache, "_WORKERS", 1)
     stream = open_stream(hub_config(timeout_s=1.0))
     hub.faults[:] = ["ok"] * 5 + [trouble]
     with pytest.raises(
-        RuntimeError, match=r"^data: nothing came from hf://.*data.timeout_s=1\): \w+.*--resume auto"
+        RuntimeError, match=r"^data: nothing arrived from hf://.*data.timeout_s=1\): \w+.*--resume auto"
     ) as error:
         list(stream.epoch_batches(0))
     assert "\n" not in str(error.value)
@@ -140,20 +140,20 @@ def test_at_last_there_is_one_clear_error_and_what_came_is_kept(hub, trouble, mo
     hub.faults.clear()
     had = len(hub.ranges)
     batches = list(open_stream(hub_config()).epoch_batches(0))
-    assert len(set(flat_numbers(batches))) == NUM_ROWS - NUM_ROWS % 6
+    assert len(set(flat_numbers(batches))) == NUM_EXAMPLES - NUM_EXAMPLES % 6
     fetched = hub.ranges[had:]
     assert not {name for name, first, _ in fetched if first > 0} & {n for n, first, _ in hub.ranges[:had] if first > 0}
 
 
-def test_a_stalled_stream_without_a_cache_ends_too(hub, monkeypatch):
+def test_a_stalled_stream_without_a_cache_is_an_error(hub, monkeypatch):
     impatient_client(monkeypatch)
     stream = open_stream(hub_config(cache="off", timeout_s=0.5))
     hub.faults[:] = ["503*"]
-    with pytest.raises(RuntimeError, match=r"nothing came from hf://.*HTTP|503"):
+    with pytest.raises(RuntimeError, match=r"nothing arrived from hf://.*HTTP|503"):
         list(stream.epoch_batches(0))
 
 
-def test_a_file_that_is_gone_is_named_after_few_attempts(hub, repository):
+def test_a_missing_file_is_named_after_few_attempts(hub, repository):
     stream = open_stream(hub_config())
     gone = repository / "data" / "train-00003-of-00005.parquet"
     away = gone.rename(repository / "gone")
@@ -205,5 +205,5 @@ print(json.dumps([names, ours]))
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     names, ours = json.loads(done.stdout)
-    assert len(names) == NUM_ROWS and sorted(names) == sorted(ours)  # 143 = 13 batches of 11
-    assert (tmp_path / "datasets" / "encoded_rows").is_dir()
+    assert len(names) == NUM_EXAMPLES and sorted(names) == sorted(ours)  # 143 = 13 batches of 11
+    assert (tmp_path / "datasets" / "dataset_cache").is_dir()

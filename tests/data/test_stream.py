@@ -1,4 +1,4 @@
-"""Tests of training/data/stream.py: what an epoch holds and in which order, what bad rows do, what errors say."""
+"""Epochs, their order and resume; corrupt images; splits; error messages."""
 
 import hashlib
 import http.server
@@ -30,7 +30,7 @@ from training.data.images import CorruptImage, decode_image, denormalize, normal
 from training.data.sources import open_source
 from training.data.stream import TrainStream, load_validation
 
-SIDE = 24  # pixels; the least that decode_image takes is 16
+SIZE = 24  # pixels; decode_image takes 16 or more
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +51,14 @@ def noise(width: int, height: int) -> Image.Image:
 
 def coded_image(number: int) -> Image.Image:
     """Red and green hold the number; blue is 255 in the left half, so that a flip shows."""
-    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = number % 256, number // 256
-    pixels[:, : SIDE // 2, 2] = 255
+    pixels[:, : SIZE // 2, 2] = 255
     return Image.fromarray(pixels)
 
 
 def numbers_and_flips(pixels: torch.Tensor) -> list[tuple[int, bool]]:
-    """Reads `coded_image` back from (n, 3, SIDE, SIDE)."""
+    """Reads `coded_image` back from (n, 3, SIZE, SIZE)."""
     return [(int(p[0, 9, 9]) + 256 * int(p[1, 9, 9]), int(p[2, 9, 2]) < 128) for p in pixels]
 
 
@@ -88,7 +88,7 @@ def parquet_config(data_files: dict, **changes) -> DataConfig:
 
 def open_stream(config, world_size=1, rank=0, global_batch=6, seed=0) -> TrainStream:
     ranks = {"rank": rank, "world_size": world_size}
-    return TrainStream(config, resolution=SIDE, seed=seed, global_batch=global_batch, **ranks)
+    return TrainStream(config, resolution=SIZE, seed=seed, global_batch=global_batch, **ranks)
 
 
 def read_epoch(config, epoch=0, world_size=1, rank=0, global_batch=6, seed=0, **limits) -> list[data.Batch]:
@@ -96,7 +96,7 @@ def read_epoch(config, epoch=0, world_size=1, rank=0, global_batch=6, seed=0, **
 
 
 def validation_images(config, rank=0, world_size=1) -> tuple[torch.Tensor, list[int]]:
-    return load_validation(config, resolution=SIDE, rank=rank, world_size=world_size)
+    return load_validation(config, resolution=SIZE, rank=rank, world_size=world_size)
 
 
 def flat_numbers(batches: list[data.Batch]) -> list[int]:
@@ -114,7 +114,7 @@ def assert_same(batches: list[data.Batch], others: list[data.Batch]) -> None:
 
 @pytest.mark.parametrize("cache", ["on", "off"])
 @pytest.mark.parametrize(("shards", "epoch"), [(5, 0), (7, 1), (19, 0), (19, 2)])
-def test_every_row_comes_once_and_does_not_depend_on_the_world_size(tmp_path, shards, epoch, cache):
+def test_an_epoch_holds_every_example_once_for_every_world_size(tmp_path, shards, epoch, cache):
     config = coded_config(tmp_path, shards=shards, cache=cache)
     one = read_epoch(config, epoch)
     assert len(one) == 143 // 6
@@ -124,22 +124,22 @@ def test_every_row_comes_once_and_does_not_depend_on_the_world_size(tmp_path, sh
         assert [len(batches) for batches in ranks] == [len(one)] * world_size
         seen = [number for batches in ranks for number in flat_numbers(batches)]
         assert len(seen) == len(set(seen)) == 143 - 143 % 6
-        for whole, *parts in zip(one, *ranks, strict=True):
-            assert whole.example_ids == [example_id for part in parts for example_id in part.example_ids]
-            assert torch.equal(whole.pixels, torch.cat([part.pixels for part in parts]))
-            assert all(part.pixels.shape == (6 // world_size, 3, SIDE, SIDE) for part in parts)
+        for full, *parts in zip(one, *ranks, strict=True):
+            assert full.example_ids == [example_id for part in parts for example_id in part.example_ids]
+            assert torch.equal(full.pixels, torch.cat([part.pixels for part in parts]))
+            assert all(part.pixels.shape == (6 // world_size, 3, SIZE, SIZE) for part in parts)
 
 
-def test_batches_say_what_they_hold(tmp_path):
+def test_batches_carry_pixels_and_example_ids(tmp_path):
     stream = open_stream(coded_config(tmp_path))
-    assert stream.num_rows == 143
+    assert stream.num_examples == 143
     for index, batch in enumerate(stream.epoch_batches(0)):
         assert batch.index == index
         assert batch.pixels.dtype == torch.uint8
         assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
         for example_id, (number, _) in zip(batch.example_ids, numbers_and_flips(batch.pixels), strict=True):
             assert example_id.startswith(f"{number:05d}.png:")
-    assert (stream.dropped_examples, stream.num_rows, stream.corrupt_examples) == (143 % 6, 143, 0)
+    assert (stream.dropped_examples, stream.num_examples, stream.corrupt_examples) == (143 % 6, 143, 0)
     assert stream.wait_seconds > 0
 
 
@@ -155,20 +155,20 @@ def test_epochs_are_different_permutations_and_the_seed_decides(tmp_path):
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_resume_is_the_tail_of_an_uninterrupted_epoch(tmp_path, epoch, cache, monkeypatch):
     config = coded_config(tmp_path, cache=cache)
-    whole = read_epoch(config, epoch, seed=3)
+    full = read_epoch(config, epoch, seed=3)
     decoded = []
     monkeypatch.setattr(data, "decode_image", lambda *args: decoded.append(1) or decode_image(*args))
-    first, second = sorted(random.Random(epoch).sample(range(1, len(whole)), 2))
-    for start in {first, 7, len(whole) - 1, len(whole)}:  # batch 7 is two refills of the buffer away
+    first, second = sorted(random.Random(epoch).sample(range(1, len(full)), 2))
+    for start in {first, 7, len(full) - 1, len(full)}:  # batch 7 is two refills of the buffer away
         decoded.clear()
         fresh = parquet_config(config.data_files, cache=cache, cache_dir=str(tmp_path / f"cache{start}"))
         for resumed in (config, fresh):  # out of a complete cache, and into one that is empty
-            assert_same(read_epoch(resumed, epoch, seed=3, start_batch=start), whole[start:])
-        assert len(decoded) == 2 * 6 * (len(whole) - start)  # nothing that is skipped is decoded
+            assert_same(read_epoch(resumed, epoch, seed=3, start_batch=start), full[start:])
+        assert len(decoded) == 2 * 6 * (len(full) - start)  # nothing that is skipped is decoded
     twice = read_epoch(config, epoch, seed=3, max_batches=first)
     twice += read_epoch(config, epoch, seed=3, start_batch=first, max_batches=second - first)
     twice += read_epoch(config, epoch, seed=3, start_batch=second)
-    assert_same(twice, whole)
+    assert_same(twice, full)
 
 
 def test_threads_and_prefetch_do_not_change_the_order(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_threads_and_prefetch_do_not_change_the_order(tmp_path, monkeypatch):
     assert_same(read_epoch(parquet_config(config.data_files, decode_threads=1, prefetch_batches=9)), slow)
 
 
-def test_flips_are_half_of_the_rows_and_change_with_epoch_and_seed(tmp_path):
+def test_half_of_the_images_are_flipped_and_others_with_each_epoch_and_seed(tmp_path):
     config = coded_config(tmp_path)
     patterns = []
     for epoch, seed in ((0, 0), (1, 0), (0, 1)):
@@ -194,15 +194,15 @@ def test_flips_are_half_of_the_rows_and_change_with_epoch_and_seed(tmp_path):
         assert 45 < sum(patterns[-1]) < 95  # 138 fair coins: mean 69, standard deviation 5.9
     for other in patterns[1:]:  # place by place, so that the flip is new and not only the order
         assert 40 < sum(np.not_equal(patterns[0], other)) < 98
-    still = read_epoch(parquet_config(config.data_files, horizontal_flip=False))
-    assert not any(flipped for batch in still for _, flipped in numbers_and_flips(batch.pixels))
+    unflipped = read_epoch(parquet_config(config.data_files, horizontal_flip=False))
+    assert not any(flipped for batch in unflipped for _, flipped in numbers_and_flips(batch.pixels))
 
 
 def reading_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name == "reader" or t.name.startswith("decode")]
 
 
-def test_decoding_threads_do_not_share_the_cores_of_the_model(tmp_path, monkeypatch):
+def test_decode_threads_use_one_core_each(tmp_path, monkeypatch):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(3)
     monkeypatch.setattr(data, "decode_image", lambda *args: seen.append(torch.get_num_threads()) or decode_image(*args))
@@ -238,7 +238,7 @@ def test_an_unreadable_shard_reaches_the_consumer(tmp_path):
 
 def test_too_little_data_is_an_error(tmp_path):
     config = coded_config(tmp_path, count=10, shards=2)
-    with pytest.raises(ValueError, match=r"holds 10 rows to train on, 0 batches of 12"):
+    with pytest.raises(ValueError, match=r"holds 10 images to train on, 0 batches of 12"):
         read_epoch(config, global_batch=12)
     with pytest.raises(ValueError, match=r"2 batches of 5, and batch 3 was asked for"):
         read_epoch(config, global_batch=5, start_batch=3)
@@ -272,7 +272,7 @@ def test_normalize_maps_bytes_to_one_range_exactly_once():
         ((100, 150), 178, 256, (0, 25, 100, 125)),
     ],
 )
-def test_geometry_is_a_centred_crop_and_pillows_resize(size, crop_px, resolution, box):
+def test_geometry_is_a_center_crop_and_pillows_resize(size, crop_px, resolution, box):
     image = noise(*size)
     expected = image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
     got = decode_image(image_bytes(image), crop_px, resolution)
@@ -282,29 +282,29 @@ def test_geometry_is_a_centred_crop_and_pillows_resize(size, crop_px, resolution
     assert difference.mean() < 0.02
 
 
-def halves(left, right, mode: str = "RGB", height: int = SIDE) -> Image.Image:
-    image = Image.new(mode, (SIDE, height), left)
-    image.paste(right, (SIDE // 2, 0, SIDE, height))
+def halves(left, right, mode: str = "RGB", height: int = SIZE) -> Image.Image:
+    image = Image.new(mode, (SIZE, height), left)
+    image.paste(right, (SIZE // 2, 0, SIZE, height))
     return image
 
 
 def palette_with_alpha() -> bytes:
-    image = Image.new("P", (SIDE, SIDE), 0)
+    image = Image.new("P", (SIZE, SIZE), 0)
     image.putpalette([0, 0, 255, 200, 0, 0])
-    image.paste(1, (SIDE // 2, 0, SIDE, SIDE))
-    return image_bytes(image, transparency=0)  # colour 0, the left half, is transparent
+    image.paste(1, (SIZE // 2, 0, SIZE, SIZE))
+    return image_bytes(image, transparency=0)  # color 0, the left half, is transparent
 
 
 def animation(file_format: str) -> bytes:
-    frames = [halves((255, 0, 0), (0, 255, 0)), Image.new("RGB", (SIDE, SIDE), "blue")]
+    frames = [halves((255, 0, 0), (0, 255, 0)), Image.new("RGB", (SIZE, SIZE), "blue")]
     return image_bytes(frames[0], file_format, save_all=True, append_images=frames[1:], duration=50)
 
 
-def turned_by_exif() -> bytes:
+def rotated_by_exif() -> bytes:
     """Stored on its side; orientation 6 asks for a quarter turn clockwise, which moves the bottom left."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = halves((250, 0, 0), (0, 0, 250), height=2 * SIDE)
+    upright = halves((250, 0, 0), (0, 0, 250), height=2 * SIZE)
     return image_bytes(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
 
 
@@ -312,10 +312,20 @@ def cmyk_jpeg() -> bytes:
     return image_bytes(halves((255, 0, 0, 0), (0, 255, 0, 0), "CMYK"), "JPEG")
 
 
-def grey_16_bit() -> bytes:
-    levels = np.full((SIDE, SIDE), 100 * 257, np.uint16)
-    levels[:, SIDE // 2 :] = 200 * 257
+def gray_16_bit() -> bytes:
+    levels = np.full((SIZE, SIZE), 100 * 257, np.uint16)
+    levels[:, SIZE // 2 :] = 200 * 257
     return image_bytes(Image.fromarray(levels))
+
+
+def broken_exif(file_format: str) -> bytes:
+    return image_bytes(halves((250, 0, 0), (0, 0, 250)), file_format, exif=b"Exif\0\0no TIFF header", lossless=True)
+
+
+def gray_32_bit(levels: tuple[int, int]) -> bytes:
+    pixels = np.full((SIZE, SIZE), levels[0], np.int32)
+    pixels[:, SIZE // 2 :] = levels[1]
+    return image_bytes(Image.fromarray(pixels), "TIFF")
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -330,18 +340,24 @@ def png_header(width: int, height: int) -> bytes:
 
 JPEG = image_bytes(noise(64, 64), "JPEG")
 WHITE = (255, 255, 255)
-# Bytes, the left and right colours they must decode to, and the tolerance (JPEG, and CMYK's conversion).
+# Bytes, the left and right colors they must decode to, and the tolerance (JPEG, and CMYK's conversion).
 READABLE = {
-    "grey jpeg": (image_bytes(halves(60, 220, "L"), "JPEG"), (60,) * 3, (220,) * 3, 4),
+    "gray jpeg": (image_bytes(halves(60, 220, "L"), "JPEG"), (60,) * 3, (220,) * 3, 4),
     "cmyk jpeg": (cmyk_jpeg(), (0, 255, 255), (255, 0, 255), 8),
     "one bit": (image_bytes(halves(0, 1, "1")), (0, 0, 0), WHITE, 0),
-    "16-bit grey png": (grey_16_bit(), (100,) * 3, (200,) * 3, 1),
+    "16-bit gray png": (gray_16_bit(), (100,) * 3, (200,) * 3, 1),
     "alpha": (image_bytes(halves((9, 9, 9, 0), (9, 90, 200, 255), "RGBA")), WHITE, (9, 90, 200), 0),
-    "grey alpha": (image_bytes(halves((0, 0), (50, 255), "LA")), WHITE, (50, 50, 50), 0),
+    "gray alpha": (image_bytes(halves((0, 0), (50, 255), "LA")), WHITE, (50, 50, 50), 0),
     "palette with alpha": (palette_with_alpha(), WHITE, (200, 0, 0), 0),
     "animated gif": (animation("GIF"), (255, 0, 0), (0, 255, 0), 0),
     "animated webp": (animation("WEBP"), (255, 0, 0), (0, 255, 0), 40),
-    "turned by exif": (turned_by_exif(), (250, 0, 0), (0, 0, 250), 8),
+    "rotated by exif": (rotated_by_exif(), (250, 0, 0), (0, 0, 250), 8),
+    "png with broken exif": (broken_exif("PNG"), (250, 0, 0), (0, 0, 250), 0),
+    "webp with broken exif": (broken_exif("WEBP"), (250, 0, 0), (0, 0, 250), 2),
+    "32-bit tiff with 8-bit levels": (gray_32_bit((60, 220)), (60,) * 3, (220,) * 3, 0),
+    "32-bit tiff with 16-bit levels": (gray_32_bit((100 * 257, 200 * 257)), (100,) * 3, (200,) * 3, 0),
+    "avif": (image_bytes(halves((250, 0, 0), (0, 0, 250)), "AVIF", quality=95), (250, 0, 0), (0, 0, 250), 12),
+    "jpeg 2000": (image_bytes(halves((250, 0, 0), (0, 0, 250)), "JPEG2000"), (250, 0, 0), (0, 0, 250), 2),
 }
 UNREADABLE = {
     "null": None,
@@ -354,9 +370,11 @@ UNREADABLE = {
     "narrow": image_bytes(Image.new("RGB", (500, 3))),
     "81 megapixels": png_header(9000, 9000),
     "196 megapixels": png_header(14000, 14000),
-    "floating point": image_bytes(Image.new("F", (SIDE, SIDE), 0.5), "TIFF"),
-    "not a photograph": image_bytes(Image.new("RGB", (SIDE, SIDE)), "EPS"),
+    "floating point": image_bytes(Image.new("F", (SIZE, SIZE), 0.5), "TIFF"),
+    "not a photograph": image_bytes(Image.new("RGB", (SIZE, SIZE)), "EPS"),
     "random bytes": np.random.default_rng(0).bytes(500),
+    "32-bit levels": gray_32_bit((0, 70_000)),
+    "lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9",
     "truncated webp": image_bytes(noise(64, 64), "WEBP")[:300],
     "truncated tiff": image_bytes(noise(64, 64), "TIFF")[:500],
     "flipped bits": bytes(255 - byte for byte in JPEG),
@@ -364,11 +382,11 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_unusual_images_are_decoded_right(name):
+def test_unusual_images_are_decoded(name):
     encoded, left, right, tolerance = READABLE[name]
-    pixels = decode_image(encoded, None, SIDE).astype(int)
-    for column, colour in ((3, left), (SIDE - 4, right)):
-        assert np.abs(pixels[SIDE // 2, column] - colour).max() <= tolerance
+    pixels = decode_image(encoded, None, SIZE).astype(int)
+    for column, color in ((3, left), (SIZE - 4, right)):
+        assert np.abs(pixels[SIZE // 2, column] - color).max() <= tolerance
 
 
 @pytest.mark.parametrize(
@@ -388,21 +406,23 @@ def test_unusual_images_are_decoded_right(name):
         ("196 megapixels", "196000000 pixels"),
         ("floating point", "no known range"),
         ("random bytes", "not an image"),
+        ("32-bit levels", "32-bit pixels from 0 to 70000 have no known range"),
+        ("lfs pointer", "run `git lfs pull`"),
         ("truncated webp", "."),
         ("truncated tiff", "."),
         ("flipped bits", "not an image"),
         ("not a photograph", "not an image"),
     ],
 )
-def test_bad_images_are_refused_with_a_reason(name, reason):
+def test_corrupt_images_are_refused_with_a_reason(name, reason):
     with pytest.raises(CorruptImage, match=reason):
-        decode_image(UNREADABLE[name], None, SIDE)
+        decode_image(UNREADABLE[name], None, SIZE)
 
 
-# ---- bad rows ----
+# ---- corrupt images ----
 
 
-def rotten_images(count: int, every: int) -> list[bytes | None]:
+def images_with_corrupt_ones(count: int, every: int) -> list[bytes | None]:
     images = [image_bytes(coded_image(i)) for i in range(count)]
     bad = list(UNREADABLE.values())
     for i, row in enumerate(range(5, count, every)):
@@ -410,43 +430,47 @@ def rotten_images(count: int, every: int) -> list[bytes | None]:
     return images
 
 
-def test_bad_rows_are_replaced_counted_and_named(tmp_path, caplog):
-    images = rotten_images(320, every=20)  # each kind once
-    assert len(UNREADABLE) == 16
+def test_corrupt_images_are_replaced_counted_and_logged(tmp_path, caplog):
+    images = images_with_corrupt_ones(360, every=20)  # each kind once
+    assert len(UNREADABLE) == 18
     config = parquet_config({"train": write_shards(tmp_path, images, 5)}, max_corrupt_fraction=0.1)
     stream = open_stream(config, global_batch=8)
-    told = []
+    logged = []
     for epoch in (0, 1):
         caplog.clear()
         batches = list(stream.epoch_batches(epoch))
-        told += [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
-        assert len(batches) == 40
-        assert stream.corrupt_examples == 16 * (epoch + 1)
+        logged += [record.getMessage() for record in caplog.records if "corrupt image replaced" in record.getMessage()]
+        assert len(batches) == 45
+        assert stream.corrupt_examples == 18 * (epoch + 1)
         numbers = flat_numbers(batches)
-        good = set(range(320)) - set(range(5, 320, 20))
+        good = set(range(360)) - set(range(5, 360, 20))
         assert set(numbers) == good  # all of them, and only they
-        repeated = 8 * 40 - sum(len(set(flat_numbers([batch]))) for batch in batches)
-        assert repeated == 16  # a stand-in comes from the batch of the row that it replaces
+        repeated = 8 * 45 - sum(len(set(flat_numbers([batch]))) for batch in batches)
+        assert repeated == 18  # the replacement comes from the same batch
         ranks = [read_epoch(config, epoch, 4, rank, global_batch=8) for rank in range(4)]
-        for whole, *parts in zip(batches, *ranks, strict=True):
-            assert torch.equal(whole.pixels, torch.cat([part.pixels for part in parts]))
+        for full, *parts in zip(batches, *ranks, strict=True):
+            assert torch.equal(full.pixels, torch.cat([part.pixels for part in parts]))
         assert_same(read_epoch(config, epoch, global_batch=8, start_batch=9), batches[9:])
-    assert len(told) == len(set(told)) == 16  # once each, in two epochs
-    for line in told:
-        assert re.search(r": (null|00\d\d5\.png:\w{12}) \(.+; row \d+ of epoch 0\)$", line)
+    assert len(logged) == len(set(logged)) == 18  # once each, in two epochs
+    for line in logged:
+        assert re.search(r": (null|00\d\d5\.png:\w{12}) \(.+; number \d+ of epoch 0\)$", line)
 
 
-def test_a_bad_row_alone_in_its_batch_is_replaced(tmp_path):
-    images = rotten_images(60, every=100)
+def test_a_corrupt_image_alone_in_its_batch_is_replaced(tmp_path):
+    images = images_with_corrupt_ones(60, every=100)
     config = parquet_config({"train": write_shards(tmp_path, images, 2)}, max_corrupt_fraction=0.1)
     numbers = flat_numbers(read_epoch(config, global_batch=1))
     assert len(numbers) == 60 and set(numbers) == set(range(60)) - {5}
 
 
 @pytest.mark.parametrize(("count", "read"), [(400, "199|20[0-9]"), (60, "60")])
-def test_too_many_bad_rows_stop_the_run(tmp_path, count, read):
-    config = parquet_config({"train": write_shards(tmp_path, rotten_images(count, 10), 3)}, max_corrupt_fraction=0.02)
-    pattern = rf"\d+ of ({read}) rows .* more than data.max_corrupt_fraction=0.02: .*\.png:[0-9a-f]+ \(.*; "
+def test_too_many_corrupt_images_stop_the_run(tmp_path, count, read):
+    config = parquet_config(
+        {"train": write_shards(tmp_path, images_with_corrupt_ones(count, 10), 3)}, max_corrupt_fraction=0.02
+    )
+    pattern = (
+        rf"\d+ of ({read}) images .* are corrupt, more than data.max_corrupt_fraction=0.02: .*\.png:[0-9a-f]+ \(.*; "
+    )
     with pytest.raises(RuntimeError, match=pattern) as error:
         read_epoch(config, global_batch=4)
     assert "\n" not in str(error.value) and error.value.args[0].count(".png") <= 10
@@ -455,9 +479,9 @@ def test_too_many_bad_rows_stop_the_run(tmp_path, count, read):
 
 def test_nothing_readable_is_an_error(tmp_path):
     files = {"train": write_shards(tmp_path, [b"text"] * 50, 2)}
-    with pytest.raises(RuntimeError, match="no row of 'parquet' is readable near 000"):
+    with pytest.raises(RuntimeError, match="no image of 'parquet' is readable near 000"):
         read_epoch(parquet_config(files), global_batch=4)
-    with pytest.raises(ValueError, match="has nothing to validate on: 50 rows"):
+    with pytest.raises(ValueError, match="no readable image to validate on: give a split"):
         validation_images(parquet_config({"validation": files["train"]}))
 
 
@@ -466,16 +490,16 @@ def test_nothing_readable_is_an_error(tmp_path):
 
 def test_validation_is_fixed_and_divided_over_the_ranks(tmp_path, caplog):
     images = [image_bytes(coded_image(i)) for i in range(20)]
-    images[4] = b"no image"
+    images[4] = b"no image"  # the limit counts readable images
     config = parquet_config({"validation": write_shards(tmp_path, images, 3, "validation")}, max_validation_images=11)
     parts = [validation_images(config, rank=rank, world_size=3) for rank in range(3)]
-    assert [indices for _, indices in parts] == [[0, 3, 6, 9], [1, 7, 10], [2, 5, 8]]
-    assert "row 4 skipped" in caplog.text
+    assert [indices for _, indices in parts] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
+    assert "corrupt validation image skipped: 00004.png (not an image of a known format)" in caplog.text
     for pixels, indices in parts:
         assert pixels.dtype == torch.uint8 and pixels.is_contiguous(memory_format=torch.channels_last)
-        assert numbers_and_flips(pixels) == [(index, False) for index in indices]
+        assert numbers_and_flips(pixels) == [(index + (index >= 4), False) for index in indices]
     pixels, indices = validation_images(config, rank=12, world_size=16)  # more ranks than rows
-    assert pixels.shape == (0, 3, SIDE, SIDE) and indices == []
+    assert pixels.shape == (0, 3, SIZE, SIZE) and indices == []
 
 
 def write_folder(folder: Path, numbers) -> None:
@@ -497,7 +521,7 @@ def test_folder_with_splits(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["parquet", "imagefolder"])
-def test_held_out_rows_are_disjoint_and_duplicates_stay_together(tmp_path, source):
+def test_held_out_images_are_disjoint_and_duplicates_stay_together(tmp_path, source):
     numbers = [*range(200), *range(150)]  # 150 of the pictures come twice
     changes = {"validation_split": None, "holdout_fraction": 0.25}
     if source == "parquet":
@@ -508,12 +532,12 @@ def test_held_out_rows_are_disjoint_and_duplicates_stay_together(tmp_path, sourc
         write_folder(tmp_path / "b", range(150))
         config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path), **changes)
     stream = open_stream(config, global_batch=1)
-    assert source == "imagefolder" or stream.num_rows == round(350 * 0.75)  # a folder is counted exactly
+    assert source == "imagefolder" or stream.num_examples == round(350 * 0.75)  # a folder is counted exactly
     train = flat_numbers(list(stream.epoch_batches(0)))
     held_out = [number for number, _ in numbers_and_flips(validation_images(config)[0])]
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(numbers)
-    assert stream.num_rows == len(train)
+    assert stream.num_examples == len(train)
     expected = [
         number
         for number in set(numbers)
@@ -530,12 +554,12 @@ def test_synthetic_faces_come_through_the_same_path(tmp_path):
         cache_dir=str(tmp_path),
     )
     stream = open_stream(config, global_batch=3)
-    assert stream.num_rows == 6
+    assert stream.num_examples == 6
     batches = list(stream.epoch_batches(0))
     validation, indices = validation_images(config)
     assert indices == [0, 1, 2]
     images = torch.cat([*(batch.pixels for batch in batches), validation])
-    assert images.shape == (9, 3, SIDE, SIDE)
+    assert images.shape == (9, 3, SIZE, SIZE)
     assert len({image.numpy().tobytes() for image in images}) == 9  # no face on both sides
 
 
@@ -556,10 +580,13 @@ def test_plain_binary_columns_are_read(tmp_path):
         ({"train_split": "trian"}, r"no split 'trian', only train"),
         ({"data_files": {"train": "nowhere/*.parquet"}}, r"'nowhere/\*\.parquet' matches no file"),
         ({"data_files": {"train": __file__}}, r"cannot be opened: \w+: .*[Pp]arquet"),
-        ({"image_column": "picture"}, r"image_column='picture' is not in 'parquet', only image, label"),
-        ({"image_column": "label"}, r"image_column='label' holds no images but int64"),
+        (
+            {"image_column": "picture"},
+            r"image_column='picture' is not in .*train-00000-of-00001.parquet', only image, label",
+        ),
+        ({"image_column": "label"}, r"image_column='label' holds int64 in .*parquet', not encoded images"),
         ({"dataset": "imagefolder", "data_dir": "nowhere"}, r"data_dir='nowhere' is not a folder"),
-        ({"dataset": "imagefolder", "data_dir": "EMPTY"}, r"holds no image file"),
+        ({"dataset": "imagefolder", "data_dir": "EMPTY"}, r"holds no image \(.*\.jpg.*\); left out: nothing"),
         (
             {"dataset": "no/such/name"},
             r"'no/such/name': neither parquet, imagefolder, synthetic_faces nor a Hub id",
@@ -580,7 +607,7 @@ def test_wrong_settings_are_named(tmp_path, changes, message):
 def test_missing_validation_folder_names_the_remedy(tmp_path):
     write_folder(tmp_path / "train", range(3))
     config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"no sub-folder 'validation', only train; set data.validation_split .* null"):
+    with pytest.raises(ValueError, match=r"no subfolder 'validation', only train; set data.validation_split .* null"):
         open_source(config, "validation")
 
 
@@ -612,7 +639,7 @@ def fake_hub(monkeypatch):
     server.server_close()
 
 
-def test_what_the_hub_does_not_have_is_named(fake_hub, monkeypatch):
+def test_missing_repositories_and_revisions_are_named(fake_hub, monkeypatch):
     with pytest.raises(ValueError, match=r"'org/none' is not on the Hub"):
         open_source(DataConfig(dataset="org/none"), "train")
     with pytest.raises(ValueError, match=r"'org/faces' has no data.revision='v9'"):
@@ -623,7 +650,7 @@ def test_what_the_hub_does_not_have_is_named(fake_hub, monkeypatch):
         open_source(DataConfig(dataset="org/stalled"), "train")
 
 
-def test_an_unreachable_hub_is_said_within_seconds():
+def test_an_unreachable_hub_is_an_error_within_seconds():
     code = (
         "from training.config import DataConfig; from training.data.sources import open_source\n"
         "try: open_source(DataConfig(dataset='org/faces', revision='0' * 40), 'train')\n"
@@ -644,24 +671,24 @@ def test_an_unreachable_hub_is_said_within_seconds():
     assert done.stdout.startswith("data.dataset='org/faces': cannot reach the Hub at http://127.0.0.1:9 (")
 
 
-def test_a_moved_image_is_the_image_at_moved_places():
-    side = 64
-    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
+def test_random_affine_samples_the_image_at_transformed_coordinates():
+    size = 64
+    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     image = torch.stack([rows, columns, rows * columns])[None] * 0.5
-    halves = torch.full((1, 5), 0.5)  # no move
+    halves = torch.full((1, 5), 0.5)  # no change
     torch.testing.assert_close(random_affine(image, halves), image, atol=1e-5, rtol=0)
-    turned, scaled, right = (halves.clone() for _ in range(3))
-    for numbers, place in ((turned, 0), (scaled, 1), (right, 2)):
-        numbers[0, place], numbers[0, 4] = 1.0, 1.0
+    rotated, scaled, right = (halves.clone() for _ in range(3))
+    for uniform, place in ((rotated, 0), (scaled, 1), (right, 2)):
+        uniform[0, place], uniform[0, 4] = 1.0, 1.0
     inside = slice(12, -12)  # away from what is reflected
     expected = {
-        "turned": (turned, math.cos(0.1) * columns - math.sin(0.1) * rows),
+        "rotated": (rotated, math.cos(0.1) * columns - math.sin(0.1) * rows),
         "scaled": (scaled, 1.1 * columns),
-        "right": (right, columns + (side / 16) * 2 / (side - 1)),
+        "right": (right, columns + (size / 16) * 2 / (size - 1)),
     }
-    for name, (numbers, where) in expected.items():
-        found = random_affine(image, numbers)[0, 1, inside, inside]
+    for name, (uniform, where) in expected.items():
+        found = random_affine(image, uniform)[0, 1, inside, inside]
         torch.testing.assert_close(found, 0.5 * where[inside, inside], atol=2e-3, rtol=0, msg=name)
-    pixels = torch.rand(3, 3, side, side).contiguous(memory_format=torch.channels_last) * 4 - 2
-    moved = random_affine(pixels, torch.rand(3, 5))
-    assert moved.is_contiguous(memory_format=torch.channels_last) and moved.abs().max() <= 1
+    pixels = torch.rand(3, 3, size, size).contiguous(memory_format=torch.channels_last) * 4 - 2
+    transformed = random_affine(pixels, torch.rand(3, 5))
+    assert transformed.is_contiguous(memory_format=torch.channels_last) and transformed.abs().max() <= 1

@@ -1,6 +1,6 @@
-"""The files of a cache of rows: Arrow files of a few hundred encoded images, and lists of them.
+"""The files of a dataset cache: Arrow files of a few hundred encoded images each, and JSON lists of them.
 
-A file has its name only when its bytes are on the disk. Not here: who writes which and when (`dataset_cache`).
+A file gets its name after its bytes are fsynced.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from training.data.shards import Example
 
-Chunk = dict  # "rows", "bytes", "blake2b", "source_examples" (rows of the shard read by its end)
+Chunk = dict  # "rows", "bytes", "blake2b", "source_examples" (examples of the shard read by its end)
 
 _CHUNK_ROWS, _CHUNK_BYTES = 512, 16_000_000
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string())])
@@ -27,12 +27,12 @@ def read_manifest(folder: Path) -> dict | None:
     return None
 
 
-def in_chunks(rows: Iterator[tuple[Example, int]]) -> Iterator[tuple[list[Example], int]]:
-    """Groups rows for `write_chunk`; the numbers are those of the shard's rows read so far."""
+def in_chunks(examples: Iterator[tuple[Example, int]]) -> Iterator[tuple[list[Example], int]]:
+    """Groups examples for `write_chunk`; the numbers count the examples of the shard read so far."""
     pending, size, source_examples = [], 0, 0
-    for row, source_examples in rows:  # noqa: B007 (the last one is used below)
-        pending.append(row)
-        size += len(row[0] or b"")
+    for example, source_examples in examples:  # noqa: B007 (the last one is used below)
+        pending.append(example)
+        size += len(example[0] or b"")
         if len(pending) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
             yield pending, source_examples
             pending, size = [], 0
@@ -46,10 +46,12 @@ def open_chunk(path: Path) -> pa.RecordBatch:
         return pa.ipc.open_file(file).get_batch(0)
 
 
-def write_chunk(path: Path, rows: list[Example], source_examples: int) -> Chunk:
-    """Writes rows of a shard; `source_examples` says how far into the shard they reach, for the one who goes on."""
+def write_chunk(path: Path, examples: list[Example], source_examples: int) -> Chunk:
+    """Writes examples of a shard; a resumed download starts at number `source_examples` of the shard."""
     schema = _SCHEMA.with_metadata({"source_examples": str(source_examples)})
-    table = pa.record_batch([pa.array(column, kind) for column, kind in zip(zip(*rows), _SCHEMA.types)], schema=schema)
+    table = pa.record_batch(
+        [pa.array(column, kind) for column, kind in zip(zip(*examples), _SCHEMA.types)], schema=schema
+    )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(table)
@@ -59,7 +61,7 @@ def write_chunk(path: Path, rows: list[Example], source_examples: int) -> Chunk:
 
 
 def describe_chunk(data: bytes, table: pa.RecordBatch) -> Chunk:
-    """What the lists say of a chunk with these contents."""
+    """The entry of a chunk in the lists."""
     return {
         "rows": table.num_rows,
         "bytes": len(data),
@@ -69,7 +71,7 @@ def describe_chunk(data: bytes, table: pa.RecordBatch) -> Chunk:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes under a temporary name, waits for the disk, renames."""
+    """Writes and fsyncs under a temporary name, then renames."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(data)

@@ -1,15 +1,14 @@
-"""Which rows an epoch holds and in which order: a pure function of the source, the seed and the epoch.
+"""Which examples an epoch holds and in which order: a pure function of the source, the seed and the epoch.
 
-`open_examples` gives one of three, by where the rows are; all yield references in the order of training, which cost
-nothing to skip, and turn a reference into a row on demand, so that a process reads only the rows it trains on:
+`open_examples` returns one of three. All yield references in the order of training, which cost nothing to skip, and
+read an example by its reference, so that a process reads only what it trains on. (A shuffled stream of `datasets` 5
+cannot do this: skipping reads every example, and its `state_dict` loses the shuffle buffer.)
 
-- `CachedRows`, the rule: epoch 0 follows the network, shard after shard in a random order through a shuffle
-  buffer, out of the chunks that `DatasetCache` keeps as they arrive; from epoch 1 on a permutation of all rows.
-  Epoch 0 has its own order even where the cache is complete, so that a resume cannot depend on what is cached.
-- `FolderRows`: image files of this machine; a permutation of all in every epoch.
-- `StreamedRows` (`data.cache="off"`): epoch 0's order in every epoch, from the network, on every process.
-
-Not here: the cache itself (`dataset_cache`), batches and decoding (`data`).
+- `CachedExamples`, the default: epoch 0 reads shard after shard in a random order through a shuffle buffer, while the
+  dataset cache is downloaded; from epoch 1 on, a permutation of all examples. Epoch 0 keeps its order where the cache
+  is complete, so that a resume does not depend on what is cached.
+- `FolderExamples`: image files of this machine; a permutation of all in every epoch.
+- `StreamedExamples` (`data.cache="off"`): the order of epoch 0 in every epoch, read from the source by every process.
 """
 
 import bisect
@@ -24,13 +23,13 @@ import numpy as np
 from training.data.cache import DatasetCache, cache_folder, cache_root, find_complete
 from training.data.chunks import read_manifest
 from training.data.shards import Example, Patience
-from training.data.sources import Source, asked_for, open_source
+from training.data.sources import Source, open_source, requested_identity
 
-_DRAWS = 1024  # random numbers drawn at once
+_RANDOM_BLOCK = 1024  # random numbers generated at once
 
 
-def open_examples(config, split_role: str) -> "CachedRows | FolderRows | StreamedRows":
-    """Opens the rows of a split.
+def open_examples(config, split_role: str) -> "CachedExamples | FolderExamples | StreamedExamples":
+    """Opens the examples of a split.
 
     Args:
         config: The `data` section.
@@ -41,55 +40,55 @@ def open_examples(config, split_role: str) -> "CachedRows | FolderRows | Streame
             no complete cache.
         DataError: The Hub does not answer.
     """
-    is_kept = config.cache != "off" and config.dataset != "imagefolder"
+    is_cached = config.cache != "off" and config.dataset != "imagefolder"
     is_commit = re.fullmatch(r"[0-9a-f]{40}", config.revision or "") is not None
-    if is_kept and (config.cache == "only" or is_commit):  # nothing to ask the Hub, if all rows are here
-        folder = find_complete(config, asked_for(config, split_role))
+    if is_cached and (config.cache == "only" or is_commit):  # a complete cache needs no request to the Hub
+        folder = find_complete(config, requested_identity(config, split_role))
         try:
             if folder is not None:
-                return CachedRows(DatasetCache(folder, config.timeout_s, None), config.shuffle_buffer)
-        except ValueError:  # damaged
+                return CachedExamples(DatasetCache(folder, config.timeout_s, None), config.shuffle_buffer)
+        except ValueError:  # corrupt
             if config.cache == "only":
                 raise
         if config.cache == "only":
             raise ValueError(
-                f'data.cache="only": {cache_root(config)} holds no complete cache of the {split_role} rows of '
+                f'data.cache="only": {cache_root(config)} holds no complete cache of the {split_role} examples of '
                 f'{config.dataset!r} with this revision, split and column; run once with data.cache="on" and the '
                 "same data.cache_dir."
             )
     source = open_source(config, split_role)
     if source.paths is not None:
-        return FolderRows(source)
-    if not is_kept:
-        return StreamedRows(source, config.timeout_s, config.shuffle_buffer)
+        return FolderExamples(source)
+    if not is_cached:
+        return StreamedExamples(source, config.timeout_s, config.shuffle_buffer)
     cache = DatasetCache(cache_folder(config, source), config.timeout_s, source)
-    return CachedRows(cache, config.shuffle_buffer, source)
+    return CachedExamples(cache, config.shuffle_buffer, source)
 
 
-def buffer_shuffled(rows: Iterator, size: int, rng: np.random.Generator) -> Iterator:
-    """Each row takes a random place in a buffer of `size`, and the row that was there comes out."""
-    buffer = list(itertools.islice(rows, size))
-    draws: list[int] = []
-    for row in rows:
-        if not draws:
-            draws = rng.integers(len(buffer), size=_DRAWS).tolist()
-        place = draws.pop()
+def buffer_shuffled(examples: Iterator, size: int, rng: np.random.Generator) -> Iterator:
+    """Shuffles through a buffer: each example replaces a random one of `size`, which is yielded."""
+    buffer = list(itertools.islice(examples, size))
+    places: list[int] = []
+    for example in examples:
+        if not places:
+            places = rng.integers(len(buffer), size=_RANDOM_BLOCK).tolist()
+        place = places.pop()
         yield buffer[place]
-        buffer[place] = row
+        buffer[place] = example
     for place in rng.permutation(len(buffer)).tolist():
         yield buffer[place]
 
 
-class FolderRows:
-    """Files of this machine. See the module for what the three have in common."""
+class FolderExamples:
+    """Image files of this machine; the base class of the other two."""
 
     waiting_for = ""
 
     def __init__(self, source: Source):
-        self.identity, self.num_rows, self._paths = source.identity, source.num_rows, source.paths
+        self.identity, self.num_examples, self._paths = source.identity, source.num_examples, source.paths
 
     def order(self, seed: int, epoch: int) -> Iterator[str]:
-        """References to all rows of an epoch."""
+        """References to all examples of an epoch."""
         for i in np.random.default_rng((seed, epoch)).permutation(len(self._paths)).tolist():
             yield self._paths[i]
 
@@ -101,18 +100,18 @@ class FolderRows:
         return None, reference
 
     def idle_seconds(self) -> float:
-        """How long the network has given nothing, where that is what holds up the rows."""
+        """Seconds since the network last delivered something, where examples come from a network."""
         return 0.0
 
     def interrupt(self) -> None:
         """Ends a wait in another thread."""
 
 
-class StreamedRows(FolderRows):
-    """A network without a cache: references are the rows themselves."""
+class StreamedExamples(FolderExamples):
+    """A source without a cache: references are the examples themselves."""
 
     def __init__(self, source: Source, timeout_s: float, shuffle_buffer: int):
-        self.identity, self.num_rows = source.identity, source.num_rows
+        self.identity, self.num_examples = source.identity, source.num_examples
         self._source, self._timeout_s, self._buffer = source, timeout_s, shuffle_buffer
         self._new_patience()
 
@@ -132,7 +131,7 @@ class StreamedRows(FolderRows):
     def _read(self, shards) -> Iterator[Example]:
         patience, is_wanted = self._new_patience(), self._source.is_wanted
         for shard in shards:
-            for part in patience.rows(self._source.shards[shard], 0):
+            for part in patience.examples(self._source.shards[shard], 0):
                 yield from part if is_wanted is None else filter(is_wanted, part)
 
     def read(self, reference: Example) -> Example:
@@ -149,16 +148,16 @@ class StreamedRows(FolderRows):
         self._stop.set()
 
 
-class CachedRows(FolderRows):
-    """Rows of a `DatasetCache`, complete or growing."""
+class CachedExamples(FolderExamples):
+    """Examples of a `DatasetCache`, complete or growing."""
 
     def __init__(self, cache: DatasetCache, shuffle_buffer: int, source: Source | None = None):
         self._cache, self._buffer, self._source = cache, shuffle_buffer, source
         self.identity = source.identity if source is not None else read_manifest(cache.folder)["identity"]
 
     @property
-    def num_rows(self) -> int | None:
-        return self._cache.num_rows or (None if self._source is None else self._source.num_rows)
+    def num_examples(self) -> int | None:
+        return self._cache.num_examples or (None if self._source is None else self._source.num_examples)
 
     def order(self, seed: int, epoch: int) -> Iterator[Any]:
         rng = np.random.default_rng((seed, epoch))
@@ -168,7 +167,7 @@ class CachedRows(FolderRows):
         return self._permuted(seed, rng)
 
     def _permuted(self, seed: int, rng: np.random.Generator) -> Iterator[Any]:
-        # The same shards first as in epoch 0, if they are not all there yet.
+        # What is still missing is downloaded in the order of epoch 0.
         self._cache.start(np.random.default_rng((seed, 0)).permutation(self._cache.num_shards).tolist())
         self._cache.wait_until_complete()
         keys, counts = self._cache.chunk_keys(), self._cache.chunk_examples()

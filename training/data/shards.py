@@ -1,8 +1,7 @@
-"""Rows of encoded images from one file or shard, and patience with the network that they come through.
+"""Encoded examples from one file or shard, and retries of what a network interrupts.
 
-Parquet is read by row group with pyarrow, because an iterator of `datasets` is dead after an error and would
-begin its shard, often 0.5 GB, anew; here a cut connection costs one row group. What is not parquet is read by
-`datasets`. Not here: which files make a split (`sources`), decoding (`images`).
+Parquet is read by row group with pyarrow: an iterator of `datasets` 5 is dead after an error and would read its shard,
+often 0.5 GB, again from the start; here a broken connection costs one row group. Other formats are read by `datasets`.
 """
 
 import contextlib
@@ -19,71 +18,84 @@ from pathlib import Path
 import datasets
 import fsspec
 import huggingface_hub
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.utils.file_utils import xopen
 from huggingface_hub import errors as hub_errors
 
-from training.data.images import CorruptImage, DataError
-from training.io import http_response, retry_after
+from training.data.images import LFS_POINTER, CorruptImage, DataError, decode_image
+from training.io import http_response, printable, retry_after
 
 logger = logging.getLogger(__name__)
 
-Example = tuple[bytes | None, str | None]  # encoded image, path; both None for a null
+Example = tuple[bytes | None, str | None]  # encoded image, path; both None for a null value
 
 _READ_ROWS = 256  # rows converted from Arrow at once
 _READ_BYTES = 8_000_000  # asked for in one request
-_BAD_SHARD_ATTEMPTS = 3  # for what a repetition seldom mends: a missing or damaged file
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 1.0, 60.0
+_BAD_SHARD_ATTEMPTS = 3  # for errors that retries seldom repair: a missing or corrupt file
+_FIRST_DELAY_S, _MAX_DELAY_S = 1.0, 60.0
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a source. `read(start)` yields its rows from row `start` on, in lists; it may be called again."""
+    """A part of a source. `read(start)` yields its examples from number `start` on, in lists; it may be called again."""
 
     name: str
     read: Callable[[int], Iterator[list[Example]]]
 
 
-def is_held_out(data: bytes | None, fraction: float) -> bool:
-    """Which side an image is on, by a hash of its bytes: the same in every epoch, on every machine, for every copy.
+def is_held_out(example: Example, fraction: float) -> bool:
+    """Whether an example belongs to the validation side, by a hash of its bytes.
 
-    What cannot be read is on the training side, which counts it.
+    The same in every epoch and on every machine, and for every copy of an image. What cannot be read stays on the
+    training side, which counts it.
     """
-    if data is None:
+    try:
+        data, _ = encoded_bytes(example)
+    except CorruptImage:
         return False
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") < fraction * 2**64
 
 
-def encoded_bytes(row: Example) -> tuple[bytes, str]:
-    """Returns the bytes and the id of a row.
+def encoded_bytes(example: Example) -> tuple[bytes, str]:
+    """Returns the bytes and the id of an example.
 
     Raises:
-        CorruptImage: A null, or a file on this machine that cannot be read.
+        CorruptImage: A null value, or a file on this machine that cannot be read.
     """
-    data, path = row
+    data, path = example
     if data is not None:  # the path alone may be the same in two shards
-        return data, ":".join(filter(None, (path, hashlib.blake2b(data, digest_size=6).hexdigest())))
+        return data, printable(":".join(filter(None, (path, hashlib.blake2b(data, digest_size=6).hexdigest()))))
     if path is None:
         raise CorruptImage("no bytes and no path")
     try:
-        return Path(path).read_bytes(), path
+        return Path(path).read_bytes(), printable(path)
     except OSError as error:
         raise CorruptImage(f"cannot be read: {error.strerror}") from error
 
 
-# ---- patience with a network ----
+def corrupt_reason(example: Example) -> str | None:
+    """Why an example cannot be decoded, or None where it can."""
+    try:
+        decode_image(encoded_bytes(example)[0], None, 16)
+    except CorruptImage as error:
+        return str(error)
+    return None
+
+
+# ---- retries ----
 
 
 class Patience:
-    """Repeats what failed, with growing pauses, as long as `timeout_s` has not passed since something last came.
+    """Retries with exponential backoff until nothing has arrived for `timeout_s`.
 
     Args:
-        timeout_s: Of the `data` section.
-        stop: Ends a pause early.
+        timeout_s: `data.timeout_s`.
+        stop: Ends a delay early.
 
     Attributes:
-        waiting_for: What it is waiting for at this moment, in words; empty otherwise.
-        last_progress: `time.monotonic()` when something last came.
+        waiting_for: What it waits for now, for log lines; empty otherwise.
+        last_progress: `time.monotonic()` when something last arrived.
     """
 
     def __init__(self, timeout_s: float, stop: threading.Event | None = None):
@@ -98,30 +110,30 @@ class Patience:
         return time.monotonic() - self.last_progress
 
     def wait(self, what: str, error: Exception) -> None:
-        """Pauses before the next attempt.
+        """Waits before the next attempt.
 
         Raises:
-            DataError: There should be no next one.
+            DataError: The time is up, or the error will not go away.
         """
         self._attempts += 1
         reason = in_one_line(error)
         waited = self.idle_seconds()
-        is_lasting = _is_lasting(error) or "://" not in what  # a disk, unlike a network, seldom comes back
-        if is_lasting and self._attempts >= _BAD_SHARD_ATTEMPTS:
+        is_permanent = _is_permanent(error) or "://" not in what  # a disk, unlike a network, seldom comes back
+        if is_permanent and self._attempts >= _BAD_SHARD_ATTEMPTS:
             raise DataError(f"data: {what} cannot be read ({self._attempts} attempts): {reason}") from error
-        delay = retry_after(error) or min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts - 1, 10))
-        delay *= random.uniform(1.0, 1.25)  # many machines that were cut off at once come back one by one
+        delay = retry_after(error) or min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(self._attempts - 1, 10))
+        delay *= random.uniform(1.0, 1.25)  # jitter: many machines lose the network at once
         if waited + delay > self._timeout_s:
             raise DataError(
-                f"data: nothing came from {what} for {waited:.0f} s ({self._attempts} attempts, data.timeout_s="
+                f"data: nothing arrived from {what} for {waited:.0f} s ({self._attempts} attempts, data.timeout_s="
                 f"{self._timeout_s:g}): {reason}. Checkpoints are intact; use --resume auto when the source answers."
             ) from error
         self.waiting_for = f"{what}: {reason}; attempt {self._attempts + 1} in {delay:.0f} s"
         logger.warning("waiting for %s", self.waiting_for)
         self._stop.wait(delay)
 
-    def rows(self, shard: Shard, start: int) -> Iterator[list[Example]]:
-        """The rows of a shard from row `start` on, through failures; ends early when `stop` is set."""
+    def examples(self, shard: Shard, start: int) -> Iterator[list[Example]]:
+        """Yields the examples of a shard from number `start` on, through failures; ends early when `stop` is set."""
         while not self._stop.is_set():
             try:
                 with contextlib.closing(shard.read(start)) as parts:
@@ -129,14 +141,16 @@ class Patience:
                         self.progress()
                         start += len(part)
                         yield part
-                        self.progress()  # what the consumer did in between was no waiting for the network
+                        self.progress()  # the time of the consumer does not count
                 return
+            except DataError:
+                raise
             except Exception as error:
                 self.wait(shard.name, error)
 
 
-def _is_lasting(error: Exception) -> bool:
-    """Whether the error is the file's or the request's, not the network's."""
+def _is_permanent(error: Exception) -> bool:
+    """Whether the file or the request is wrong, not the network."""
     if isinstance(error, hub_errors.HfHubHTTPError) and (status := http_status(error)):
         return status < 500 and status not in (408, 425, 429)
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
@@ -167,7 +181,7 @@ class ParquetFile:
             return open(self.url, "rb")
         if self.url.startswith("hf://"):
             system = huggingface_hub.HfFileSystem(endpoint=huggingface_hub.constants.ENDPOINT)
-            return system.open(self.url, "rb", cache_type="none")  # pyarrow coalesces; a cache would read on
+            return system.open(self.url, "rb", cache_type="none")  # pyarrow coalesces reads; a cache would read ahead
         system, path = fsspec.url_to_fs(self.url)
         return system.open(path, "rb", cache_type="none")
 
@@ -177,15 +191,53 @@ class ParquetFile:
             return pq.read_metadata(file)
 
 
+def check_parquet_file(path: str) -> None:
+    """Names what often stands in place of a parquet file.
+
+    Raises:
+        ValueError: The file is empty or a Git LFS pointer.
+    """
+    with open(path, "rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if not head:
+        raise ValueError("the file is empty; download it again")
+    if head == LFS_POINTER:
+        raise ValueError("the file is a Git LFS pointer; run `git lfs pull`")
+
+
+def check_column(schema: pa.Schema, column: str, where: str) -> None:
+    """Checks that a table holds images.
+
+    Raises:
+        ValueError: The column does not exist or holds something else than encoded images.
+    """
+    if column not in schema.names:
+        names = ", ".join(schema.names) or "none"
+        raise ValueError(f"data.image_column={column!r} is not in {where}, only {names}.")
+    kind = schema.field(column).type
+    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
+        raise ValueError(f"data.image_column={column!r} holds {kind} in {where}, not encoded images.")
+
+
 def parquet_examples(files: list[ParquetFile], column: str, start: int) -> Iterator[list[Example]]:
+    """Yields the examples of the files, one after the other, from number `start` on.
+
+    Raises:
+        DataError: A file does not hold the column, or not as images.
+    """
     for file in files:
+        try:
+            check_column(file.footer.schema.to_arrow_schema(), column, file.url)
+        except ValueError as error:
+            raise DataError(f"{error} All files of a split need the same column.") from error
         if start >= file.footer.num_rows:
             start -= file.footer.num_rows
             continue
         with file.open() as handle:
             parquet = pq.ParquetFile(handle, metadata=file.footer, pre_buffer=True)
-            for groups, num_rows in _group_runs(file.footer, column):
-                if start >= num_rows:  # neither fetched nor parsed
+            for groups, num_rows in _row_group_runs(file.footer, column):
+                if start >= num_rows:  # neither downloaded nor parsed
                     start -= num_rows
                     continue
                 for batch in parquet.iter_batches(_READ_ROWS, row_groups=groups, columns=[column], use_threads=False):
@@ -195,8 +247,8 @@ def parquet_examples(files: list[ParquetFile], column: str, start: int) -> Itera
                         yield [as_example(value) for value in values]
 
 
-def _group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list[int], int]]:
-    """Row groups to read at once, and their rows: enough bytes to be worth a request, few enough to lose one."""
+def _row_group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list[int], int]]:
+    """Yields row groups to read at once, and their rows: about 8 MB, so that a failed request loses little."""
     groups, size, num_rows = [], 0, 0
     for i in range(footer.num_row_groups):
         group = footer.row_group(i)
@@ -210,21 +262,23 @@ def _group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list[int
 
 
 def as_example(value: dict | bytes | None) -> Example:
+    """Converts a cell of an image or binary column."""
     if isinstance(value, dict):
         return value["bytes"], value.get("path")
     return value, None
 
 
 def dataset_examples(dataset: datasets.IterableDataset, column: str, start: int) -> Iterator[list[Example]]:
+    """Yields the examples of a stream of `datasets` from number `start` on."""
     for part in dataset.iter(batch_size=64):
-        rows = [as_example(value) for value in part[column][start:]]
+        examples = [as_example(value) for value in part[column][start:]]
         start = max(0, start - len(part[column]))
-        if rows:
-            yield [_fetched(row) for row in rows]
+        if examples:
+            yield [_downloaded(example) for example in examples]
 
 
-def _fetched(row: Example) -> Example:
-    data, path = row
+def _downloaded(example: Example) -> Example:
+    data, path = example
     if data is None and path is not None and "://" in path:  # an image that is a file of the repository
         with xopen(path, "rb") as file:
             data = file.read()

@@ -1,12 +1,11 @@
-"""Rows to batches: global batches, decoding in threads, the flip, bad rows, and resume.
+"""Examples to batches: global batches, decoding in threads, horizontal flips, corrupt images, and resume.
 
-`example_order` says which rows come when, `images` decodes them; pixels stay uint8 until they are on the device.
-Not here: other augmentation (`images.move`, applied on the device), the way to the device.
+The order of an epoch (`order`) is a pure function of (seed, epoch): it is cut into global batches, and every rank reads
+and decodes its own slice of each. So no example is lost or repeated whatever the number of shards, processes and decode
+threads, every rank has the same number of batches, and a resume skips references without reading them. The
+`state_dict` of `datasets` 5 resumes none of this exactly once a shuffle buffer is involved.
 
-The order of an epoch is a pure function of (seed, epoch). The numbers of processes and of decode threads and
-interruptions do not change it: the rows in order are cut into global batches, and every rank reads and decodes its
-own slice of each. So no row is lost or comes twice whatever the number of shards, every rank has the same number
-of batches, and a resume skips references to rows, unread.
+Pixels stay uint8 until they are on the device.
 """
 
 import contextlib
@@ -27,14 +26,15 @@ import torch
 from training.data.images import CorruptImage, DataError, decode_image
 from training.data.order import open_examples
 from training.data.shards import encoded_bytes
+from training.io import printable
 
 logger = logging.getLogger(__name__)
 
-_SPARE_ROWS = 32  # first rows of an epoch, stand-ins for a global batch that is unreadable altogether
-_MIN_ROWS_TO_JUDGE = 200  # with fewer, one bad row alone would be more than 0.5 %
-_REMINDER_S = 30.0  # between two log lines that say that no rows arrive
+_SPARE_EXAMPLES = 32  # first examples of an epoch, which replace a global batch that is corrupt altogether
+_MIN_EXAMPLES_TO_JUDGE = 200  # with fewer, one corrupt image alone would be more than 0.5 %
+_REMINDER_S = 30.0  # between log lines while no examples arrive
 _MAX_DECODE_THREADS = 16
-_FREE_ON_RESUME = {"revision", "files", "folder", "files_at"}  # names and places; the rows decide
+_FREE_ON_RESUME = {"revision", "files", "folder", "files_at"}  # names and places; contents are compared
 
 
 @dataclass
@@ -58,8 +58,8 @@ def _decode_pool(config) -> ThreadPoolExecutor:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     default = max(1, min(_MAX_DECODE_THREADS, cores // ranks_here))
     # One intra-op thread each: with torch's default two decode threads are no faster than one (975 and 960 images/s,
-    # against 1,350 so). The number belongs to the thread that sets it, and is the default of threads to come: the
-    # first line settles this thread's.
+    # against 1,350 with one). The setting belongs to its thread and is the default of later threads: the first line
+    # fixes this thread's own.
     torch.get_num_threads()
     return ThreadPoolExecutor(
         config.decode_threads or default, "decode", initializer=torch.set_num_threads, initargs=(1,)
@@ -67,38 +67,43 @@ def _decode_pool(config) -> ThreadPoolExecutor:
 
 
 def load_validation(config, *, resolution: int, rank: int, world_size: int) -> tuple[torch.Tensor, list[int]]:
-    """Loads this rank's share of the fixed validation images: rows rank, rank + world_size, ... of the files.
+    """Loads this rank's part of the fixed validation images: numbers rank, rank + world_size, ... of the split.
 
     Args:
         config: The `data` section.
-        resolution: Side of the images in pixels, the model's `sample_size`.
+        resolution: Height and width of the images in pixels, the model's `sample_size`.
         rank: Of this process.
         world_size: Number of processes.
 
     Returns:
-        Pixels (n, 3, resolution, resolution), uint8, channels_last, never flipped, and the numbers of their
-        rows among the first `max_validation_images`. Unreadable rows are in neither, and warned of.
+        Pixels (n, 3, resolution, resolution), uint8, channels_last, never flipped, and the numbers of the images
+        among the first `max_validation_images`. Corrupt images are skipped with a warning.
 
     Raises:
-        ValueError: The split holds no rows, or this rank can read none of its own.
+        ValueError: The split holds no image, or this rank can read none of its own.
     """
 
-    rows = open_examples(config, "validation")
+    examples = open_examples(config, "validation")
 
     def decode(numbered_example: tuple) -> np.ndarray | None:
         try:
-            return decode_image(encoded_bytes(rows.read(numbered_example[1]))[0], config.crop_px, resolution)
+            return decode_image(encoded_bytes(examples.read(numbered_example[1]))[0], config.crop_px, resolution)
         except CorruptImage as error:
-            logger.warning("validation row %d skipped: %s", numbered_example[0], error)
+            logger.warning("corrupt validation image %d skipped: %s", numbered_example[0], error)
             return None
 
-    mine = list(itertools.islice(enumerate(rows.first()), rank, None, world_size))
+    mine = list(itertools.islice(enumerate(examples.first()), rank, None, world_size))
     with _decode_pool(config) as pool:
         decoded = zip(mine, pool.map(decode, mine), strict=True)
         readable = {index: pixels for (index, _), pixels in decoded if pixels is not None}
     if not readable and (mine or rank == 0):  # a small split may have none for the last ranks
-        counts = f"{len(mine)} rows on rank {rank}"
-        raise ValueError(f"data: {config.dataset!r} has nothing to validate on: {counts}, none readable.")
+        remedy = "give a split that holds readable images"
+        if config.validation_split is None:
+            remedy = (
+                f"none falls into data.holdout_fraction={config.holdout_fraction:g}, in which copies of an image stay "
+                "together; raise it, add images, or name a data.validation_split"
+            )
+        raise ValueError(f"data: {config.dataset!r} has no readable image to validate on: {remedy}.")
     shape = (len(readable), resolution, resolution, 3)
     pixels = np.array(list(readable.values()), np.uint8).reshape(shape)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(readable)
@@ -109,18 +114,18 @@ class TrainStream:
 
     Args:
         config: The `data` section.
-        resolution: Side of the images in pixels, the model's `sample_size`.
-        seed: Of the shuffle and the flips.
-        global_batch: Images of a batch over all ranks, a multiple of `world_size`.
+        resolution: Height and width of the images in pixels, the model's `sample_size`.
+        seed: Seed of the shuffle and the flips.
+        global_batch: Images in a batch over all ranks, a multiple of `world_size`.
         rank: Of this process.
         world_size: Number of processes.
         pin_memory: Whether batches are in page-locked memory, for asynchronous copies to a GPU.
 
     Attributes:
-        num_rows: Rows of an epoch. None where unknown, estimated with a held-out part, exact after an epoch.
-        identity: What the rows are, resolved (the commit of a branch, ...): what a resume depends on.
-        dropped_examples: Rows at the end of the last whole epoch that did not fill a global batch.
-        corrupt_examples: Rows of this rank that could not be read and were replaced, so far.
+        num_examples: Images of an epoch. None where unknown, estimated where a fraction is held out, exact after an epoch.
+        identity: What the examples depend on (the commit of a branch, ...), which a resume compares.
+        dropped_examples: Images at the end of the last complete epoch that did not fill a global batch.
+        corrupt_examples: Corrupt images of this rank that were replaced, so far.
         wait_seconds: Time that the consumer has waited for batches, so far.
     """
 
@@ -140,8 +145,8 @@ class TrainStream:
         self.config, self._resolution, self._pin_memory = config, resolution, pin_memory
         self._seed, self._global_batch = seed, global_batch
         self._local = range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
-        self._rows = open_examples(config, "train")
-        self.num_rows = self._rows.num_rows
+        self._examples = open_examples(config, "train")
+        self.num_examples = self._examples.num_examples
         self.dropped_examples = self.corrupt_examples = self._decoded_examples = 0
         self.wait_seconds = 0.0
         self._corrupt_examples: dict[str, str] = {}  # id: reason, in order of appearance
@@ -149,8 +154,8 @@ class TrainStream:
     def epoch_batches(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> Iterator[Batch]:
         """Yields this rank's batches of an epoch. Its threads end with the iterator, however that ends.
 
-        A row that cannot be read is replaced by the next readable one of its global batch: the same one for
-        every number of processes and after every resume.
+        A corrupt image is replaced by the next readable one of its global batch: the same one for every number of
+        processes and after every resume.
 
         Args:
             epoch: Chooses the permutation and the flips.
@@ -158,8 +163,8 @@ class TrainStream:
             max_batches: Ends after so many batches.
 
         Raises:
-            ValueError: The split holds fewer rows than one global batch, or fewer batches than `start_batch`.
-            DataError: More than `max_corrupt_fraction` of the rows cannot be read.
+            ValueError: The split holds fewer images than one global batch, or fewer batches than `start_batch`.
+            DataError: More than `max_corrupt_fraction` of the images are corrupt.
         """
         handover: queue.Queue = queue.Queue(max(1, self.config.prefetch_batches))
         closing = threading.Event()
@@ -187,27 +192,27 @@ class TrainStream:
                 if isinstance(item, BaseException):
                     raise item
                 yield self._finish(*item)
-            if max_batches is None:  # all that there is has been seen
+            if max_batches is None:  # the epoch is complete
                 self._check_corrupt_fraction(min_examples=1)
         finally:
             closing.set()
-            self._rows.interrupt()
-            with contextlib.suppress(queue.Empty):  # a reader that waits for room goes on, and sees `closing`
+            self._examples.interrupt()
+            with contextlib.suppress(queue.Empty):  # a reader that waits for space continues, and sees `closing`
                 while True:
                     handover.get_nowait()
-            reader.join(timeout=10.0)  # only a stalled network read takes longer, and ends with the process
+            reader.join(timeout=10.0)  # only a stalled network read takes longer; it ends with the process
             pool.shutdown(wait=not reader.is_alive(), cancel_futures=True)
 
     def reseed(self, seed: int) -> None:
-        """Gives the epochs that begin from now on another order, and other flips."""
+        """Changes the order and the flips of epochs that start from now on."""
         self._seed = seed
 
     @property
     def identity(self) -> dict:
-        return self._rows.identity
+        return self._examples.identity
 
     def check_resume(self, saved: dict) -> None:
-        """Compares the rows with those of the run that is resumed.
+        """Compares the examples with those of the run that is resumed.
 
         Args:
             saved: Its `identity`.
@@ -220,64 +225,64 @@ class TrainStream:
         changed = [f"{key} ({saved.get(key)} -> {now.get(key)})" for key in keys if saved.get(key) != now.get(key)]
         if changed:
             raise ValueError(
-                f"--resume: the training rows of {self.config.dataset!r} are others than they were: "
+                f"--resume: the training images of {self.config.dataset!r} have changed: "
                 f"{', '.join(changed)}. Restore the data (for a commit, set data.revision to it), or start a new run."
             )
 
     def _submit_batches(self, epoch: int, start_batch: int, stop_batch: int | None, pool) -> Iterator[tuple]:
-        """Yields (canvas (local, resolution, resolution, 3), the jobs that fill it, index of the batch)."""
+        """Yields (pixels (local, resolution, resolution, 3), the jobs that fill them, index of the batch)."""
         shape = (len(self._local), self._resolution, self._resolution, 3)
-        with contextlib.closing(self._rows.order(self._seed, epoch)) as stream:
-            spares = list(itertools.islice(stream, _SPARE_ROWS))
-            rows = itertools.chain(spares, stream)
+        with contextlib.closing(self._examples.order(self._seed, epoch)) as stream:
+            spares = list(itertools.islice(stream, _SPARE_EXAMPLES))
+            references = itertools.chain(spares, stream)
             for index in itertools.count():
                 if index == stop_batch:
                     return
-                batch = list(itertools.islice(rows, self._global_batch))
+                batch = list(itertools.islice(references, self._global_batch))
                 if len(batch) < self._global_batch:
                     break
                 if index < start_batch:
                     continue
-                canvas = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+                pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
                 jobs = []
-                for slot, i in zip(canvas, self._local, strict=True):
+                for slot, i in zip(pixels, self._local, strict=True):
                     candidates = itertools.chain(batch[i:], batch[:i], spares)  # itself first
                     position = index * self._global_batch + i
                     jobs.append(pool.submit(self._fill, slot, candidates, epoch, position))
-                yield canvas, jobs, index
-        self.dropped_examples, self.num_rows = len(batch), index * self._global_batch + len(batch)
+                yield pixels, jobs, index
+        self.dropped_examples, self.num_examples = len(batch), index * self._global_batch + len(batch)
         if index == 0 or index < start_batch:
             raise ValueError(
-                f"data: {self.config.dataset!r} holds {self.num_rows} rows to train on, {index} batches of "
+                f"data: {self.config.dataset!r} holds {self.num_examples} images to train on, {index} batches of "
                 f"{self._global_batch}, and batch {start_batch} was asked for. Use a smaller batch or more "
                 "data; a resume needs the data that the run was started with."
             )
-        logger.info("epoch %d: %d last rows did not fill a batch and were dropped", epoch, self.dropped_examples)
+        logger.info("epoch %d: the last %d images did not fill a batch and were dropped", epoch, self.dropped_examples)
 
     def _fill(self, slot: torch.Tensor, candidates, epoch: int, position: int) -> tuple[str, tuple | None]:
         """Decodes the first readable candidate into the slot.
 
         Returns:
-            Its id; and (id, reason) of the row that belongs there, if that one is bad.
+            Its id, and (id, reason) of the example that belongs there, if that one is corrupt.
         """
-        bad = None
+        corrupt = None
         for reference in candidates:
-            row = self._rows.read(reference)
-            example_id = row[1] or "null"
+            example = self._examples.read(reference)
+            example_id = printable(example[1] or "null")
             try:
-                data, example_id = encoded_bytes(row)
+                data, example_id = encoded_bytes(example)
                 pixels = torch.from_numpy(decode_image(data, self.config.crop_px, self._resolution))
             except CorruptImage as error:
-                bad = bad or (example_id, f"{error}; row {position} of epoch {epoch}")
+                corrupt = corrupt or (example_id, f"{error}; number {position} of epoch {epoch}")
                 continue
             if self.config.horizontal_flip:
-                # A hash and no generator: the flip depends on nothing but the row's place.
+                # A hash and no generator: the flip depends on nothing but the example's position.
                 place = f"{self._seed}:{epoch}:{position}".encode()
                 is_flipped = hashlib.blake2b(place, digest_size=1).digest()[0] & 1
                 pixels = pixels.flip(1) if is_flipped else pixels
             slot.copy_(pixels)
-            return example_id, bad
-        raise DataError(f"data: no row of {self.config.dataset!r} is readable near {bad[0]} ({bad[1]}).")
+            return example_id, corrupt
+        raise DataError(f"data: no image of {self.config.dataset!r} is readable near {corrupt[0]} ({corrupt[1]}).")
 
     def _wait_for(self, handover: queue.Queue):
         began = time.perf_counter()
@@ -287,29 +292,29 @@ class TrainStream:
                     return handover.get(timeout=_REMINDER_S)
                 except queue.Empty:
                     waited = time.perf_counter() - began
-                    reason = self._rows.waiting_for or "none has come"
-                    logger.warning("waiting for rows of %r for %.0f s: %s", self.config.dataset, waited, reason)
-                    idle = self._rows.idle_seconds()
+                    reason = self._examples.waiting_for or "none has arrived"
+                    logger.warning("waiting for images of %r for %.0f s: %s", self.config.dataset, waited, reason)
+                    idle = self._examples.idle_seconds()
                     if min(waited, idle) > self.config.timeout_s + _REMINDER_S:
                         raise DataError(
-                            f"data: no row of {self.config.dataset!r} came for {idle:.0f} s (data.timeout_s="
+                            f"data: no image of {self.config.dataset!r} arrived for {idle:.0f} s (data.timeout_s="
                             f"{self.config.timeout_s:g}): {reason}. Checkpoints are intact; use --resume auto."
                         ) from None
         finally:
             self.wait_seconds += time.perf_counter() - began
 
-    def _finish(self, canvas: torch.Tensor, jobs: list, index: int) -> Batch:
+    def _finish(self, pixels: torch.Tensor, jobs: list, index: int) -> Batch:
         began = time.perf_counter()
         results = [job.result() for job in jobs]
         self.wait_seconds += time.perf_counter() - began
         self._decoded_examples += len(results)
-        for corrupt_id, reason in (bad for _, bad in results if bad):
+        for corrupt_id, reason in (corrupt for _, corrupt in results if corrupt):
             self.corrupt_examples += 1
-            if corrupt_id not in self._corrupt_examples:  # said once and not every epoch
+            if corrupt_id not in self._corrupt_examples:  # logged once, not in every epoch
                 self._corrupt_examples[corrupt_id] = reason
-                logger.warning("unreadable row replaced: %s (%s)", corrupt_id, reason)
-        self._check_corrupt_fraction(min_examples=_MIN_ROWS_TO_JUDGE)
-        return Batch(canvas.permute(0, 3, 1, 2), [example_id for example_id, _ in results], index)
+                logger.warning("corrupt image replaced: %s (%s)", corrupt_id, reason)
+        self._check_corrupt_fraction(min_examples=_MIN_EXAMPLES_TO_JUDGE)
+        return Batch(pixels.permute(0, 3, 1, 2), [example_id for example_id, _ in results], index)
 
     def _check_corrupt_fraction(self, min_examples: int) -> None:
         total, limit = self._decoded_examples, self.config.max_corrupt_fraction
@@ -318,6 +323,6 @@ class TrainStream:
                 f"{example_id} ({reason})" for example_id, reason in [*self._corrupt_examples.items()][:10]
             )
             raise DataError(
-                f"{self.corrupt_examples} of {total} rows of {self.config.dataset!r} cannot be read, more than "
+                f"{self.corrupt_examples} of {total} images of {self.config.dataset!r} are corrupt, more than "
                 f"data.max_corrupt_fraction={limit}: {some}"
             )

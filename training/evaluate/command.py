@@ -86,7 +86,7 @@ def data_config(arguments: argparse.Namespace, config: Config) -> DataConfig:
             split = split or "validation"
         if changes["dataset"] == "imagefolder" and arguments.split is None:
             if not (Path(changes["data_dir"]).expanduser() / split).is_dir():
-                changes["train_split"] = split  # a folder without splits: all images in it
+                changes["train_split"] = split = "."  # a folder without splits: all images in it
     if split is not None:
         if changes.get("dataset", config.data.dataset) == "synthetic_faces" and split != "validation":
             raise ValueError(f"--split {split}: synthetic_faces have the split validation only.")

@@ -289,7 +289,7 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
 def _training_batches(data: DataConfig, resolution: int, max_images: int, batch_size: int) -> Iterator[Tensor]:
     # One image at a time, so that no image of the last batch is left out.
     stream = TrainStream(data, resolution=resolution, seed=0, global_batch=1, rank=0, world_size=1)
-    total = max_images if stream.num_rows is None else min(max_images, stream.num_rows)
+    total = max_images if stream.num_examples is None else min(max_images, stream.num_examples)
     images: list[Tensor] = []
     batches = stream.epoch_batches(0, max_batches=total)
     for single in tqdm(batches, desc="encoding", total=total, unit="image", disable=not sys.stderr.isatty()):

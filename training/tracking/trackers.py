@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from training.config import TOKEN
-from training.io import write_json
+from training.io import printable, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ class LogFile(logging.FileHandler):
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter that replaces Hugging Face access tokens."""
+    """A formatter that replaces Hugging Face access tokens and escapes what UTF-8 cannot encode, as in file names."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return re.sub(TOKEN, "hf_...", super().format(record))
+        return printable(re.sub(TOKEN, "hf_...", super().format(record)))
 
 
 def _log_failure(name: str, error: BaseException | None) -> None:
