@@ -46,6 +46,7 @@ from training.publish.run_record import describe_hardware
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
+from training.tracking.report import RunReport
 from training.tracking.trackers import Tracker, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Run:
         learning_rate, kl: Control of the learning rate and of beta.
         train_step: One optimizer step.
         progress, alerts: Where the run stands, and what is wrong with it.
-        tracker: Logs, metrics and images.
+        tracker, report: Logs, metrics, images and status.
         checkpoints: Writes and restores checkpoints.
     """
 
@@ -97,20 +98,18 @@ class Run:
     progress: Progress
     alerts: Alerts
     tracker: Tracker
+    report: RunReport
     checkpoints: CheckpointManager
 
     @property
     def max_batches(self) -> int | None:
         """Most global batches in an epoch, or None."""
-        limit = self.config.training_presets.max_images_per_epoch
-        return None if limit is None else limit // self.config.training_presets.batch_size
+        return _max_batches(self.config)
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Steps of an epoch, or None if unknown."""
-        images = self.stream.num_examples or self.config.data.num_train_images
-        steps = None if images is None else images // self.config.training_presets.batch_size
-        return steps if self.max_batches is None else min(steps or self.max_batches, self.max_batches)
+        return _steps_per_epoch(self.config, self.stream)
 
     def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """Restores a checkpoint; see `CheckpointManager.restore`."""
@@ -210,6 +209,16 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         },
         resumed_at=None if saved is None else (saved["progress"]["step"], saved["progress"]["epoch"]),
     )
+    report = RunReport(
+        config,
+        tracker,
+        alerts,
+        progress,
+        learning_rate,
+        kl,
+        latent_dim=model.config.latent_dim,
+        steps_per_epoch=_steps_per_epoch(config, stream),
+    )
     components = {"progress": progress, "learning_rate": learning_rate, "kl": kl, "alerts": alerts}
     checkpoints = CheckpointManager(
         run_dir,
@@ -223,7 +232,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
             "data": stream.identity,
         },
         model_files=lambda: model_files(model),
-        warn=lambda message: tracker.event(message, "warning", **progress.where),
+        warn=lambda message: report.event(message, "warning"),
     )
     run = Run(
         config=config,
@@ -245,6 +254,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         progress=progress,
         alerts=alerts,
         tracker=tracker,
+        report=report,
         checkpoints=checkpoints,
     )
     if checkpoint is not None:
@@ -253,6 +263,17 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     elif presets.micro_batch_size == "auto":
         _find_micro_batch(run)
     return run
+
+
+def _max_batches(config: Config) -> int | None:
+    limit = config.training_presets.max_images_per_epoch
+    return None if limit is None else limit // config.training_presets.batch_size
+
+
+def _steps_per_epoch(config: Config, stream: TrainStream) -> int | None:
+    images, limit = stream.num_examples or config.data.num_train_images, _max_batches(config)
+    steps = None if images is None else images // config.training_presets.batch_size
+    return steps if limit is None else min(steps or limit, limit)
 
 
 # ---------------------------------------------------------------------- phases

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -25,7 +24,6 @@ from training.publish.stage import publish, publish_command
 from training.setup import build_run
 from training.signals import StopSignal
 from training.step import OutOfMemory, StepResult
-from training.tracking.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +49,11 @@ class Trainer:
 
     def __init__(self, config: Config, resume: str | None = None, allow_changed: Sequence[str] = ()) -> None:
         self.setup = run = build_run(config, resume, allow_changed)
-        self.config, self.run_dir = config, run.run_dir
-        self.accelerator, self.model, self.ema, self.train_step = run.accelerator, run.model, run.ema, run.train_step
-        self.stream, self.kl, self.learning_rate = run.stream, run.kl, run.learning_rate
-        self.progress, self.alerts, self.tracker, self.checkpoints = (
-            run.progress,
-            run.alerts,
-            run.tracker,
-            run.checkpoints,
-        )
-        self.tracker.update_status(steps_per_epoch=run.steps_per_epoch, **self._status)
-        total = None if run.steps_per_epoch is None else run.steps_per_epoch * config.training_presets.num_epochs
-        self.progress_line = ProgressLine(total, self.progress.step)
+        self.config, self.run_dir, self.accelerator = config, run.run_dir, run.accelerator
+        self.model, self.ema, self.train_step, self.stream = run.model, run.ema, run.train_step, run.stream
+        self.kl, self.learning_rate, self.progress = run.kl, run.learning_rate, run.progress
+        self.checkpoints, self.tracker, self.report = run.checkpoints, run.tracker, run.report
+        self.report.status(steps_per_epoch=run.steps_per_epoch)
 
     # ------------------------------------------------------------------ the whole run
 
@@ -84,8 +75,8 @@ class Trainer:
                     self.checkpoints.save()
             self.checkpoints.wait()
             if reason == STOPPED:
-                self._event(f"stopped by {stop.received}; resume with --resume auto", "info")
-                self.tracker.update_status(state="stopped", reason=stop.received, **self._status)
+                self.report.event(f"stopped by {stop.received}; resume with --resume auto")
+                self.report.status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
             self._finish(reason)
             return 0
@@ -93,16 +84,14 @@ class Trainer:
             if self.accelerator.num_processes == 1:  # several may be at different steps; they have the last checkpoint
                 self.checkpoints.save()
                 self.checkpoints.wait()
-            self._failed(str(error))
+            self.report.failed(str(error))
             raise ValueError(f"{error} Then resume with --resume auto.") from None
         except BaseException as error:
-            self._failed(f"{type(error).__name__}: {error}")
+            self.report.failed(f"{type(error).__name__}: {error}")
             raise
         finally:
             self.checkpoints.join_writer()
-            with self.tracker.guard("progress bar"):
-                self.progress_line.close()
-            self.tracker.close()
+            self.report.close()
             self.setup.folder.release()
 
     def _train(self, stop: StopSignal) -> str:
@@ -195,7 +184,7 @@ class Trainer:
                 )
                 clock, waited = now, self.stream.wait_seconds
                 if progress.step % self.config.output.log_every_steps == 0:
-                    self._log_metrics()
+                    self.report.step_metrics()
                     clock = time.monotonic()
                 if flags["stopping"]:
                     stop.received = stop.received or "a signal to another process"
@@ -209,7 +198,7 @@ class Trainer:
         progress, limit = self.progress, self.config.training_presets.max_skipped_in_a_row
         if result.halved:
             size = self.train_step.micro_batch
-            self._event(f"out of memory: micro_batch_size is now {size} (gradients stay the same)", "warning")
+            self.report.event(f"out of memory: micro_batch_size is now {size} (gradients stay the same)", "warning")
         if not result.skipped:
             progress.skipped_in_a_row = 0
             return
@@ -217,7 +206,9 @@ class Trainer:
         progress.skipped_in_a_row += 1
         shown = ", ".join(example_ids[:4])
         if self.accelerator.scaler is None:  # in fp16, overflows are how the scaler finds its scale
-            self._event(f"step {progress.step} skipped: the gradient is not finite (images {shown}, ...)", "warning")
+            self.report.event(
+                f"step {progress.step} skipped: the gradient is not finite (images {shown}, ...)", "warning"
+            )
         if progress.skipped_in_a_row < limit:
             return
         if progress.rollbacks == 0 and self.checkpoints.exists():
@@ -237,7 +228,7 @@ class Trainer:
         self.progress.rollbacks = rollbacks
         self.setup.apply_progress(saved)
         self.tracker.rewind(self.progress.step, self.progress.epoch)
-        self._event(
+        self.report.event(
             f"rolled back from step {step} to {checkpoint.name}: {self.config.training_presets.max_skipped_in_a_row} "
             "steps in a row had no finite gradient; training continues with another example order",
             "warning",
@@ -261,28 +252,9 @@ class Trainer:
                 loss=self.setup.loss,
                 reported=self.setup.reported,
             )
-        logger.info("%s: %s", when, result.summary(self.model.config.latent_dim))
-        with self.tracker.guard("alerts"):
-            warnings = self.alerts.observe_validation(
-                result.values,
-                images_seen=self.progress.images_seen,
-                learning_rate=self.learning_rate.value,
-                latent_dim=self.model.config.latent_dim,
-            )
-            self._warn(warnings)
+        self.report.validation(when, result)
         self.progress.latents = result.latent_scaling
         self.model.register_to_config(**result.latent_scaling)
-        values = {f"validation/{name}": value for name, value in result.values.items()}
-        self.tracker.log(
-            "validation", {**values, "validation/learning_rate": self.learning_rate.value}, **self.progress.where
-        )
-        self.tracker.histogram("validation/kl_per_dimension", result.kl_per_dimension, self.progress.step)
-        if result.sigma_at_bound_fraction > 0.01:
-            percent = 100 * result.sigma_at_bound_fraction
-            self._event(
-                f"{percent:.0f} % of the posterior's sigmas are at a bound: kl/beta is far too small or large",
-                "warning",
-            )
         return result
 
     def _end_epoch(self, result: Validation, complete: bool = True) -> bool:
@@ -293,21 +265,20 @@ class Trainer:
             before, after = self.learning_rate.after_epoch(loss, progress.step)
             if after < before:
                 patience = presets.plateau_patience
-                self._event(f"learning rate {before:.2e} -> {after:.2e}: no improvement in {patience} epochs", "info")
+                self.report.event(f"learning rate {before:.2e} -> {after:.2e}: no improvement in {patience} epochs")
         values = {f"validation/{name}": value for name, value in result.values.items()}
         is_best = self.checkpoints.update_best(loss, values, presets.plateau_threshold)
         if is_best:
             progress.early_stopping_bad_epochs = 0
         elif complete:
             progress.early_stopping_bad_epochs += 1
-        self.tracker.update_status(**self._status)
+        self.report.status()
         return is_best
 
     def _save_grids(self, model: nn.Module, label: str) -> None:
         """Saves grids of samples and reconstructions of a model."""
         if not self.accelerator.is_main_process:
             return
-        name = self.config.output.run_name
         with self.tracker.guard("image grids"):
             grids = image_grids(
                 self.accelerator,
@@ -317,10 +288,7 @@ class Trainer:
                 seed=self.config.training_presets.seed,
                 batch=self.train_step.micro_batch,
             )
-            for kind, grid in grids.items():
-                final = label == "final" and kind != "reconstructions"
-                file = f"{name}_final_{kind}.png" if final else f"{name}_{kind}_{label}.png"
-                self.tracker.image(kind, grid, self.progress.step, file)
+            self.report.grids(grids, label)
 
     # ------------------------------------------------------------------ the end
 
@@ -340,17 +308,16 @@ class Trainer:
             try:
                 export_model(model, model_dir)
             except OSError as error:
-                self._event(f"cannot export to {model_dir} ({error}); the model is in {source}", "warning")
+                self.report.event(f"cannot export to {model_dir} ({error}); the model is in {source}", "warning")
                 model_dir = source
             self._save_grids(model.to(self.accelerator.device), "final")
         lpips = f"lpips_{self.setup.reported.name}"
-        self._event(
+        self.report.event(
             f"finished: {reason}; best model of epoch {best['epoch']}, step {best['step']}: validation PSNR "
             f"{best['validation/psnr']:.2f} dB, {lpips} {best[f'validation/{lpips}']:.4f}, MSE "
             f"{best['validation/mse']:.5f} on [-1, 1]",
-            "info",
         )
-        self.tracker.update_status(state="finished", reason=reason, model_dir=str(model_dir), seconds_left=0.0)
+        self.report.status(state="finished", reason=reason, model_dir=str(model_dir), seconds_left=0.0)
         logger.info("model        %s", model_dir)
         logger.info("grids        %s", self.run_dir / "samples")
         logger.info("TensorBoard  tensorboard --logdir %s", output.runs_dir)
@@ -364,47 +331,8 @@ class Trainer:
         try:
             logger.info("published    %s", publish(self.run_dir, self.config.hub))
         except Exception as error:  # of the Hub or the network; the model is on disk
-            self._event(
+            self.report.event(
                 f"the upload failed ({type(error).__name__}: {error}); retry with: "
                 f"{publish_command(self.run_dir, self.config.hub)}",
                 "warning",
             )
-
-    # ------------------------------------------------------------------ reporting
-
-    @property
-    def _status(self) -> dict[str, Any]:
-        """Where the run stands, for status.json."""
-        return {
-            "best": self.progress.best,
-            "plateau_bad_epochs": self.learning_rate.bad_epochs,
-            "early_stopping_bad_epochs": self.progress.early_stopping_bad_epochs,
-            **self.progress.where,
-        }
-
-    def _log_metrics(self) -> None:
-        """Logs the means over the steps since the last call."""
-        presets, progress = self.config.training_presets, self.progress
-        values = progress.take_window(
-            presets, self.kl, latent_dim=self.model.config.latent_dim, learning_rate=self.learning_rate.value
-        )
-        left = progress.seconds_left(presets, self.setup.steps_per_epoch, values["speed/images_per_second"])
-        self.tracker.log("train", values, **progress.where)
-        with self.tracker.guard("alerts"):
-            self._warn(self.alerts.observe_window(values, images_seen=progress.images_seen, step=progress.step))
-        self.tracker.update_status(state="running", seconds_left=left, **progress.where)
-        if self.accelerator.is_main_process:
-            with self.tracker.guard("progress bar"):
-                self.progress_line.show(progress, values, left)
-
-    def _event(self, message: str, level: str) -> None:
-        self.tracker.event(message, level, **self.progress.where)
-
-    def _warn(self, messages: list[str]) -> None:
-        """Logs alerts of the main process; clocks differ, so other processes may have other alerts."""
-        for message in messages if self.accelerator.is_main_process else ():
-            self._event(message, "warning")
-
-    def _failed(self, reason: str) -> None:
-        logger.error("failed: %s", reason)
-        self.tracker.update_status(state="failed", reason=reason, **self._status)
