@@ -27,8 +27,8 @@ from training.io import file_sha256, restore_fields
 
 logger = logging.getLogger(__name__)
 
-# Raised only when older code or older checkpoints cannot be read any more; fields may come and go without that.
-FORMAT = 1
+# Version of the checkpoints' layout; see `training.checkpoint.format` for when to raise it.
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATE_FILE = "training_state/trainer_state.json"

@@ -1,4 +1,4 @@
-"""Checkpoints under faults: every call of a write fails, or is the last; every file of one is spoilt in every way."""
+"""Checkpoints under faults: a write fails or is killed at every system call; every file is damaged in every way."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from training.checkpoint.resume import newest_valid
 from training.checkpoint.state import TrainingState
 from training.io import file_sha256
 from training.run_files import (
+    FORMAT,
     MANIFEST,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -79,10 +80,10 @@ def two(tmp_path) -> Path:
 # ---- writing ----
 
 
-def test_a_checkpoint_holds_what_was_given_and_says_what_it_is(two):
+def test_the_content_of_a_checkpoint_and_its_manifest(two):
     newest = two / "checkpoints" / "step_00000002"
     manifest = verify(newest)
-    assert (manifest["step"], manifest["format"], manifest["processes"]) == (2, 1, 1)
+    assert (manifest["step"], manifest["format"]) == (2, FORMAT)
     assert manifest["versions"]["torch"] == torch.__version__
     assert set(manifest["files"]) == {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()} - {
         MANIFEST
@@ -94,7 +95,7 @@ def test_a_checkpoint_holds_what_was_given_and_says_what_it_is(two):
     assert os.readlink(newest.with_name("best")) == "step_00000001"
 
 
-def test_older_checkpoints_go_and_the_best_stays(two):
+def test_older_checkpoints_are_removed_and_the_best_is_kept(two):
     for step in (3, 4, 5):
         write_checkpoint(two, snapshot(step, best=1), keep=2)
     assert names(two) == ["step_00000001", "step_00000004", "step_00000005"]
@@ -103,7 +104,7 @@ def test_older_checkpoints_go_and_the_best_stays(two):
     assert os.readlink(two / "checkpoints" / "best") == "step_00000006" and not hidden(two)
 
 
-def test_the_bytes_are_forced_to_disk_before_the_name_is_given(two):
+def test_everything_is_fsynced_before_the_rename(two):
     """Files, then folders, then the rename, then the folder that holds the name."""
     calls, opened = [], {}
     original = os.open
@@ -131,9 +132,9 @@ def test_the_bytes_are_forced_to_disk_before_the_name_is_given(two):
 
 @pytest.mark.parametrize("step", [3, 2], ids=["a new step", "a step that has one"])
 @pytest.mark.parametrize("fault", ["ENOSPC once", "EIO once", "ENOSPC from then on", "EIO from then on", "killed"])
-def test_a_fault_at_any_call_of_a_write_costs_that_checkpoint_at_most(two, tmp_path, monkeypatch, step, fault):
-    """At each call in turn; afterwards the newest whole checkpoint is found, and the next write clears up."""
-    number = getattr(errno, fault.split()[0], None)
+def test_a_fault_at_any_call_of_a_write_loses_at_most_that_checkpoint(two, tmp_path, monkeypatch, step, fault):
+    """Each call in turn; afterwards the newest valid checkpoint is found, and the next write cleans up."""
+    code = getattr(errno, fault.split()[0], None)
 
     class Killed(BaseException):
         pass
@@ -145,11 +146,11 @@ def test_a_fault_at_any_call_of_a_write_costs_that_checkpoint_at_most(two, tmp_p
             nonlocal count
             count += 1
             if count == failing or (count > failing and "once" not in fault):
-                if number is None:
+                if code is None:
                     if name == "write" and count == failing:
-                        os.pwrite(args[0], args[1][: len(args[1]) // 2], 0)  # half of it has got there
+                        os.pwrite(args[0], args[1][: len(args[1]) // 2], 0)  # half of it is written
                     raise Killed
-                raise OSError(number, os.strerror(number))
+                raise OSError(code, os.strerror(code))
 
         try:
             with watched_calls(watch):
@@ -158,24 +159,26 @@ def test_a_fault_at_any_call_of_a_write_costs_that_checkpoint_at_most(two, tmp_p
         except (OSError, Killed):
             return count, False
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # counted all the same, and does not take its time
-    shutil.copytree(two, tmp_path / "healthy" / "run", symlinks=True)
-    healthy, written = attempt(tmp_path / "healthy" / "run", 10**9)
-    assert written and healthy >= 40
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # counted, but not waited for
+    shutil.copytree(two, tmp_path / "complete" / "run", symlinks=True)
+    calls, written = attempt(tmp_path / "complete" / "run", 10**9)
+    assert written and calls >= 40
     outcomes = set()
-    for failing in range(1, healthy + 1):
+    for failing in range(1, calls + 1):
         run_dir = tmp_path / f"{failing}" / "run"
         shutil.copytree(two, run_dir, symlinks=True)
         _, written = attempt(run_dir, failing)
         if fault != "killed":
             for each in list_checkpoints(run_dir):
                 verify(each)
-            if "once" in fault and not written:  # what may remain is whole: the new name may not be on the disk
+            if (
+                "once" in fault and not written
+            ):  # the new checkpoint may be valid, although its rename may not be on disk
                 assert hidden(run_dir) in ([], [".replaced_step_00000002"])
         sweep(run_dir)  # as a resume does
         assert not hidden(run_dir)
         newest, skipped = newest_valid(run_dir, None)
-        assert not skipped  # what has its name is whole
+        assert not skipped  # a checkpoint with its final name is valid
         there = (newest.name, read_state(newest)["mark"])
         assert there in {("step_00000002", ""), (f"step_{step:08d}", "again")}
         if written:
@@ -189,7 +192,7 @@ def test_a_fault_at_any_call_of_a_write_costs_that_checkpoint_at_most(two, tmp_p
     assert {(False, "")} <= outcomes and any(mark == "again" for _, mark in outcomes)
 
 
-def test_a_disk_that_has_no_room_is_asked_before(two, monkeypatch):
+def test_free_space_is_checked_before_a_write(two, monkeypatch):
     before = tree(two)
     needed = snapshot(3).size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
@@ -201,7 +204,7 @@ def test_a_disk_that_has_no_room_is_asked_before(two, monkeypatch):
     assert names(two) == ["step_00000002", "step_00000003"]
 
 
-def test_a_folder_that_cannot_be_forced_to_disk_is_no_failure(two):
+def test_a_folder_that_cannot_be_fsynced_is_ignored(two):
     """Some network disks answer EINVAL for folders."""
 
     def watch(name, args):
@@ -212,7 +215,7 @@ def test_a_folder_that_cannot_be_forced_to_disk_is_no_failure(two):
         verify(write_checkpoint(two, snapshot(3), keep=2))
 
 
-def test_older_checkpoints_that_cannot_be_removed_are_said_and_no_failure(two, caplog):
+def test_older_checkpoints_that_cannot_be_removed_are_logged(two, caplog):
     def watch(name, args):
         if name == "rmdir" or (name == "replace" and "removed" in str(args[1])):
             raise OSError(errno.EROFS, "Read-only file system")
@@ -223,7 +226,7 @@ def test_older_checkpoints_that_cannot_be_removed_are_said_and_no_failure(two, c
     assert "step_00000003 is valid, but older checkpoints could not be removed" in caplog.text
 
 
-def test_the_writer_says_what_went_wrong_and_goes_on(two, monkeypatch):
+def test_the_writer_reports_an_error_and_continues(two, monkeypatch):
     writer = CheckpointWriter(two, keep=2)
     assert writer.wait() is None and not writer.is_done
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
@@ -237,7 +240,7 @@ def test_the_writer_says_what_went_wrong_and_goes_on(two, monkeypatch):
     assert names(two) == ["step_00000002", "step_00000004"]
 
 
-def test_a_copy_to_host_memory_does_not_follow_training():
+def test_host_copies_are_independent_of_training():
     parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
     copied = host_copy(parameter)
     with torch.no_grad():
@@ -246,7 +249,7 @@ def test_a_copy_to_host_memory_does_not_follow_training():
     assert not copied.requires_grad
 
 
-def test_what_is_newer_is_quarantined_and_kept(two):
+def test_newer_checkpoints_are_quarantined(two):
     write_checkpoint(two, snapshot(3), keep=9)
     assert quarantine_newer(two, two / "checkpoints" / "step_00000001") == [
         "quarantined_0_step_00000002",
@@ -271,35 +274,35 @@ class Bomb:
         return open, (str(self.file), "w")
 
 
-def spoil_bit(path: Path) -> None:
+def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def spoil_link(path: Path) -> None:
+def replace_by_link(path: Path) -> None:
     copy = path.with_name(path.name + ".copy").rename(Path(f"{path.parents[3]}_{path.name}.copy"))
     path.unlink()
     path.symlink_to(copy)
 
 
-SPOILING: dict[str, Callable[[Path], object]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 2),
-    "one bit flipped": spoil_bit,
+    "one bit flipped": flip_a_bit,
     "emptied": lambda path: os.truncate(path, 0),
     "removed": lambda path: path.unlink(),
-    "a link to an equal file": lambda path: (shutil.copy(path, str(path) + ".copy"), spoil_link(path)),
+    "a link to an equal file": lambda path: (shutil.copy(path, str(path) + ".copy"), replace_by_link(path)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Bomb(path.parents[2] / "exploded"))),
 }
 FILES = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST)
 
 
-@pytest.mark.parametrize("how", SPOILING)
+@pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
-def test_a_spoilt_file_is_found_and_the_older_checkpoint_taken(two, how, name):
+def test_a_damaged_file_is_detected_and_the_older_checkpoint_taken(two, how, name):
     newest = two / "checkpoints" / "step_00000002"
-    SPOILING[how](newest / name)
+    DAMAGE[how](newest / name)
     found, (skipped,) = newest_valid(two, None)
     assert found == newest.with_name("step_00000001")
     assert re.match(rf"resume: skipped {newest}: (its )?{re.escape(name)} ", skipped)
@@ -319,13 +322,16 @@ def entry(name: str, **values) -> Callable[[dict], object]:
 MANIFESTS: dict[str, tuple[Callable[[dict], object], str]] = {
     "a path upwards": (entry("model/../../../x"), "lists 'model/../../../x', outside of its folder"),
     "an absolute path": (entry("/etc/hostname"), "lists '/etc/hostname', outside of its folder"),
-    "a path of Windows": (entry("..\\x"), "outside of its folder"),
-    "a path with a zero": (entry("model/\0"), "outside of its folder"),
+    "a Windows path": (entry("..\\x"), "outside of its folder"),
+    "a path with a NUL": (entry("model/\0"), "outside of its folder"),
     "a path too long": (entry("x" * 5000), "cannot be read|missing"),
     "a path that is a folder": (entry("model"), "model is missing or not a plain file"),
     "an empty path": (entry(""), "is missing or not a plain file"),
     "a file that is not there": (entry("model/more.json"), "model/more.json is missing"),
-    "another format": (lambda m: m.update(format=2), "has format 2, and this version reads format 1"),
+    "another format": (
+        lambda m: m.update(format=FORMAT + 1),
+        f"has format {FORMAT + 1}, and this version reads format {FORMAT}",
+    ),
     "no format": (lambda m: m.pop("format"), "cannot be read"),
     "no files": (lambda m: m.pop("files"), "cannot be read"),
     "a list of files": (lambda m: m.update(files=[]), "cannot be read"),
@@ -338,7 +344,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict], object], str]] = {
 
 
 @pytest.mark.parametrize("how", MANIFESTS)
-def test_a_manifest_that_says_something_odd_is_refused(two, how):
+def test_an_invalid_manifest_is_refused(two, how):
     change, reason = MANIFESTS[how]
     path = two / "checkpoints" / "step_00000002" / MANIFEST
     manifest = json.loads(path.read_text())
@@ -361,9 +367,9 @@ def test_a_manifest_that_says_something_odd_is_refused(two, how):
         b" " * (17 << 20),
         b'{"format": 1, "files": 5}',
     ],
-    ids=["null", "a list", "a number", "a string", "empty", "no text", "deep", "huge", "files a number"],
+    ids=["null", "a list", "a number", "a string", "empty", "not text", "deep", "huge", "files a number"],
 )
-def test_a_manifest_that_is_none_is_refused(two, content):
+def test_a_file_that_is_not_a_manifest_is_refused(two, content):
     path = two / "checkpoints" / "step_00000002" / MANIFEST
     path.write_bytes(content)
     with pytest.raises(InvalidCheckpointError, match=f"its {MANIFEST} cannot be read"):
@@ -378,14 +384,14 @@ def test_a_folder_that_is_a_link_is_refused(two, tmp_path):
         verify(model.parent)
 
 
-def test_where_none_is_left_the_error_names_all(two):
+def test_without_a_valid_checkpoint_the_error_names_all(two):
     for each in list_checkpoints(two):
         os.truncate(each / MODEL_FILE, 1)
     with pytest.raises(ValueError, match="no checkpoint can be used .*step_00000002.*step_00000001.*restore one of th"):
         newest_valid(two, None)
 
 
-def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(two, finished, tmp_path):
+def test_a_pickle_that_the_manifest_lists_is_not_executed(two, finished, tmp_path):
     newest = two / "checkpoints" / "step_00000002"
     for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
         (newest / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
@@ -401,7 +407,7 @@ def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(two, finished,
         AutoencoderKLUltra.from_pretrained(model, use_safetensors=True)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded"))).close()
-    assert (tmp_path / "exploded").exists()  # it does work
+    assert (tmp_path / "exploded").exists()  # the bomb works
 
 
 def test_tensors_of_another_model_are_refused_by_name():
@@ -415,8 +421,8 @@ def test_tensors_of_another_model_are_refused_by_name():
     assert not any(tensor.any() for tensor in live.values())
 
 
-def test_the_scaler_of_fp16_comes_back():
-    """Its state is plain numbers, and JSON keeps them."""
+def test_the_fp16_gradient_scaler_is_restored():
+    """Its state survives JSON."""
 
     def state() -> TrainingState:
         model = torch.nn.Linear(2, 1)
@@ -432,7 +438,7 @@ def test_the_scaler_of_fp16_comes_back():
         scaler.update()
 
     first, second = state(), state()
-    for factor in (float("inf"), 1.0, 1.0):  # backs off, then is two good steps away from the growth at the third
+    for factor in (float("inf"), 1.0, 1.0):  # backs off; the third finite step after that grows the scale
         update(first, factor)
     saved = json.loads(json.dumps(first.values()))
     assert (saved["scaler"]["scale"], saved["scaler"]["_growth_tracker"]) == (512.0, 2)
@@ -442,7 +448,7 @@ def test_the_scaler_of_fp16_comes_back():
         assert each.accelerator.scaler.state_dict()["scale"] == 1024.0
 
 
-# ---- a whole run ----
+# ---- runs ----
 
 
 def copy_of(finished, folder: Path, steps=(10, 15)) -> Path:
@@ -459,9 +465,9 @@ def config_of(finished, faces: Path, folder: Path, **sections):
     return tiny.tiny_config(folder, faces, training_presets={"num_epochs": EPOCHS}, **sections)
 
 
-def test_a_run_goes_on_from_the_newest_that_is_whole(finished, faces, tmp_path):
+def test_a_run_resumes_from_the_newest_valid_checkpoint(finished, faces, tmp_path):
     run_dir = copy_of(finished, tmp_path)
-    spoil_bit(run_dir / "checkpoints" / "step_00000015" / MODEL_FILE)
+    flip_a_bit(run_dir / "checkpoints" / "step_00000015" / MODEL_FILE)
     (run_dir / "checkpoints" / ".writing_step_00000016").mkdir()
     again = run(config_of(finished, faces, tmp_path), "auto")
     assert (again.code, again.folder) == (0, run_dir)
@@ -469,12 +475,12 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(finished, faces, tmp_path):
     log = (run_dir / "training.log").read_text()
     assert f"skipped {run_dir}/checkpoints/step_00000015: {MODEL_FILE} is not what was written" in log
     assert "removed .writing_step_00000016, left by an interrupted write" in log
-    # Out of the way, where it would count as one of those that are kept, and not thrown away.
+    # Quarantined: it does not count as one of the newest any more, and is not deleted.
     assert (run_dir / "checkpoints" / "quarantined_0_step_00000015").is_dir()
     assert names(run_dir) == ["step_00000010", "step_00000015"] and not hidden(run_dir)
 
 
-def test_nothing_is_touched_by_a_resume_that_is_refused(finished, faces, tmp_path, session):
+def test_a_refused_resume_changes_no_file(finished, faces, tmp_path, session):
     run_dir = copy_of(finished, tmp_path)
     before = tree(run_dir)
     other = config_of(finished, faces, tmp_path, loss={"lpips_weight": 0.3})
@@ -489,8 +495,8 @@ def test_nothing_is_touched_by_a_resume_that_is_refused(finished, faces, tmp_pat
     assert tree(run_dir) == before
 
 
-def test_a_best_model_that_is_damaged_is_replaced_by_the_next(finished, faces, tmp_path):
-    """All epochs are done: what is there is validated once more and handed over."""
+def test_a_damaged_best_model_is_replaced_by_the_next(finished, faces, tmp_path):
+    """All epochs are done: the weights are validated once more and exported."""
     run_dir = copy_of(finished, tmp_path, steps=(15,))
     newest = run_dir / "checkpoints" / "step_00000015"
     shutil.copytree(newest, newest.with_name("step_00000005"))
@@ -501,7 +507,7 @@ def test_a_best_model_that_is_damaged_is_replaced_by_the_next(finished, faces, t
     manifest = json.loads((newest / MANIFEST).read_text())
     manifest["files"][STATE_FILE] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     (newest / MANIFEST).write_text(json.dumps(manifest))
-    spoil_bit(newest.with_name("step_00000005") / MODEL_FILE)
+    flip_a_bit(newest.with_name("step_00000005") / MODEL_FILE)
     ended = run(config_of(finished, faces, tmp_path), "auto")
     assert (ended.code, ended.status["best"]["step"]) == (0, 15)
     assert "best model so far, step 5, is lost (model/" in (run_dir / "training.log").read_text()
@@ -511,8 +517,8 @@ def test_a_best_model_that_is_damaged_is_replaced_by_the_next(finished, faces, t
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread ends
-def test_a_full_disk_costs_what_is_written_and_never_the_run(finished, faces, tmp_path, capfd):
-    """Every output at once: figures, status, log, grids, TensorBoard and the checkpoint at the end of the run."""
+def test_a_full_disk_loses_outputs_and_never_ends_the_run(finished, faces, tmp_path, capfd):
+    """Every output at once: metrics, status, log, grids, TensorBoard and the checkpoint at the end of the run."""
     run_dir = copy_of(finished, tmp_path, steps=(10,))
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "samples").mkdir()
@@ -533,11 +539,11 @@ def test_a_full_disk_costs_what_is_written_and_never_the_run(finished, faces, tm
         events.unlink()
         events.symlink_to("/dev/full")
         assert trainer.run() == 0
-    said = capfd.readouterr().err
+    log = capfd.readouterr().err
     for what in ("metrics.jsonl", "status.json", "training.log", "samples/", "TensorBoard"):
-        assert said.count(f"{what} failed, training continues") == 1, said
-    assert said.count("the checkpoint of step 15 could not be written; older checkpoints are unchanged (OSError") == 1
-    assert "finished: 3 epochs; best model of epoch 2, step 10" in said
-    assert "Logging error" not in said
+        assert log.count(f"{what} failed, training continues") == 1, log
+    assert log.count("the checkpoint of step 15 could not be written; older checkpoints are unchanged (OSError") == 1
+    assert "finished: 3 epochs; best model of epoch 2, step 10" in log
+    assert "Logging error" not in log
     assert names(run_dir) == ["step_00000010"] and not hidden(run_dir)
     assert tree(run_dir / "checkpoints" / "step_00000010") == checkpoint_10

@@ -1,4 +1,4 @@
-"""Stopped and gone on is the same run, bit for bit; a resume that means another run is refused."""
+"""An interrupted and resumed run is bitwise identical to an uninterrupted one; other configurations are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
 
 
-def test_interrupted_in_mid_epoch_twice_it_is_the_same_run(finished, faces, tmp_path):
+def test_two_interruptions_within_epochs_change_nothing(finished, faces, tmp_path):
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
     first = run(config, stop_after={3: signal.SIGTERM})  # between two log lines
     assert first.code == EXIT_STOPPED == 75
@@ -43,7 +43,7 @@ def test_interrupted_in_mid_epoch_twice_it_is_the_same_run(finished, faces, tmp_
     assert exported[0].read_bytes() == exported[1].read_bytes()
 
 
-def test_resumed_at_an_epochs_end_it_is_the_same_run(finished, faces, tmp_path):
+def test_resuming_at_the_end_of_an_epoch_changes_nothing(finished, faces, tmp_path):
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
     folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
@@ -55,8 +55,8 @@ def test_resumed_at_an_epochs_end_it_is_the_same_run(finished, faces, tmp_path):
     assert "resumed from" in (folder / "training.log").read_text()
 
 
-def test_stopped_with_an_epochs_last_step_and_killed_after_its_validation_it_is_the_same_run(finished, faces, tmp_path):
-    """The validation is in the figures and the checkpoint before it: it comes again, and is there once."""
+def test_a_stop_at_the_last_step_of_an_epoch_and_a_kill_after_its_validation_change_nothing(finished, faces, tmp_path):
+    """The validation is logged but not in the checkpoint: it is repeated, and logged once."""
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
     first = run(config, stop_after={STEPS: signal.SIGTERM})
     assert (first.code, first.status["step"]) == (EXIT_STOPPED, STEPS)
@@ -80,7 +80,7 @@ def test_stopped_with_an_epochs_last_step_and_killed_after_its_validation_it_is_
 
 
 def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
-    """Nothing is left to do, and what is there stays as it is."""
+    """Nothing is left to train, and no result changes."""
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
     folder = Path(config.output.runs_dir) / finished.folder.name
     shutil.copytree(finished.folder, folder, symlinks=True)
@@ -120,7 +120,7 @@ def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, 
     assert named in str(caught.value)
 
 
-def test_a_refused_change_goes_through_where_it_is_allowed_by_name(finished, session, faces, tmp_path, capsys):
+def test_a_change_is_accepted_where_it_is_allowed_by_name(finished, session, faces, tmp_path, capsys):
     run_dir = tmp_path / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
     values = finished.config.to_dict()
@@ -150,7 +150,7 @@ def test_a_refused_change_goes_through_where_it_is_allowed_by_name(finished, ses
     assert "data.horizontal_flp: did you mean data.horizontal_flip?" in capsys.readouterr().err
 
 
-def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_path):
+def test_resume_takes_new_optimizer_settings(finished, session, tmp_path):
     folder = tmp_path / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
     values = finished.config.to_dict()
@@ -162,22 +162,22 @@ def test_resume_takes_new_settings_of_the_optimisation(finished, session, tmp_pa
     assert (group["lr"], group["weight_decay"], group["betas"]) == (2.5e-4, 0.5, (0.5, 0.999))
     plateau = trainer.learning_rate._plateau
     assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
-    assert plateau.best < math.inf  # its memory is the checkpoint's
+    assert plateau.best < math.inf  # restored from the checkpoint
     assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
 
 
-def test_resume_auto_without_a_run_starts_anew(faces, session, tmp_path):
+def test_resume_auto_without_a_run_starts_a_new_one(faces, session, tmp_path):
     trainer = Trainer(tiny.tiny_config(tmp_path, faces), "auto")
     trainer.tracker.close()
     assert trainer.progress.step == 0
     assert trainer.run_dir.is_dir()
 
 
-# ---- settings that the shared run leaves out ----
+# ---- settings that the shared run does not use ----
 
 
-def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
-    """What the tiny configuration leaves out, interrupted and gone on."""
+def test_bf16_with_a_trained_pca_branch_and_no_ema(faces, tmp_path):
+    """Settings that the tiny configuration does not use, interrupted and resumed."""
     presets = {"mixed_precision": "bf16", "optimizer": "adamw", "pca_lr_scale": 0.01, "ema_decay": 0}
     presets |= {"gradient_checkpointing": True, "channels_last": False, "micro_batch_size": None}
     presets |= {"num_epochs": 1, "max_images_per_epoch": 12, "lr_warmup_steps": 0}
@@ -201,8 +201,8 @@ def test_bf16_with_a_learning_linear_path_and_no_averages(faces, tmp_path):
 
 
 @pytest.mark.slow
-def test_gone_on_compiled_and_back_it_is_the_same_run(finished, faces, tmp_path, monkeypatch):
-    """Traced, and run by the eager operators: what a checkpoint holds has the same names, and the same bits."""
+def test_resuming_compiled_and_back_changes_nothing(finished, faces, tmp_path, monkeypatch):
+    """Compiled for the eager backend: the tensors of a checkpoint have the same names and are bitwise identical."""
     compile_module = torch.nn.Module.compile
     compiled = []
 
@@ -236,24 +236,25 @@ def test_a_second_signal_has_its_usual_effect():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_interrupted_before_and_after_the_resolution_changes_it_is_the_same_run(faces, tmp_path):
+def test_interruptions_before_and_after_a_change_of_resolution_change_nothing(faces, tmp_path):
     model = {
         "sample_size": 64, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 8, "latent_dim": 256,
         "pca_size": 16, "pca_decode_size": 32,
     }  # fmt: skip
     presets = {"num_epochs": 3, "resolution_schedule": {"32": 1}, "augment": True, "pca_init_augmented_copies": 1}
-    whole_config, config = (
-        tiny.tiny_config(tmp_path / name, faces, model=model, training_presets=presets) for name in ("whole", "cut")
+    full_config, config = (
+        tiny.tiny_config(tmp_path / name, faces, model=model, training_presets=presets)
+        for name in ("full", "interrupted")
     )
-    whole = run(whole_config)
+    full = run(full_config)
     first = run(config, stop_after={STEPS - 2: signal.SIGTERM})
     second = run(config, "auto", stop_after={STEPS + 2: signal.SIGTERM})
     third = run(config, "auto")
-    assert (first.code, second.code, third.code, whole.code) == (EXIT_STOPPED, EXIT_STOPPED, 0, 0)
-    assert_same_state(third, whole)
-    assert third.lines("train") == whole.lines("train")
-    # Validation sees whole images from the start, so that the plateau compares like with like.
-    assert third.lines("validation") == whole.lines("validation")
+    assert (first.code, second.code, third.code, full.code) == (EXIT_STOPPED, EXIT_STOPPED, 0, 0)
+    assert_same_state(third, full)
+    assert third.lines("train") == full.lines("train")
+    # Validation uses the full resolution from the start, so that the plateau scheduler compares equal losses.
+    assert third.lines("validation") == full.lines("validation")
 
 
 def test_a_resolution_schedule_that_does_not_suit_the_model_is_refused(faces, tmp_path):

@@ -1,4 +1,4 @@
-"""One run, one process: who comes second is told who has it, and a dead owner has nothing."""
+"""One process per run: a second one gets an error that names the lock holder; a dead holder holds no lock."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from training.run_files import list_checkpoints
 from training.trainer import Trainer
 
 
-class Owner:
+class Holder:
     """A process that holds the lock of a run until it is killed."""
 
     def __init__(self, run_dir: Path) -> None:
-        ready, say = os.pipe()
+        ready, signal_ready = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                lock = RunLock(run_dir)  # which is free as soon as nobody has it
-                os.write(say, b"1")
+                lock = RunLock(run_dir)  # free as soon as nobody holds it
+                os.write(signal_ready, b"1")
                 signal.pause()
                 lock.release()
             finally:
                 os._exit(1)
-        os.close(say)
+        os.close(signal_ready)
         assert os.read(ready, 1) == b"1"
         os.close(ready)
 
@@ -46,38 +46,38 @@ class Owner:
 
 
 @pytest.fixture
-def owned(tmp_path):
+def held(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    owner = Owner(run_dir)
-    yield run_dir, owner
-    if owner.pid:
-        owner.kill()
+    holder = Holder(run_dir)
+    yield run_dir, holder
+    if holder.pid:
+        holder.kill()
 
 
-def test_the_second_is_refused_with_the_owners_pid_and_host_and_a_dead_owner_has_nothing(owned):
-    run_dir, owner = owned
+def test_a_second_process_gets_the_holders_pid_and_host_and_a_dead_holder_holds_nothing(held):
+    run_dir, holder = held
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=f"is in use by process {owner.pid} on {socket.gethostname()}: stop that o"
+            ValueError, match=f"is in use by process {holder.pid} on {socket.gethostname()}: stop that o"
         ):
             RunLock(run_dir)
-    owner.kill()
-    owner.pid = 0
+    holder.kill()
+    holder.pid = 0
     lock = RunLock(run_dir)  # at once
     assert json.loads((run_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
     lock.release()
     RunLock(run_dir).release()
 
 
-def test_an_owner_that_could_not_write_who_it_is_has_the_lock_all_the_same(owned):
-    run_dir, _ = owned
+def test_a_holder_that_could_not_write_its_name_holds_the_lock(held):
+    run_dir, _ = held
     (run_dir / LOCK_FILE).write_text("")
     with pytest.raises(ValueError, match="is in use by another process: stop that one"):
         RunLock(run_dir)
 
 
-def test_a_full_disk_is_no_reason_to_fail_and_one_that_cannot_lock_is_said(tmp_path, monkeypatch):
+def test_a_full_disk_is_ignored_and_one_that_cannot_lock_is_an_error(tmp_path, monkeypatch):
     (tmp_path / f"{LOCK_FILE}.tmp").symlink_to("/dev/full")
     RunLock(tmp_path).release()
 
@@ -96,21 +96,21 @@ def test_the_command_line_refuses_a_run_in_use(finished, faces, tmp_path, sessio
     (tmp_path / "tiny.json").write_text(json.dumps(settings))
     run_dir = tmp_path / "runs" / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints", run_dir / "checkpoints", symlinks=True)
-    owner = Owner(run_dir)
+    holder = Holder(run_dir)
     try:
         assert train_vae.main(["--config", str(tmp_path / "tiny.json"), "--resume", "auto"]) == 2
     finally:
-        owner.kill()
-    said = capsys.readouterr().err
-    assert f"error: the run {run_dir} is in use by process {owner.pid} on {socket.gethostname()}" in said
-    assert "Traceback" not in said
+        holder.kill()
+    error = capsys.readouterr().err
+    assert f"error: the run {run_dir} is in use by process {holder.pid} on {socket.gethostname()}" in error
+    assert "Traceback" not in error
 
 
-def test_runs_that_begin_in_the_same_second_have_different_folders(faces, tmp_path, session, monkeypatch):
-    """Both choose a name long before they claim it."""
+def test_runs_that_start_in_the_same_second_have_different_folders(faces, tmp_path, session, monkeypatch):
+    """Both choose a name long before they create the folder."""
     config = tiny.tiny_config(tmp_path, faces)
-    begun = datetime.datetime(2000, 1, 1)
-    names = iter([f"tiny_{begun + datetime.timedelta(seconds=s):%Y%m%d_%H%M%S}" for s in (0, 0, 0, 1)])
+    start = datetime.datetime(2000, 1, 1)
+    names = iter([f"tiny_{start + datetime.timedelta(seconds=s):%Y%m%d_%H%M%S}" for s in (0, 0, 0, 1)])
     monkeypatch.setattr(RunFolder, "_new_path", lambda self: Path(config.output.runs_dir) / next(names))
     first, second = Trainer(config), Trainer(config)
     try:
@@ -127,16 +127,16 @@ def test_runs_that_begin_in_the_same_second_have_different_folders(faces, tmp_pa
             each.setup.folder.release()
 
 
-def test_a_restart_by_the_launcher_goes_on_from_the_newest_whatever_the_command_line_names(
+def test_a_restart_by_the_launcher_resumes_from_the_newest_checkpoint_whatever_the_command_line_names(
     finished, faces, tmp_path, session, monkeypatch
 ):
-    """Its command line is that of the first start, and may name an older checkpoint than the run has got to since."""
+    """Its command line is that of the first start, and may name a checkpoint that is outdated by now."""
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
     run_dir = tmp_path / "runs" / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints", run_dir / "checkpoints", symlinks=True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted_run(tmp_path / "runs", "tiny") is None  # no owner known
+    assert restarted_run(tmp_path / "runs", "tiny") is None  # no holder known
     (run_dir / LOCK_FILE).write_text(json.dumps({"launcher": run_dir_module.launcher() | {"pid": 1}}))
     assert restarted_run(tmp_path / "runs", "tiny") is None  # another launcher's
     RunLock(run_dir).release()

@@ -18,13 +18,12 @@ ignores unknown fields and fills in missing ones.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import datetime
 import json
 import logging
 import platform
 import shutil
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,26 +144,24 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
         manifest = {
             "format": FORMAT,
             "step": snapshot.step,
-            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": {
                 "python": platform.python_version(),
                 **{each.__name__: each.__version__ for each in (torch, diffusers, accelerate, safetensors)},
             },
-            "processes": snapshot.trainer_state.get("processes"),
-            "config_sha256": hashlib.sha256(json.dumps(snapshot.trainer_state.get("config")).encode()).hexdigest(),
             "files": files,
         }
         write_bytes(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
         for part in (temporary / "model", temporary / "training_state", temporary):
             fsync_folder(part)
-        if final.exists():  # of the same step, as after a stop at an epoch's end; `sweep` knows the name
+        if final.exists():  # of the same step, as after a stop at the end of an epoch
             rename_folder(final, folder / f"{_REPLACED}{final.name}")
         rename_folder(temporary, final)
     except BaseException:
         with contextlib.suppress(OSError):
             sweep(run_dir)
         raise
-    for part in (folder, run_dir, run_dir.parent):  # the names of the two may be as new as the checkpoint
+    for part in (folder, run_dir, run_dir.parent):  # the run's folder may be new, too
         fsync_folder(part)
     best = None if snapshot.best_step is None else step_folder(run_dir, snapshot.best_step)
     try:
@@ -265,9 +262,9 @@ def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str
     Raises:
         ValueError: A name or a shape differs.
     """
-    if odd := sorted(live.keys() ^ saved.keys()):
+    if differing := sorted(live.keys() ^ saved.keys()):
         raise ValueError(
-            f"--resume: {what} {odd[0]} is {'missing' if odd[0] in live else 'unknown'} in the checkpoint."
+            f"--resume: {what} {differing[0]} is {'missing' if differing[0] in live else 'unknown'} in the checkpoint."
         )
     with torch.no_grad():
         for name, tensor in live.items():
