@@ -143,8 +143,9 @@ class DataConfig(_Section):
     revision: str | None = None  # commit, tag or branch of a Hub data set; pin a commit for repeatable runs
     data_files: dict | None = None  # "parquet": split name -> path or glob, or a list of them
     data_dir: str | None = None  # "imagefolder": folder of images, with one subfolder per split if there are splits
-    train_split: str = "train"  # split to train on
-    # Split for validation; null holds out `holdout_fraction` of the training examples by a hash of their bytes.
+    train_split: str = "train"  # split to train on; of "imagefolder": a subfolder, or "." for the whole folder
+    # Split for validation, disjoint from train_split; null holds out `holdout_fraction` of the training examples by a
+    # hash of their bytes.
     validation_split: str | None = "validation"
     holdout_fraction: float = constrained(0.02, gt=0, lt=0.5)  # fraction of the training examples that are held out
     image_column: str = "image"  # column of the images: encoded bytes, or an Image feature of `datasets`
@@ -152,7 +153,7 @@ class DataConfig(_Section):
     horizontal_flip: bool = True  # flip each training image horizontally with probability 1/2
     shuffle_buffer: int = constrained(2048, ge=1)  # examples in the streaming shuffle buffer (about 10 kB each)
     num_train_images: int | None = constrained(None, ge=1)  # for cost estimates where the data set has no count
-    max_validation_images: int = constrained(2048, ge=1)  # first images of the validation split, decoded once and kept
+    max_validation_images: int = constrained(2048, ge=1)  # first readable ones of the split, decoded once and kept
     max_corrupt_fraction: float = constrained(0.01, ge=0, le=1)  # the run stops above this fraction of corrupt images
     decode_threads: int = constrained(0, ge=0)  # 0: one per CPU core, at most 16
     prefetch_batches: int = constrained(4, ge=1)  # decoded batches kept ready

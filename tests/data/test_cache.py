@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_error_before_or_during_the_download(tmp_path, monkey
     def no_space(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(chunks.os, "fsync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(RuntimeError, match=r"data.cache: cannot write to .*No space left.*data.cache_dir"):
         examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source)
 

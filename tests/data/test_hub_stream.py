@@ -153,6 +153,14 @@ def test_a_stalled_stream_without_a_cache_is_an_error(hub, monkeypatch):
         list(stream.epoch_batches(0))
 
 
+def test_a_cache_folder_that_cannot_be_written_names_the_remedy(hub, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(
+        ValueError, match=r"'org/faces' cannot be opened: .*file/cache.*; set data.cache_dir or HF_HOME"
+    ):
+        open_stream(hub_config(cache="off", cache_dir=str(tmp_path / "file" / "cache")))
+
+
 def test_a_missing_file_is_named_after_few_attempts(hub, repository):
     stream = open_stream(hub_config())
     gone = repository / "data" / "train-00003-of-00005.parquet"

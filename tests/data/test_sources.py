@@ -94,18 +94,21 @@ def test_splits_that_share_files_are_refused(tmp_path):
     assert open_source(parquet_config(files), "validation").limit  # validation alone may read any split
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path):
+    pattern = write_shards(tmp_path, IMAGES, 3)
+    with pytest.raises(ValueError, match=r"names '.*train-00001-of-00003.parquet' twice; name each file once"):
+        open_source(parquet_config({"train": [pattern, str(tmp_path / "train-00001-of-00003.parquet")]}), "train")
+
+
 def test_images_that_a_parquet_file_only_names_are_held_out_too(tmp_path):
     paths = []
     for i in range(200):
         paths.append(tmp_path / f"{i}.png")
         paths[-1].write_bytes(image_bytes(coded_image(i)))
-    features = datasets.Features(image=datasets.Image())
-    cells = {"image": [{"bytes": None, "path": str(path)} for path in paths]}
-    pq.write_table(
-        pa.table({"image": pa.array(cells["image"], pa.struct({"bytes": pa.binary(), "path": pa.string()}))}),
-        tmp_path / "a.parquet",
+    column = pa.array(
+        [{"bytes": None, "path": str(path)} for path in paths], pa.struct({"bytes": pa.binary(), "path": pa.string()})
     )
-    assert features["image"]
+    pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
     config = parquet_config(
         {"train": str(tmp_path / "a.parquet")}, validation_split=None, holdout_fraction=0.25, cache="off"
     )

@@ -31,10 +31,11 @@ import datasets
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from training.data.chunks import Chunk, describe_chunk, in_chunks, open_chunk, read_manifest, write_chunk, write_file
+from training.data.chunks import Chunk, describe_chunk, in_chunks, open_chunk, read_manifest, write_chunk
 from training.data.images import DataError
 from training.data.shards import Example, Patience
 from training.data.sources import Source
+from training.io import write_file
 
 logger = logging.getLogger(__name__)
 

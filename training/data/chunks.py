@@ -6,13 +6,13 @@ A file gets its name after its bytes are fsynced.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from training.data.shards import Example
+from training.io import write_file
 
 Chunk = dict  # "rows", "bytes", "blake2b", "source_examples" (examples of the shard read by its end)
 
@@ -68,13 +68,3 @@ def describe_chunk(data: bytes, table: pa.RecordBatch) -> Chunk:
         "blake2b": hashlib.blake2b(data).hexdigest(),
         "source_examples": int(table.schema.metadata[b"source_examples"]),
     }
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes and fsyncs under a temporary name, then renames."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

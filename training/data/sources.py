@@ -4,7 +4,9 @@
 the shuffle buffer), so reading and order are ours (`shards`, `order`).
 """
 
+import collections
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -146,7 +148,14 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if str(error).startswith("data"):
             raise
-        raise ValueError(f"{what} cannot be opened: {in_one_line(error)}") from error
+        is_unwritable = isinstance(error, OSError) and error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+        )
+        remedy = "; set data.cache_dir or HF_HOME to a folder that can be written" if is_unwritable else ""
+        raise ValueError(f"{what} cannot be opened: {in_one_line(error)}{remedy}") from error
 
 
 def _digest(facts: list) -> str:
@@ -175,13 +184,10 @@ def _source(config, requested: dict, shards: list[Shard], *, num_examples, num_b
     def is_wanted(example: Example) -> bool:
         if fraction is not None and is_held_out(example, fraction) != is_validation:
             return False
-        if (
-            is_validation and (reason := corrupt_reason(example)) is not None
-        ):  # so that the limit counts readable images
-            if next(corrupt_examples) <= _LOGGED_CORRUPT_IMAGES:
-                logger.warning("corrupt validation image skipped: %s (%s)", printable(example[1] or "null"), reason)
-            return False
-        return True
+        reason = corrupt_reason(example) if is_validation else None  # the limit counts readable images
+        if reason is not None and next(corrupt_examples) <= _LOGGED_CORRUPT_IMAGES:
+            logger.warning("corrupt validation image skipped: %s (%s)", printable(example[1] or "null"), reason)
+        return reason is None
 
     if fraction is not None and num_examples is not None:
         num_examples = round(num_examples * (fraction if is_validation else 1.0 - fraction))
@@ -253,6 +259,9 @@ def _parquet_files(config, split: str) -> list[str]:
         if not matches:
             raise ValueError(f"data.data_files[{split!r}]: {pattern!r} matches no file (from {os.getcwd()}).")
         files += matches
+    twice = [file for file, count in collections.Counter(map(os.path.realpath, files)).items() if count > 1]
+    if twice:
+        raise ValueError(f"data.data_files[{split!r}]={patterns!r} names {twice[0]!r} twice; name each file once.")
     return files
 
 

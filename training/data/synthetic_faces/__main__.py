@@ -13,7 +13,7 @@ from training.data.synthetic_faces.render import render_face
 
 def main(argv: list[str] | None = None) -> None:
     """Writes a contact sheet of faces with consecutive seeds, row by row."""
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of synthetic faces.")
+    parser = argparse.ArgumentParser(description="Render a contact sheet of synthetic faces.")
     parser.add_argument("--out", required=True, help="image file to write, for example grid.png")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--columns", type=int, default=8)

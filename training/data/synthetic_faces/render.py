@@ -17,7 +17,7 @@ from training.data.synthetic_faces.scene import Scene
 
 
 def render_face(seed: int) -> np.ndarray:
-    """Draws the portrait of a seed.
+    """Renders the portrait of a seed.
 
     Args:
         seed: Any non-negative integer. Equal seeds give equal images (to the rounding of the platform).
@@ -44,7 +44,7 @@ def render_face(seed: int) -> np.ndarray:
         blend(image[:, hair.region[0], hair.region[1]], hair.image, hair.front)
     add_glasses(s, image)
 
-    # The camera: vignette, a gray picture now and then, focus, contrast, sensor noise.
+    # The camera: vignette, rarely grayscale, focus, contrast, sensor noise.
     image *= 1 - rng.uniform(0, 0.35) * (np.square((s.column - s.axis) / 160) + np.square(s.row / 180))
     if rng.random() < 0.03:
         image[:] = image.mean(axis=0)
