@@ -64,12 +64,12 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     num_processes = check_launch_environment()
     config = load_config(arguments.config, arguments.overrides)
 
-    from training.budget.plan import describe_plan, known_train_images
+    from training.budget.estimate import describe_estimate, known_train_images
     from training.builders import build_model, micro_batch_size
 
     build_model(config)
     micro_batch_size(config, num_processes)
-    print(describe_plan(config, num_processes, known_train_images(config), search=True))
+    print(describe_estimate(config, num_processes, known_train_images(config), search=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step import Bench, add_common_arguments, environment, measure_peak, read_config
-from training.budget.plan import count_cost
+from training.budget.estimate import count_flops
 from training.config import Config
 from training.data.images import normalize
 from training.losses.perceptual import PerceptualTrunk
@@ -124,7 +124,7 @@ def count_baseline(name: str, side: int) -> dict[str, float]:
 
 def count_ours(config: Config) -> dict[str, float]:
     """The same of a configuration."""
-    cost = count_cost(config)
+    cost = count_flops(config)
     channels, height, width = cost["latent_shape"]
     return {
         "parameters": cost["parameters"],

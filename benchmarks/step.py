@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.profiler import ProfilerActivity, profile
 
-from training.budget.plan import count_cost
+from training.budget.estimate import count_flops
 from training.builders import build_model, build_optimizer
 from training.config import Config, config_from_dict, load_config
 from training.data.images import normalize
@@ -306,7 +306,7 @@ def report(bench: Bench, seconds: float, rounds: int, operations: int, loop_step
     measured = time_parts(bench, rounds)
     after = measure_peak(bench, seconds)
     peak = max(*before.values(), *after.values())
-    cost = count_cost(bench.config)
+    cost = count_flops(bench.config)
     gflop = {**cost["gflop"], "step": cost["gflop_training"]}
     rows = {}
     step_seconds = statistics.median(measured["step"])

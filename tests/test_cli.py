@@ -15,7 +15,7 @@ from PIL import Image
 import train_vae
 from training import builders as build
 from training import distributed
-from training.budget.plan import count_cost
+from training.budget.estimate import count_flops
 from training.builders import micro_batch_size
 from training.config import load_config
 from training.data import sources
@@ -232,7 +232,7 @@ def test_explain(capsys):
 def test_a_dry_run_prints_the_cost_estimate_and_writes_nothing(cli):
     code, out, err = cli("--dry-run", training_presets__num_epochs="7")
     assert (code, err) == (0, "")
-    cost = count_cost(load_config(cli.file))
+    cost = count_flops(load_config(cli.file))
     assert "latent    16 x 1 x 1 = 16 numbers (vector)" in out
     assert f"= {cost['gflop_forward']:.2f} GFLOP an image" in out
     assert "batch     4 = 4 x 1 processes; 2 x 3 images a forward pass" in out

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget.plan import count_cost
+from training.budget.estimate import count_flops
 from training.builders import build_model
 from training.config import (
     RENAMED,
@@ -75,7 +75,7 @@ def test_ultra_sets_the_values_of_the_reference_configuration(ultra):
 
 
 def test_ultra_is_within_its_budget(ultra):
-    cost = count_cost(ultra)
+    cost = count_flops(ultra)
     assert cost["latent_shape"] == (1024, 1, 1)
     assert cost["parameters"] >= 50e6
     assert cost["gflop_forward"] <= 15

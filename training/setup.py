@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget.plan import describe_plan, planned_micro_batch
+from training.budget.estimate import describe_estimate, estimate_micro_batch
 from training.builders import build_model, build_optimizer, micro_batch_size
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import check_resume
@@ -352,7 +352,7 @@ def _log_start(
             "this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)"
         )
     images = stream.num_examples or config.data.num_train_images
-    for line in (*describe_plan(config, accelerator.num_processes, images).splitlines(), *notes):
+    for line in (*describe_estimate(config, accelerator.num_processes, images).splitlines(), *notes):
         logger.info(line)
 
 
@@ -415,6 +415,6 @@ def _find_micro_batch(run: Run) -> None:
     if accelerator.device.type == "cuda":  # the estimate is closer than halving from the whole batch
         own = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
         limit = accelerator.gather(own).min().item()
-        run.train_step.micro_batch = planned_micro_batch(run.config, accelerator.num_processes, limit)
+        run.train_step.micro_batch = estimate_micro_batch(run.config, accelerator.num_processes, limit)
     run.train_step.find_micro_batch(presets.batch_size // accelerator.num_processes, run.model.config.sample_size)
     logger.info("micro_batch_size auto: %d images per forward pass", run.train_step.micro_batch)

@@ -181,11 +181,11 @@ def test_the_roofline_takes_the_slower_of_arithmetic_and_memory():
 
 
 def test_operations_of_the_walk_are_those_of_the_count():
-    from training.budget.plan import count_cost
+    from training.budget.estimate import count_flops
 
     config = small_config()
     counted = sum(operation.flop for operation in planned(16).operations) / 16 / 1e9
-    assert counted == pytest.approx(count_cost(config)["gflop_training"], rel=1e-9)
+    assert counted == pytest.approx(count_flops(config)["gflop_training"], rel=1e-9)
 
 
 def test_devices_are_known_by_name_and_say_their_source():

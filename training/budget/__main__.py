@@ -1,5 +1,5 @@
 import sys
 
-from training.budget.plan import main
+from training.budget.estimate import main
 
 sys.exit(main())

@@ -1,0 +1,413 @@
+"""Estimates what a configuration costs before it runs: parameters, FLOPs, memory, hours.
+
+    python -m training.budget --config configs/ultra.json                       # on the device at hand
+    python -m training.budget --config configs/ultra.json --device a100 --num-processes 8 --efficiency 0.4 --json
+
+FLOPs are counted by torch's FlopCounterMode on the meta device (a multiplication and an addition are two), memory by
+`training.budget.memory`; peak rates are in `training.budget.devices`. Hours follow from an efficiency that is assumed
+unless it has been measured (`python -m benchmarks.step`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.budget.devices import DEVICES, Device, find_device, local_device
+from training.budget.memory import GIB, MemoryPlan, largest_micro_batch, plan_memory
+from training.builders import build_model, micro_batch_size
+from training.cli import add_option, positive_int, run
+from training.config import Config, config_from_dict, load_config
+from training.losses.perceptual import PerceptualTrunk
+from training.pca_init import freeze_pca_branch
+
+DEFAULT_EFFICIENCY = 0.5  # of the device's peak, in forward and backward pass; assumed
+
+
+def _count(function: Callable[[], Any]) -> tuple[float, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return counter.get_total_flops() / 1e9, result
+
+
+def count_flops(config: Config) -> dict[str, Any]:
+    """Parameters, and GFLOPs per training image, of a configuration.
+
+    Gradient checkpointing runs the model's stages a second time, which counts as part of the backward passes.
+
+    Args:
+        config: The configuration; its model is built on the meta device.
+
+    Returns:
+        `parameters` (all), `trained_parameters`, `latent_shape`, `gflop`: part -> GFLOPs per image, and
+        `gflop_forward` and `gflop_training`, their sums over encoder and decoder, and over everything; all at
+        `sample_size`. `gflop_average` is the mean of `gflop_training` over the epochs of the resolution schedule.
+    """
+    with torch.device("meta"):
+        model = AutoencoderKLUltra(**config.model)
+        freeze_pca_branch(model, config.training_presets.pca_lr_scale)
+        if config.training_presets.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        gflop = _count_parts(config, model, model.config.sample_size)
+        presets = config.training_presets
+        epochs = {int(size): count for size, count in presets.resolution_schedule.items()}
+        total = (presets.num_epochs - sum(epochs.values())) * sum(gflop.values())
+        total += sum(count * sum(_count_parts(config, model, size).values()) for size, count in epochs.items())
+    latent_shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "latent_shape": latent_shape,
+        "gflop": gflop,
+        "gflop_forward": gflop["encoder"] + gflop["decoder"],
+        "gflop_training": sum(gflop.values()),
+        "gflop_average": total / presets.num_epochs,
+    }
+
+
+def _count_parts(config: Config, model: AutoencoderKLUltra, resolution: int) -> dict[str, float]:
+    """GFLOPs of each part of training on one image of a resolution, on the meta device."""
+    pixels = torch.zeros(1, 3, resolution, resolution)
+    gflop: dict[str, float] = {}
+    gflop["encoder"], encoded = _count(lambda: model.encode(pixels).latent_dist.mean)
+    # A leaf, so that the two backward passes are counted apart; encoded.mean would join them.
+    latents = encoded.detach().requires_grad_()
+    gflop["decoder"], decoded = _count(lambda: model.decode(latents).sample)
+    gflop["encoder backward"], _ = _count(encoded.sum().backward)
+    gflop["decoder backward"], _ = _count(decoded.sum().backward)
+    trunks = [PerceptualTrunk(name, load_weights=False) for name, _ in config.loss.trunks]
+    if trunks:
+        sizes = [min(crop or resolution, resolution) for _, crop in config.loss.trunks]
+        crops = [torch.zeros(1, 3, size, size, requires_grad=True) for size in sizes]
+
+        def features() -> list[torch.Tensor]:
+            return [layer for trunk, crop in zip(trunks, crops) for layer in trunk.features(crop)]
+
+        with torch.no_grad():
+            gflop["target features"], _ = _count(features)
+        gflop["reconstruction features"], feature_layers = _count(features)
+        gflop["features backward"], _ = _count(sum(layer.sum() for layer in feature_layers).backward)
+    return gflop
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_memory(settings: str, micro_batch: int, keeps_gradients: bool, precision: str) -> MemoryPlan:
+    config = config_from_dict(json.loads(settings))
+    return plan_memory(config, micro_batch, keeps_gradients=keeps_gradients, precision=precision)
+
+
+def estimate_memory(config: Config, micro_batch: int, processes: int) -> MemoryPlan:
+    """The memory of one process of a run; cached, because an estimate takes seconds.
+
+    Precision is the configuration's; "auto" counts as bf16, which every GPU of the table computes in.
+    """
+    presets = config.training_presets
+    names = ("ema_decay", "gradient_checkpointing", "pca_lr_scale")
+    settings = {
+        "model": config.model,
+        "loss": asdict(config.loss),
+        "training_presets": {name: getattr(presets, name) for name in names},
+    }
+    precision = "bf16" if presets.mixed_precision == "auto" else presets.mixed_precision
+    keeps_gradients = processes > 1 or micro_batch < presets.batch_size
+    return _cached_memory(json.dumps(settings), micro_batch, keeps_gradients, precision)
+
+
+def estimate_micro_batch(config: Config, processes: int, limit_bytes: float) -> int:
+    """The largest micro-batch whose estimated memory fits.
+
+    Args:
+        config: The configuration.
+        processes: Of the run, one per device.
+        limit_bytes: Memory of a device.
+
+    Returns:
+        Between 1, whether or not that fits, and the batch of one process.
+    """
+    local_batch = config.training_presets.batch_size // processes
+    sizes = sorted({max(1, local_batch // 2), max(2, local_batch)})
+    largest = largest_micro_batch(*(estimate_memory(config, size, processes) for size in sizes), limit_bytes)
+    return min(local_batch, max(1, largest))
+
+
+def estimate_step(
+    device: Device, gflops_per_second: float, gflop: dict[str, float], batch: dict[str, int], trained_parameters: int
+) -> dict[str, float]:
+    """Seconds of one optimizer step, by part.
+
+    Processes all-reduce their float32 gradients in the backward pass of the last micro-batch: a ring of n processes
+    sends and receives 2 (n - 1) / n of the gradients on each device. Clipping, optimizer and EMA pass 13 times over 4
+    bytes per trained parameter.
+
+        step = forward + max(backward, exchange) + update
+
+    Args:
+        device: Its link and memory bandwidth.
+        gflops_per_second: That one device reaches in forward and backward pass.
+        gflop: Part -> GFLOPs per image.
+        batch: `batch_size`, `processes` (one per device) and `micro_batches` (of one process).
+        trained_parameters: How many.
+
+    Returns:
+        `forward`, `backward`, `exchange`, `update` and `step`, seconds.
+    """
+    processes = batch["processes"]
+    images = batch["batch_size"] / processes
+    backward_gflop = sum(value for name, value in gflop.items() if name.endswith("backward"))
+    forward = images * (sum(gflop.values()) - backward_gflop) / gflops_per_second
+    backward = images * backward_gflop / gflops_per_second
+    exchange = 2 * (processes - 1) / processes * 4 * trained_parameters / (device.link_gbps * 1e9)
+    update = 13 * 4 * trained_parameters / (device.bandwidth_gbps * 1e9)
+    hidden = min(exchange, backward / batch["micro_batches"])
+    step = forward + backward + exchange - hidden + update
+    return {"forward": forward, "backward": backward, "exchange": exchange, "update": update, "step": step}
+
+
+def estimate_cost(
+    config: Config,
+    num_processes: int,
+    num_train_images: int | None,
+    *,
+    device: Device | None = None,
+    efficiency: float = DEFAULT_EFFICIENCY,
+    search: bool = False,
+) -> dict[str, Any]:
+    """Everything that can be estimated before a run; plain values, as `--json` prints them.
+
+    Args:
+        config: The configuration.
+        num_processes: Processes of the run, one per device.
+        num_train_images: Training images per epoch if known.
+        device: Peak rates; None for the device at hand.
+        efficiency: Fraction of the device's peak that forward and backward pass reach.
+        search: Look for the largest micro-batch that fits, which takes as long again.
+
+    Raises:
+        ValueError: An efficiency outside (0, 1], or a batch that cannot be divided over the processes.
+    """
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"--efficiency must be above 0 and at most 1, got {efficiency:g}.")
+    device = device or local_device()
+    cost, presets = count_flops(config), config.training_presets
+    # "auto" is bf16 where that is faster, as on every GPU of the table.
+    half = presets.mixed_precision != "no" and (
+        presets.mixed_precision != "auto" or device.half_tflops > device.float32_tflops
+    )
+    tflops = device.half_tflops if half else device.float32_tflops
+    micro_batch = micro_batch_size(config, num_processes)
+    local_batch = presets.batch_size // num_processes
+    batch = {
+        "batch_size": presets.batch_size,
+        "processes": num_processes,
+        "micro_batches": -(-local_batch // micro_batch),
+        "micro_batch": micro_batch,
+    }
+    memory = estimate_memory(config, micro_batch, num_processes)
+    limit = device.memory_gib * GIB
+    reached, trained = tflops * 1e3 * efficiency, cost["trained_parameters"]
+    seconds = estimate_step(device, reached, cost["gflop"], batch, trained)
+    roofline_seconds, compute_seconds = memory.roofline_seconds(
+        replace(device, half_tflops=tflops), local_batch / micro_batch
+    )
+    roofline_seconds = max(roofline_seconds, seconds["exchange"])
+    estimate = {
+        **cost,
+        "latent_dim": config.model.get("latent_dim", cost["latent_shape"][0] * cost["latent_shape"][1] ** 2),
+        "device": {**asdict(device), "tflops": tflops},
+        "batch": batch,
+        "memory": {
+            "parts_bytes": memory.parts,
+            "kept_bytes": memory.kept_bytes,
+            "tensor_bytes": memory.tensor_bytes,
+            "overhead_bytes": memory.overhead_bytes,
+            "total_bytes": memory.total_bytes,
+            "fits": memory.total_bytes <= limit,
+        },
+        "time": {
+            "efficiency": efficiency,
+            "seconds": seconds,
+            "roofline_step_seconds": roofline_seconds,
+            "roofline_efficiency": compute_seconds / roofline_seconds,
+        },
+    }
+    if search:
+        other = estimate_memory(config, micro_batch // 2 if micro_batch > 1 else 2, num_processes)
+        pair = sorted((memory, other), key=lambda each: each.micro_batch)
+        # More images than a process has in a step are never in one forward pass.
+        estimate["memory"]["largest_micro_batch"] = min(local_batch, largest_micro_batch(*pair, limit))
+    if num_train_images is not None:
+        images = min(num_train_images, presets.max_images_per_epoch or num_train_images)
+        steps = images // presets.batch_size
+        flop = cost["gflop_average"] * 1e9 * steps * presets.batch_size * presets.num_epochs
+        estimate["epoch"] = {"images": images, "steps": steps, "epochs": presets.num_epochs, "total_flop": flop}
+        # Smaller images of the resolution schedule need fewer FLOPs and, in proportion, less memory traffic.
+        fraction = cost["gflop_average"] / cost["gflop_training"]
+        average = {name: fraction * value for name, value in cost["gflop"].items()}
+        step_seconds = estimate_step(device, reached, average, batch, trained)["step"]
+        estimate["time"]["hours"] = step_seconds * steps * presets.num_epochs / 3600
+        estimate["time"]["roofline_hours"] = fraction * roofline_seconds * steps * presets.num_epochs / 3600
+    return estimate
+
+
+def describe_estimate(
+    config: Config,
+    num_processes: int,
+    num_train_images: int | None,
+    *,
+    device: Device | None = None,
+    efficiency: float = DEFAULT_EFFICIENCY,
+    search: bool = False,
+) -> str:
+    """The cost estimate of a run in a few lines, with the arithmetic; see `estimate_cost` for the arguments."""
+    return _describe(
+        estimate_cost(config, num_processes, num_train_images, device=device, efficiency=efficiency, search=search),
+        config.model.get("latent_layout", "vector"),
+    )
+
+
+def _describe(estimate: dict[str, Any], layout: str) -> str:
+    gflop, batch, memory, time = estimate["gflop"], estimate["batch"], estimate["memory"], estimate["time"]
+    device, seconds, processes = estimate["device"], time["seconds"], batch["processes"]
+    c, h, w = estimate["latent_shape"]
+    lines = [
+        f"model     {estimate['parameters'] / 1e6:.1f} M parameters, {estimate['trained_parameters'] / 1e6:.1f} M of them "
+        "trained",
+        f"latent    {c} x {h} x {w} = {c * h * w} dimensions ({layout})",
+        f"forward   {gflop['encoder']:.2f} + {gflop['decoder']:.2f} = {estimate['gflop_forward']:.2f} GFLOPs per image "
+        "(encoder + decoder)",
+        "training  "
+        + " + ".join(f"{value:.2f} {name}" for name, value in gflop.items())
+        + f" = {estimate['gflop_training']:.2f} GFLOPs per image",
+        f"batch     {batch['batch_size']} = {batch['batch_size'] // processes} x {processes} processes; "
+        f"{batch['micro_batches']} x {batch['micro_batch']} images per forward pass",
+        "memory    "
+        + " + ".join(f"{size / GIB:.2f} {name}" for name, size in memory["parts_bytes"].items() if size)
+        + f" = {memory['tensor_bytes'] / GIB:.2f} GiB at the peak of a step; with {memory['overhead_bytes'] / GIB:.2f} "
+        f"assumed for driver, workspaces and fragmentation {memory['total_bytes'] / GIB:.2f} GiB (estimated)",
+        f"fits      {_fit(estimate)}",
+        f"device    {device['title']} ({device['source']}): {_rate(device['tflops'])} in this precision, memory "
+        f"{device['bandwidth_gbps']:.3g} GB/s",
+    ]
+    if processes > 1:
+        size = 4 * estimate["trained_parameters"] / 1e6
+        lines.append(
+            f"exchange  {size:.1f} MB gradients x 2 x {processes - 1} / {processes} at {device['link_gbps']:g} GB/s "
+            f"({device['link']}, assumed) = {1e3 * seconds['exchange']:.1f} ms per step, beside a backward pass of "
+            f"{1e3 * seconds['backward']:.1f} ms"
+        )
+    if "epoch" not in estimate:
+        lines.append(
+            "epoch     unknown length until the data set is opened (data.num_train_images states it beforehand)"
+        )
+        return "\n".join(lines)
+    epoch = estimate["epoch"]
+    lines.append(
+        f"epoch     {epoch['images']} images / {batch['batch_size']} = {epoch['steps']} steps; x {epoch['epochs']} epochs "
+        f"= {epoch['steps'] * epoch['epochs']} steps, {epoch['total_flop'] / 1e15:.3g} PFLOPs"
+    )
+    if not math.isclose(estimate["gflop_average"], estimate["gflop_training"]):
+        lines.append(
+            f"schedule  {estimate['gflop_average']:.2f} GFLOPs per image, averaged over the resolution schedule"
+        )
+    within = (
+        "below this estimate"
+        if time["roofline_hours"] <= time["hours"]
+        else "ABOVE this estimate: out of reach unfused"
+    )
+    lines += [
+        f"time      {_duration(time['hours'])} on {processes} x {device['title']} at {time['efficiency']:g} of the peak "
+        f"(estimated; the efficiency is assumed unless it was measured), {1e3 * seconds['step']:.3g} ms per full-size step",
+        f"roofline  {_duration(time['roofline_hours'])} if every operation reads and writes memory once at that bandwidth, "
+        f"{time['roofline_efficiency']:.2f} of the peak: {within}",
+    ]
+    return "\n".join(lines)
+
+
+def _rate(tflops: float) -> str:
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
+
+
+def _fit(estimate: dict[str, Any]) -> str:
+    memory, device, batch = estimate["memory"], estimate["device"], estimate["batch"]
+    largest = memory.get("largest_micro_batch")
+    where = f"{device['memory_gib']:.4g} GiB of {device['title']}"
+    if not memory["fits"]:
+        remedy = f"to {largest}" if largest else "lower"
+        return (
+            f"NOT in {where}: set training_presets.micro_batch_size {remedy} (gradients stay the same), or "
+            "training_presets.gradient_checkpointing to true"
+        )
+    text = f"{memory['total_bytes'] / GIB:.2f} of {where}"
+    if largest is None:
+        return text
+    local_batch = batch["batch_size"] // batch["processes"]
+    if largest == local_batch:
+        return f"{text}; all {local_batch} images of a process fit in one forward pass"
+    return f"{text}; the largest micro_batch_size that fits is {largest}"
+
+
+def known_train_images(config: Config) -> int | None:
+    """Training images per epoch, where the configuration itself states them."""
+    if config.data.num_train_images is None and config.data.dataset == "synthetic_faces":
+        return config.data.synthetic_train_images
+    return config.data.num_train_images
+
+
+def _budget(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        build_model(config)  # raises what is wrong with the section `model`
+    device = local_device() if arguments.device is None else find_device(arguments.device)
+    if arguments.link_gbps is not None:
+        device = replace(device, link="--link-gbps", link_gbps=arguments.link_gbps)
+    estimate = estimate_cost(
+        config,
+        arguments.num_processes,
+        known_train_images(config),
+        device=device,
+        efficiency=arguments.efficiency,
+        search=True,
+    )
+    if arguments.json:
+        print(json.dumps(estimate, indent=2))
+    else:
+        print(_describe(estimate, config.model.get("latent_layout", "vector")))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training.budget", description=__doc__.splitlines()[0])
+    add_option(parser, "--config", required=True)
+    add_option(parser, "--set")
+    add_option(parser, "--device", help=f"{', '.join(DEVICES)} (default: the device at hand)")
+    parser.add_argument("--num-processes", type=positive_int, default=1, metavar="N", help="devices of the run (1)")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=DEFAULT_EFFICIENCY,
+        metavar="FRACTION",
+        help=f"of the device's peak that forward and backward pass reach ({DEFAULT_EFFICIENCY:g}, an assumption)",
+    )
+    parser.add_argument(
+        "--link-gbps", type=float, metavar="GB/S", help="rate of the gradient exchange, such as 25 between nodes"
+    )
+    add_option(parser, "--json")
+    return run(_budget, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
