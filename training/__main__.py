@@ -12,7 +12,7 @@ from collections.abc import Sequence
 # Command: (module with `main(argv) -> int`, one-line summary).
 COMMANDS = {
     "train": ("train_vae", "train a face VAE from a JSON configuration"),
-    "budget": ("training.budget.estimate", "estimate time, memory and cost of a configuration before the run"),
+    "budget": ("training.budget.command", "estimate time, memory and cost of a configuration before the run"),
     "monitor": ("training.monitor.terminal", "watch a run in the terminal or as an HTML page"),
     "evaluate": ("training.evaluate.command", "measure and compare autoencoders on held-out images"),
     "fit_prior": ("training.priors.fit", "fit priors to the latents of training images"),

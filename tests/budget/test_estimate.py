@@ -13,6 +13,7 @@ import torch
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget import estimate as budget
+from training.budget.command import main
 from training.budget.devices import DEVICES, Device, local_device
 from training.budget.estimate import (
     count_flops,
@@ -21,7 +22,6 @@ from training.budget.estimate import (
     estimate_memory,
     estimate_micro_batch,
     estimate_step,
-    main,
 )
 from training.budget.memory import GIB
 from training.config import config_from_dict, load_config

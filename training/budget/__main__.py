@@ -1,5 +1,5 @@
 import sys
 
-from training.budget.estimate import main
+from training.budget.command import main
 
 sys.exit(main())

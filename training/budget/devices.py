@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import psutil
-import torch
-from accelerate.utils import parse_flag_from_env
+from typing import TYPE_CHECKING, Any
 
 from training.cli import select_device
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_EFFICIENCY = 0.5  # fraction of the peak that forward and backward pass reach; assumed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,10 @@ def local_device(device: torch.device | None = None) -> Device:
     Args:
         device: Where a run computes; None is what accelerate would choose.
     """
+    import psutil
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
     if device is None:
         device = torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else select_device(None)
     if device.type == "cuda":
@@ -122,6 +127,8 @@ def local_device(device: torch.device | None = None) -> Device:
 
 def measure_device(device: torch.device, title: str, memory_bytes: int) -> Device:
     """Measure the rates of matrix products and of copies in memory, with the threads that torch has here."""
+    import torch
+
     size = 512 if device.type == "cpu" else 4096
 
     def seconds(function: Callable[[], Any]) -> float:

@@ -1,8 +1,5 @@
 """Estimates what a configuration costs before it runs: parameters, FLOPs, memory, hours.
 
-    python -m training.budget --config configs/ultra.json                       # on the device at hand
-    python -m training.budget --config configs/ultra.json --device a100 --num-processes 8 --efficiency 0.4 --json
-
 FLOPs are counted by torch's FlopCounterMode on the meta device (a multiplication and an addition are two), memory by
 `training.budget.memory`; peak rates are in `training.budget.devices`. Hours follow from an efficiency that is assumed
 unless it has been measured (`python -m benchmarks.step`).
@@ -10,12 +7,10 @@ unless it has been measured (`python -m benchmarks.step`).
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,15 +18,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget.devices import DEVICES, Device, find_device, local_device
+from training.budget.devices import DEFAULT_EFFICIENCY, Device, local_device
 from training.budget.memory import GIB, MemoryPlan, largest_micro_batch, plan_memory
-from training.builders import build_model, micro_batch_size
-from training.cli import add_option, positive_int, run
-from training.config import Config, config_from_dict, load_config
+from training.builders import micro_batch_size
+from training.config import Config, config_from_dict
 from training.losses.perceptual import PerceptualTrunk
 from training.pca_init import freeze_pca_branch
-
-DEFAULT_EFFICIENCY = 0.5  # of the device's peak, in forward and backward pass; assumed
 
 
 def _count(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -269,13 +261,14 @@ def describe_estimate(
     search: bool = False,
 ) -> str:
     """The cost estimate of a run in a few lines, with the arithmetic; see `estimate_cost` for the arguments."""
-    return _describe(
+    return format_estimate(
         estimate_cost(config, num_processes, num_train_images, device=device, efficiency=efficiency, search=search),
         config.model.get("latent_layout", "vector"),
     )
 
 
-def _describe(estimate: dict[str, Any], layout: str) -> str:
+def format_estimate(estimate: dict[str, Any], layout: str) -> str:
+    """An estimate as text, line by line; `layout` is `model.latent_layout`."""
     gflop, batch, memory, time = estimate["gflop"], estimate["batch"], estimate["memory"], estimate["time"]
     device, seconds, processes = estimate["device"], time["seconds"], batch["processes"]
     c, h, w = estimate["latent_shape"]
@@ -365,49 +358,3 @@ def known_train_images(config: Config) -> int | None:
     if config.data.num_train_images is None and config.data.dataset == "synthetic_faces":
         return config.data.synthetic_train_images
     return config.data.num_train_images
-
-
-def _budget(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        build_model(config)  # raises what is wrong with the section `model`
-    device = local_device() if arguments.device is None else find_device(arguments.device)
-    if arguments.link_gbps is not None:
-        device = replace(device, link="--link-gbps", link_gbps=arguments.link_gbps)
-    estimate = estimate_cost(
-        config,
-        arguments.num_processes,
-        known_train_images(config),
-        device=device,
-        efficiency=arguments.efficiency,
-        search=True,
-    )
-    if arguments.json:
-        print(json.dumps(estimate, indent=2))
-    else:
-        print(_describe(estimate, config.model.get("latent_layout", "vector")))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.budget", description=__doc__.splitlines()[0])
-    add_option(parser, "--config", required=True)
-    add_option(parser, "--set")
-    add_option(parser, "--device", help=f"{', '.join(DEVICES)} (default: the device at hand)")
-    parser.add_argument("--num-processes", type=positive_int, default=1, metavar="N", help="devices of the run (1)")
-    parser.add_argument(
-        "--efficiency",
-        type=float,
-        default=DEFAULT_EFFICIENCY,
-        metavar="FRACTION",
-        help=f"of the device's peak that forward and backward pass reach ({DEFAULT_EFFICIENCY:g}, an assumption)",
-    )
-    parser.add_argument(
-        "--link-gbps", type=float, metavar="GB/S", help="rate of the gradient exchange, such as 25 between nodes"
-    )
-    add_option(parser, "--json")
-    return run(_budget, parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
