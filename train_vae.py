@@ -25,7 +25,9 @@ says what); 75 stopped by a signal, with a checkpoint (resume with --resume auto
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a face VAE from a JSON configuration.", epilog=_EXIT_CODES)
+    parser = argparse.ArgumentParser(
+        prog="train_vae.py", description="Train a face VAE from a JSON configuration.", epilog=_EXIT_CODES
+    )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--config", metavar="FILE", help="JSON configuration, such as configs/ultra.json")
     task.add_argument("--explain", metavar="SECTION.KEY", help="print what a configuration key means, and exit")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from training import cli
+from training.__main__ import COMMANDS, main
 from training.data.images import DataError
 from training.run_files import list_checkpoints
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -96,3 +102,70 @@ def test_what_is_no_model(tmp_path):
     assert "must be a JSON object, got list" in message(str(tmp_path / "pipe"), "autoencoder")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert "has no best model yet" in message(str(tmp_path / "run"))
+
+
+# ---- every command ----
+
+# Importing the module of these commands imports torch.
+NEED_TORCH = ("fit_prior", "sample")
+HELP = """
+import contextlib, io, runpy, sys
+def run(module, *arguments):
+    sys.argv = [module, *arguments, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            assert stop.code in (0, None), stop.code
+    assert "usage: " in out.getvalue()
+    return out.getvalue()
+name, module = sys.argv[1:]
+assert run("training", name) == run(module)
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_the_same_both_ways_and_does_not_wait_for_torch(name):
+    module = "train_vae" if name == "train" else f"training.{name}"
+    command = [sys.executable, "-c", HELP, name, module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{name in NEED_TORCH}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("train", ["--config", "nowhere.json"], "nowhere.json"),
+        ("budget", ["--config", "nowhere.json"], "nowhere.json"),
+        ("evaluate", ["nowhere", "--data", "synthetic_faces"], "there is no folder nowhere"),
+        ("fit_prior", ["nowhere", "--data", "synthetic_faces"], "nowhere"),
+        ("sample", ["nowhere"], "nowhere"),
+        ("export_formats", ["nowhere", "--variant", "fp16"], "there is no folder nowhere"),
+        ("publish", ["nowhere", "--repo-id", "some-one/faces", "--dry-run"], "nowhere"),
+        ("kl", ["--config", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_every_command_prints_an_error_as_one_line(tmp_path, monkeypatch, capsys, name, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([name, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_are_listed_with_a_line_each(capsys):
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    assert main(["evalute"]) == 2
+    assert "unknown command evalute: use one of train, budget" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_reading_ends_a_command_quietly():
+    code = "import argparse; from training.cli import run; run(lambda _: print('x' * 1_000_000), argparse.Namespace())"
+    command = f'{sys.executable} -c "{code}" | head -c 1'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "x" and done.stderr == ""

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 # Command: (module with `main(argv) -> int`, one-line summary).
 COMMANDS = {
     "train": ("train_vae", "train a face VAE from a JSON configuration"),
-    "budget": ("training.budget.command", "estimate time, memory and cost of a configuration before the run"),
-    "monitor": ("training.monitor.terminal", "watch a run in the terminal or as an HTML page"),
-    "evaluate": ("training.evaluate.command", "measure and compare autoencoders on held-out images"),
+    "budget": ("training.budget.command", "estimate memory and hours of a configuration before the run"),
+    "monitor": ("training.monitor.terminal", "show a run in the terminal or as an HTML page"),
+    "evaluate": ("training.evaluate.command", "measure and compare autoencoders on images"),
     "fit_prior": ("training.priors.fit", "fit priors to the latents of training images"),
-    "sample": ("training.priors.sample", "draw faces from a trained model"),
+    "sample": ("training.priors.sample", "generate, interpolate and save images of a trained model"),
     "export_formats": ("training.publish.export_formats", "write a trained model as fp16 safetensors, ONNX or .pth"),
     "publish": ("training.publish.stage", "upload a model and its card to the Hub"),
     "kl": ("training.losses.kl_simulation", "simulate the KL control of a configuration without training"),

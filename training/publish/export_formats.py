@@ -1,12 +1,11 @@
-"""A trained model in other formats: half-precision weights, ONNX, one `.pth` file.
+"""Writes a trained model in other formats: half-precision weights, ONNX, one `.pth` file.
 
     python -m training.export_formats model_weights/vae_ultra --variant fp16       # beside the float32 weights
     python -m training.export_formats model_weights/vae_ultra --onnx model_weights/vae_ultra/onnx
     python -m training.export_formats model_weights/vae_ultra --pth vae_ultra.pth
 
-What each is for: a variant halves download and memory (`from_pretrained(..., variant="fp16", torch_dtype=torch.float16)`);
-ONNX runs without torch, in any of its runtimes; a `.pth` is what older code expects. What it is not for: the format
-that training writes (export.py), which all of them are made from, and fitted priors, which stay as they are.
+A variant halves download and memory (`from_pretrained(..., variant="fp16", torch_dtype=torch.float16)`); ONNX runs
+without torch; a `.pth` is what older code expects. Fitted priors stay as they are.
 """
 
 from __future__ import annotations
@@ -17,32 +16,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # --help need not wait for torch
-    from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.cli import add_option, resolve_model, run
 
 VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
-
-
-def load_model(folder: Path) -> AutoencoderKLUltra:
-    """The model of a folder, in float32 and complete.
-
-    Raises:
-        ValueError: There is no model, or weights are missing from it.
-    """
-    from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no model in {folder}: give a folder that a training exported.")
-    try:
-        model, info = AutoencoderKLUltra.from_pretrained(folder, output_loading_info=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from None
-    lacking = info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]
-    if lacking:
-        raise ValueError(f"the weights in {folder} do not fit its config.json (such as {lacking[0]}): export it again.")
-    return model.eval().requires_grad_(False)
 
 
 def write_variant(folder: Path, variant: str) -> Path:
@@ -61,8 +38,10 @@ def write_variant(folder: Path, variant: str) -> Path:
     import torch
     from safetensors.torch import save_file
 
+    from training.evaluate.models import load_model
+
     dtype = getattr(torch, VARIANTS[variant])
-    weights = {name: value.to(dtype).contiguous() for name, value in load_model(folder).state_dict().items()}
+    weights = {name: value.to(dtype).contiguous() for name, value in load_model(str(folder)).state_dict().items()}
     for name, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"{name} has weights that {variant} cannot hold: use another variant.")
@@ -88,9 +67,11 @@ def write_pth(folder: Path, file: Path) -> None:
     """
     import torch
 
+    from training.evaluate.models import load_model
+
     if not file.parent.is_dir():
         raise ValueError(f"--pth {file}: there is no folder {file.parent}; make it first.")
-    model = load_model(folder)
+    model = load_model(str(folder))
     config = {key: list(v) if isinstance(v, tuple) else v for key, v in model.config.items() if not key.startswith("_")}
     temporary = file.with_name(file.name + ".tmp")
     torch.save({"config": config, "state_dict": model.state_dict()}, temporary)
@@ -104,10 +85,10 @@ def write_onnx(folder: Path, destination: Path) -> dict[str, float]:
 
     Args:
         folder: An exported model.
-        destination: Folder for the two files; made if it is missing.
+        destination: Folder for the two files; created if it is missing.
 
     Returns:
-        The largest difference from torch of each output, on noise.
+        Output -> its largest absolute difference from torch, on noise.
 
     Raises:
         ValueError: No model, or a package is missing.
@@ -121,7 +102,9 @@ def write_onnx(folder: Path, destination: Path) -> dict[str, float]:
         ) from None
     import torch
 
-    model = load_model(folder)
+    from training.evaluate.models import load_model
+
+    model = load_model(str(folder)).requires_grad_(False)
     config = model.config
 
     class Encoder(torch.nn.Module):
@@ -141,34 +124,35 @@ def write_onnx(folder: Path, destination: Path) -> dict[str, float]:
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
             return self.model.decode(latents).sample
 
-    noise = torch.Generator().manual_seed(0)
-    pixels = torch.rand(2, 3, config.sample_size, config.sample_size, generator=noise) * 2 - 1
-    latents = torch.randn(2, config.latent_channels, config.latent_size, config.latent_size, generator=noise)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, config.sample_size, config.sample_size, generator=generator) * 2 - 1
+    latents = torch.randn(2, config.latent_channels, config.latent_size, config.latent_size, generator=generator)
     destination.mkdir(parents=True, exist_ok=True)
     differences = {}
-    for name, module, given, outputs in (
+    for name, module, inputs, outputs in (
         ("encoder", Encoder(), {"pixels": pixels}, ["latent_mean", "latent_logvar"]),
         ("decoder", Decoder(), {"latents": latents}, ["image"]),
     ):
         file = destination / f"{name}.onnx"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own, of its own deprecations
+            warnings.simplefilter("ignore")  # deprecations inside the exporter
             torch.onnx.export(
                 module.eval(),
-                tuple(given.values()),
+                tuple(inputs.values()),
                 str(file),
-                input_names=list(given),
+                input_names=list(inputs),
                 output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 external_data=False,  # one file each; ONNX allows 2 GB
                 verbose=False,
             )
-            wanted = module(*given.values())
+            expected = module(*inputs.values())
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        got = session.run(outputs, {key: value.numpy() for key, value in given.items()})
-        for output, one, other in zip(outputs, got, wanted if isinstance(wanted, tuple) else (wanted,)):
-            differences[output] = float((torch.from_numpy(one) - other).abs().max())
+        results = session.run(outputs, {key: value.numpy() for key, value in inputs.items()})
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for output, result, tensor in zip(outputs, results, expected):
+            differences[output] = float((torch.from_numpy(result) - tensor).abs().max())
     return differences
 
 
@@ -176,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.export_formats", description="Write a trained model in another format."
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of an exported model")
+    add_option(parser, "model")
     formats = parser.add_mutually_exclusive_group(required=True)
     formats.add_argument("--variant", choices=VARIANTS, help="half-precision weights, beside the float32 ones")
     formats.add_argument("--onnx", metavar="DIR", type=Path, help="encoder.onnx and decoder.onnx")
@@ -184,23 +168,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    source = resolve_model(arguments.model)
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise ValueError(f"{arguments.model} is on the Hub: download it first (`hf download`), and give its folder.")
+    if arguments.variant:
+        print(write_variant(folder, arguments.variant))
+    elif arguments.onnx:
+        for output, difference in write_onnx(folder, arguments.onnx).items():
+            print(f"{output}: at most {difference:.1e} from torch")
+        print(arguments.onnx)
+    else:
+        write_pth(folder, arguments.pth)
+        print(arguments.pth)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 with one line that says what to change."""
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.variant:
-            print(write_variant(arguments.model, arguments.variant))
-        elif arguments.onnx:
-            for output, difference in write_onnx(arguments.model, arguments.onnx).items():
-                print(f"{output}: at most {difference:.1e} from torch")
-            print(arguments.onnx)
-        else:
-            write_pth(arguments.model, arguments.pth)
-            print(arguments.pth)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command line; returns the exit code."""
+    return run(_export, _parser().parse_args(argv))
 
 
 if __name__ == "__main__":
