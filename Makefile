@@ -1,7 +1,7 @@
-# make quickstart   environment, installation, a small training on drawn faces, on CPU
+# make quickstart   environment, installation, a small training on synthetic faces, on the CPU
 # make test         environment, installation, all tests
 # make lint         ruff
-# A machine that already has an environment: make test VENV=/path/to/it
+# With an existing environment: make test VENV=/path/to/it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -85,9 +85,9 @@ def imports(path: Path, only_top: bool = False) -> set[str]:
 
 def level(name: str) -> int:
     """The layer of a module, counted from the top."""
-    for number, layer in enumerate(LAYERS):
+    for index, layer in enumerate(LAYERS):
         if any(name == each or name.startswith(f"{each}.") for each in layer):
-            return number
+            return index
     assert name == "training", f"{name} has no layer"
     return len(LAYERS)
 

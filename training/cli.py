@@ -217,7 +217,7 @@ def _find_on_hub(model: str, subfolder: str | None) -> ModelSource:
             continue
         except errors.HfHubHTTPError as error:
             raise ValueError(
-                f"there is no folder {model}, and the Hub refuses the model of that name ({error}): check the name, or "
+                f"there is no folder {model}, and the Hub denies access to the model of that name ({error}): check the name, or "
                 "log in (`hf auth login`)."
             ) from error
     raise ValueError(f"{model} on the Hub holds no model: looked for config.json and vae/config.json.")

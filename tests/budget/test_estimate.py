@@ -362,7 +362,7 @@ def test_both_networks_of_the_loss_are_counted():
     assert both == pytest.approx(one + other)
 
 
-def test_the_estimate_micro_batch_fits_and_one_more_does_not(tmp_path):
+def test_the_estimated_micro_batch_fits_and_one_more_does_not(tmp_path):
     settings = tiny.tiny_settings(tmp_path, tmp_path, training_presets={"batch_size": 64, "micro_batch_size": "auto"})
     config = config_from_dict(settings)
     for processes in (1, 2):

@@ -302,7 +302,7 @@ def test_models_that_cannot_be_evaluated(models, config_file, tmp_path, capsys):
     assert "names UNet2DModel, which must be AutoencoderKLUltra or " in error(capsys, tmp_path / "empty", *rest)
     assert "has no sample_size in its config.json: give --resolution" in error(capsys, models / "tiny", *rest)
     line = error(capsys, models / "ours", *rest, "--resolution", "48")
-    assert "cannot reconstruct 48x48 images" in line and "the vector layout takes 40x40 only" in line
+    assert "cannot reconstruct 48x48 images" in line and "40x40" in line
     assert "cannot reconstruct 41x41" in error(capsys, models / "kl", *rest, "--resolution", "41")
     for name in ("lost", "cut"):
         model = AutoencoderKLUltra.from_pretrained(models / "ours")

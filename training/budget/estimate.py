@@ -244,8 +244,8 @@ def estimate_cost(
         estimate["epoch"] = {"images": images, "steps": steps, "epochs": presets.num_epochs, "total_flop": flop}
         # Smaller images of the resolution schedule need fewer FLOPs and, in proportion, less memory traffic.
         fraction = cost["gflop_average"] / cost["gflop_training"]
-        average = {name: fraction * value for name, value in cost["gflop"].items()}
-        step_seconds = estimate_step(device, reached, average, batch, trained)["step"]
+        scheduled = {name: fraction * value for name, value in cost["gflop"].items()}
+        step_seconds = estimate_step(device, reached, scheduled, batch, trained)["step"]
         estimate["time"]["hours"] = step_seconds * steps * presets.num_epochs / 3600
         estimate["time"]["roofline_hours"] = fraction * roofline_seconds * steps * presets.num_epochs / 3600
     return estimate

@@ -167,9 +167,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         _write_per_image(folder / "per_image.csv", results)
         grids = [extremes_grid(result, images[result.model.resolution][0], device) for result in results]
-        for number, (result, grid) in enumerate(zip(results, grids)):
+        for i, (result, grid) in enumerate(zip(results, grids)):
             name = re.sub(r"[^\w.-]+", "_", result.model.name).strip("_")[-60:]
-            grid.save(folder / f"extremes_{number}_{name}.png")
+            grid.save(folder / f"extremes_{i}_{name}.png")
         title = f"Reconstructions of {data.dataset}"
         html = page(title, heads, rows, notes, results, grids, networks)
         (folder / "evaluation.html").write_text(html, encoding="utf-8")
