@@ -70,7 +70,7 @@ def test_wrong_types_and_impossible_shapes(cli):
     assert 'training_presets.batch_size must be an integer, got "many"' in cli.error(
         training_presets__batch_size="many"
     )
-    assert "sample_size is '40px'" in cli.error(model__sample_size="40px")
+    assert "sample_size must be an integer of at least 1, got '40px'" in cli.error(model__sample_size="40px")
     error = cli.error(model__encoder_block_out_channels="64")
     assert "section model" in error and "int" in error
     error = cli.error(model__latent_dim="1024")
@@ -233,10 +233,10 @@ def test_a_dry_run_prints_the_cost_estimate_and_writes_nothing(cli):
     code, out, err = cli("--dry-run", training_presets__num_epochs="7")
     assert (code, err) == (0, "")
     cost = count_flops(load_config(cli.file))
-    assert "latent    16 x 1 x 1 = 16 numbers (vector)" in out
-    assert f"= {cost['gflop_forward']:.2f} GFLOP an image" in out
-    assert "batch     4 = 4 x 1 processes; 2 x 3 images a forward pass" in out
-    assert re.search(r"20 images / 4 = 5 steps; x 7 epochs = 35 steps, [\d.e+-]+ PFLOP", out)
+    assert "latent    16 x 1 x 1 = 16 dimensions (vector)" in out
+    assert f"= {cost['gflop_forward']:.2f} GFLOPs per image" in out
+    assert "batch     4 = 4 x 1 processes; 2 x 3 images per forward pass" in out
+    assert re.search(r"20 images / 4 = 5 steps; x 7 epochs = 35 steps, [\d.e+-]+ PFLOPs", out)
     assert [path.name for path in cli.folder.iterdir()] == ["tiny.json"]
 
 
