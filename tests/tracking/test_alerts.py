@@ -439,7 +439,7 @@ def test_a_fraction_that_crosses_its_limit_repeatedly_is_reported_once():
     assert "for 48612 images" in message and when > 100_000
 
 
-def test_the_controller_has_time_to_cross_its_whole_range():
+def test_the_controller_has_time_to_cross_its_full_range():
     for init in (1e-6, 1.0):
         presets = replace(PRESETS, kl_beta_init=init, kl_beta_floor=0.0, kl_cycle_enabled=False)
         assert [text for _, text in SimulatedRun(presets).train(2 * CELEBA).alerted if text.startswith("kl/")] == []

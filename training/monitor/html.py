@@ -107,7 +107,7 @@ def draw_chart(run: Run, chart: Chart, last_x: float) -> bytes | None:
     for color, key in enumerate(keys):
         curve = run.series[key]
         marker = "o" if len(curve.xs) <= 40 else None
-        is_noisy = key == "kl/loss_fraction" and len(keys) > 1  # drawn faintly behind its average
+        is_noisy = key == "kl/loss_fraction" and len(keys) > 1  # faint, behind its average
         style = {"alpha": 0.35, "linewidth": 0.7} if is_noisy else {"linewidth": 1.4}
         axes.plot(curve.xs, curve.ys, label=key, color=f"C{color}", marker=marker, markersize=2.5, **style)
     if chart.target_range and all(name in run.series for name in chart.target_range):

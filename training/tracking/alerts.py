@@ -15,7 +15,7 @@ finite, except that a warning names it.
 | minimum learning rate | the plateau scheduler cannot reduce it further |
 | overfitting | `WORSE_VALIDATIONS` in a row worse than the best, while the training loss improved |
 | posterior collapse | fewer active latent dimensions than `ACTIVE_FRACTION`, or KL below `kl_collapse_nats` |
-| KL outside its target range | for longer than beta needs to cross its whole range |
+| KL outside its target range | for longer than beta needs to cross its full range |
 | not finite | a logged metric is NaN or infinite |
 """
 
@@ -97,7 +97,7 @@ class AlertState:
 
 
 class Alerts:
-    """Checks the metrics of a run; one object for its whole length.
+    """Checks the metrics of a run, as they are logged.
 
     Args:
         presets: Section `training_presets`.
@@ -312,11 +312,11 @@ class Alerts:
             + self._range_remedy(fraction < low, beta, _finite(values, "kl/beta_floor") or 0.0),
         )
 
-    def _range_remedy(self, below: bool, beta: float, floor: float) -> str:
+    def _range_remedy(self, below: bool, beta: float, minimum: float) -> str:
         presets, tolerance = self._presets, 1 + 1e-6
         if below and beta >= presets.kl_beta_max / tolerance:
             return f"kl/beta {beta:.1e} is at training_presets.kl_beta_max; raise it, or lower kl_target_low"
-        if not below and beta <= floor * tolerance:
+        if not below and beta <= minimum * tolerance:
             return (
                 f"kl/beta {beta:.1e} is at kl/beta_floor; lower training_presets.kl_beta_floor or kl_floor_growth, or "
                 "raise kl_target_high"
