@@ -21,7 +21,10 @@ section 3.2).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -408,6 +411,7 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResBlock", "Downsample", "Upsample"]
     _group_offload_block_modules = ["encoder", "decoder", "pca_branch", "logvar_bias"]
+    _auto_class = "AutoModel"  # save_config writes `auto_map`, by which AutoModel finds this file
     main_input_name = "sample"
 
     @register_to_config
@@ -462,6 +466,13 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
             self.pca_branch = PCABranch(latent_channels, latent_size, sample_size, pca_size, pca_decode_size)
         self.logvar_bias = ChannelBias(latent_channels, logvar_init)
 
+        # Pipelines record this name in model_index.json and then load the class from vae/<name>.py.
+        self.__module__ = os.path.splitext(os.path.basename(__file__))[0]
+        if latent_layout == "spatial" and patch_size & (patch_size - 1) == 0:
+            # Pipelines take 2 ** (len(block_out_channels) - 1) for the compression ratio: a patch of 4 counts 2 stages.
+            channels = (encoder_block_out_channels[0],) * (patch_size.bit_length() - 1) + (*encoder_block_out_channels,)
+            self.register_to_config(block_out_channels=channels, force_upcast=False)
+
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_min_size = sample_size
@@ -479,10 +490,19 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
             parameter.data = parameter.data.clone()
         return loaded
 
+    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As `ConfigMixin.save_config`, with this source file; called by every way of saving the model."""
+        os.makedirs(save_directory, exist_ok=True)
+        source = inspect.getfile(type(self))
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(source, os.path.join(save_directory, os.path.basename(source)))
+        super().save_config(save_directory, *args, **kwargs)
+
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
-        """As in diffusers, without its warning about `auto_map`, by which `AutoModel` finds this class."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        """As in diffusers, without its warning about the keys that are derived when the model is saved or built."""
+        derived = ("auto_map", "block_out_channels", "force_upcast")
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in derived}, **kwargs)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
