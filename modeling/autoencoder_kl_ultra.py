@@ -316,9 +316,9 @@ class PCALinear(nn.Linear):
         _zero(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, h, w) to (N, C_out, h, w)."""
+        """(..., in_features) to (..., out_features)."""
         with _no_autocast(x):
-            return super().forward(x.to(self.weight.dtype).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return super().forward(x.to(self.weight.dtype))
 
 
 class PCAEncoder(nn.Module):
@@ -332,7 +332,8 @@ class PCAEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
-        return self.linear(F.pixel_unshuffle(F.avg_pool2d(pixels, self.factor), self.patch_size))
+        patches = F.pixel_unshuffle(F.avg_pool2d(pixels, self.factor), self.patch_size)
+        return self.linear(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PCADecoder(nn.Module):
@@ -346,7 +347,8 @@ class PCADecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """See the class."""
-        return F.pixel_shuffle(self.linear(latents), self.patch_size)
+        patches = self.linear(latents.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(patches, self.patch_size)
 
     def enlarge(self, pca_image: Tensor) -> Tensor:
         """The PCA image at the resolution of the image, by bicubic interpolation.

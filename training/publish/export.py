@@ -23,7 +23,6 @@ def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
     The model's source travels along, and `config.json` names it, so that
     `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
     """
-    type(model).register_for_auto_class("AutoModel")
     config = json.loads(model.to_json_string())
     config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
     source = Path(inspect.getfile(type(model)))
