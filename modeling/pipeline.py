@@ -60,18 +60,12 @@ class FaceVAEPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, gaussian=gaussian, mixture=mixture, flow=flow)
         for name in self.fitted_priors:
             prior_dim = getattr(self, name).config.latent_dim
-            if prior_dim != math.prod(self.latent_shape):
+            if prior_dim != vae.config.latent_dim:
                 raise ValueError(
                     f"the prior {name!r} has {prior_dim} dimensions and the latent of the VAE has "
-                    f"{math.prod(self.latent_shape)}: fit the prior to the latents of this VAE."
+                    f"{vae.config.latent_dim}: fit the prior to the latents of this VAE."
                 )
         self.image_processor = VaeImageProcessor(do_resize=False)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of one image."""
-        config = self.vae.config
-        return config.latent_channels, config.latent_size, config.latent_size
 
     @property
     def fitted_priors(self) -> list[str]:
@@ -99,13 +93,11 @@ class FaceVAEPipeline(DiffusionPipeline):
         import modeling.autoencoder_kl_ultra as autoencoder_kl_ultra
         import modeling.latent_prior as latent_prior
 
-        folder, hub_options = (
-            Path(pretrained_model_name_or_path),
-            {k: kwargs.pop(k) for k in _HUB_OPTIONS if k in kwargs},
-        )
+        hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_options))
+            repo_id = str(pretrained_model_name_or_path)
+            folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **hub_options))
         is_pipeline = (folder / cls.config_name).is_file()
         vae_folder, prior_folder = (folder / "vae", folder) if is_pipeline else (folder, folder / "priors")
         vae = autoencoder_kl_ultra.AutoencoderKLUltra.from_pretrained(vae_folder, **kwargs)
@@ -162,8 +154,8 @@ class FaceVAEPipeline(DiffusionPipeline):
 
     def prior_mean(self, prior: str | None = None) -> Tensor:
         """The mean of a prior, (C, h, w): zero for N(0, I)."""
-        fitted = self._prior(prior)
-        return torch.zeros(self.latent_shape) if fitted is None else fitted.mean.view(self.latent_shape)
+        fitted, shape = self._prior(prior), self.vae.latent_shape
+        return torch.zeros(shape) if fitted is None else fitted.mean.view(shape)
 
     @torch.no_grad()
     def sample_latents(
@@ -185,10 +177,10 @@ class FaceVAEPipeline(DiffusionPipeline):
         if fitted is not None:
             latents = fitted.sample(num_images, generators, temperature)
         else:
-            shape, device = (1, math.prod(self.latent_shape)), self._execution_device
-            latents = torch.cat([randn_tensor(shape, each, device, torch.float32) for each in generators])
-            latents = temperature * latents
-        return latents.view(num_images, *self.latent_shape)
+            shape, device = (1, self.vae.config.latent_dim), self._execution_device
+            noise = torch.cat([randn_tensor(shape, each, device, torch.float32) for each in generators])
+            latents = temperature * noise
+        return latents.view(num_images, *self.vae.latent_shape)
 
     @torch.no_grad()
     def encode(self, images: Images) -> Tensor:

@@ -8,9 +8,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.config import Config, config_from_dict
+
+if TYPE_CHECKING:
+    from modeling import AutoencoderKLUltra
 
 # 40 pixels, and a perceptual window of 32 of them: the smallest that the trunk takes, and still a window.
 # 20 faces in batches of 4: 5 steps an epoch, each of a piece of 3 images and one of 1.
@@ -74,6 +77,20 @@ def tiny_settings(folder: Path, faces: Path, **sections: dict[str, Any]) -> dict
 def tiny_config(folder: Path, faces: Path, **sections: dict[str, Any]) -> Config:
     """`tiny_settings`, checked."""
     return config_from_dict(tiny_settings(folder, faces, **sections))
+
+
+def random_vae(**settings: Any) -> AutoencoderKLUltra:
+    """The tiny model with random weights, so that every latent dimension changes the image."""
+    import torch
+
+    from modeling import AutoencoderKLUltra
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLUltra(**SETTINGS["model"] | settings)
+        for parameter in vae.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return vae.eval()
 
 
 @contextlib.contextmanager

@@ -27,16 +27,6 @@ SPATIAL = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "
 PRIORS = ("standard", *FITTED_PRIORS)
 
 
-def random_vae(**settings) -> AutoencoderKLUltra:
-    """The tiny model with random weights, so that every latent dimension changes the image."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKLUltra(**tiny.SETTINGS["model"] | settings)
-        for parameter in vae.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    return vae.eval()
-
-
 def photograph(seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
@@ -44,7 +34,7 @@ def photograph(seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Ima
 
 @pytest.fixture(scope="module")
 def pipe() -> FaceVAEPipeline:
-    return FaceVAEPipeline(random_vae(), **random_priors())
+    return FaceVAEPipeline(tiny.random_vae(), **random_priors())
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +94,7 @@ def test_the_standard_prior_is_standard_normal(pipe):
 
 
 def test_the_default_prior_is_the_last_that_was_fitted():
-    priors, pipe = random_priors(), FaceVAEPipeline(random_vae())
+    priors, pipe = random_priors(), FaceVAEPipeline(tiny.random_vae())
     for name in PRIORS:
         if name != "standard":
             pipe.register_modules(**{name: priors[name]})
@@ -115,7 +105,7 @@ def test_the_default_prior_is_the_last_that_was_fitted():
 def test_the_spatial_layout_reads_a_flat_latent_as_channels_rows_columns():
     prior = LatentPrior("gaussian", latent_dim=100)
     prior.mean.data.copy_(torch.arange(100))
-    pipe = FaceVAEPipeline(random_vae(**SPATIAL), gaussian=prior)
+    pipe = FaceVAEPipeline(tiny.random_vae(**SPATIAL), gaussian=prior)
     latents = pipe.sample_latents(2, temperature=0.0)
     assert torch.equal(latents, torch.arange(100.0).view(1, 4, 5, 5).expand(2, -1, -1, -1))
     assert torch.equal(pipe.prior_mean(), latents[0])
@@ -290,7 +280,7 @@ def test_arguments_out_of_range_raise(pipe):
 
 def test_a_prior_of_another_dimension_raises():
     with pytest.raises(ValueError, match="'gaussian' has 4 dimensions and the latent of the VAE has 16"):
-        FaceVAEPipeline(random_vae(), gaussian=LatentPrior("gaussian", latent_dim=4))
+        FaceVAEPipeline(tiny.random_vae(), gaussian=LatentPrior("gaussian", latent_dim=4))
 
 
 def test_incomplete_weights_raise(exported, tmp_path):

@@ -11,7 +11,6 @@ import tiny
 import torch
 from PIL import Image
 
-from modeling import AutoencoderKLUltra
 from modeling.pipeline import FaceVAEPipeline
 from training.priors import fit, sample
 from training.priors.latents import compare_samples, encode_faces, nearest_distances
@@ -21,16 +20,6 @@ TRAIN, VALIDATION = 72, 6
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def random_vae() -> AutoencoderKLUltra:
-    """The tiny model with random weights, so that every latent dimension changes the image."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKLUltra(**tiny.SETTINGS["model"])
-        for parameter in vae.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    return vae.eval()
 
 
 # ---- distances to training faces ----
@@ -46,7 +35,7 @@ def test_nearest_distances_equal_numpy():
 
 
 def test_near_duplicates_of_training_faces_are_counted():
-    vae = random_vae()
+    vae = tiny.random_vae()
     images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=generator())
     faces = encode_faces(vae, images.split(8), with_flips=True)
     assert len(faces.mean) == 40
@@ -81,7 +70,7 @@ def photographs(tmp_path_factory):
 def fitted(tmp_path_factory, photographs):
     """An exported model with all priors, fitted by the command; its report."""
     folder = tmp_path_factory.mktemp("fitted") / "model"
-    random_vae().save_pretrained(folder)
+    tiny.random_vae().save_pretrained(folder)
     arguments = [str(folder), "--data", f"imagefolder:{photographs}", "--flow-steps", "5", "--num-samples", "6"]
     assert fit.main([*arguments, "--frechet", "st_alexnet", "--temperature", "1", "0.5"]) == 0
     return folder, json.loads((folder / "prior_report.json").read_text())
@@ -180,7 +169,7 @@ def test_user_errors_of_sample_are_one_line(fitted, arguments, message, capsys, 
 
 @pytest.mark.parametrize("interpolate", [[], ["--interpolate"], ["--interpolate", "IMAGE", "IMAGE"]])
 def test_a_prior_that_was_not_fitted_is_an_error_with_the_remedy(photographs, tmp_path, capsys, interpolate):
-    random_vae().save_pretrained(tmp_path / "model")
+    tiny.random_vae().save_pretrained(tmp_path / "model")
     image = str(photographs / "train" / "0.png")
     extra = [image if argument == "IMAGE" else argument for argument in interpolate]
     output = ["--output", str(tmp_path / "x.png")]
@@ -213,7 +202,7 @@ def test_sample_takes_a_saved_pipeline_and_fit_prior_does_not(fitted, tmp_path, 
     ],
 )
 def test_user_errors_of_fit_prior_are_one_line(tmp_path, capsys, arguments, message):
-    random_vae().save_pretrained(tmp_path)
+    tiny.random_vae().save_pretrained(tmp_path)
     assert fit.main([str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -35,10 +35,9 @@ def image_grids(
     """
     was_training = model.training
     model.eval()
-    generator, config = torch.Generator().manual_seed(seed), model.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    generator = torch.Generator().manual_seed(seed)
     # One image at a time, so that the first images do not depend on num_samples.
-    latents = torch.stack([torch.randn(shape, generator=generator) for _ in range(num_samples)])
+    latents = torch.stack([torch.randn(model.latent_shape, generator=generator) for _ in range(num_samples)])
     grids = {"samples": sample_grid(accelerator, model, latents, batch)}
     encoded = posterior_samples(accelerator, model, images[:PRIOR_IMAGES], seed, batch)
     if len(encoded) > 1 and encoded.isfinite().all():

@@ -352,8 +352,8 @@ def _fit(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(seed)
     indices = torch.arange(min(_NEAR_DUPLICATE_FACES, len(faces.mean)), device=faces.mean.device)
     samples = {
-        "training": faces.sample(generator, indices).view(-1, *pipeline.latent_shape),
-        "validation": validation.sample(generator)[: len(validation_pixels)].view(-1, *pipeline.latent_shape),
+        "training": faces.sample(generator, indices).view(-1, *vae.latent_shape),
+        "validation": validation.sample(generator)[: len(validation_pixels)].view(-1, *vae.latent_shape),
     }
     for name in ["standard", *arguments.priors]:
         for temperature in arguments.temperature:
