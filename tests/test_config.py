@@ -174,6 +174,14 @@ def test_an_invalid_value_is_an_error_with_key_value_and_remedy(section, key, va
         ({"model": 3}, "section model must be an object of keys and values, got 3."),
         ({"data": {"dataset": "parquet"}}, "data.data_files must be an object such as {"),
         ({"data": {"dataset": "imagefolder"}}, "data.data_dir must be the folder of the images, got null."),
+        (
+            {"data": {"data_dir": "my/faces"}},
+            'data.data_dir must be null unless data.dataset is "imagefolder", got "my/',
+        ),
+        (
+            {"data": {"data_files": {"train": "a"}}},
+            'data.data_files must be null unless data.dataset is "parquet", got {',
+        ),
         ({"hub": {"push": True}}, 'hub.repo_id must be "organization/name" where hub.push is true, got null.'),
         (
             {"loss": {f"{name}_weight": 0 for name in ("mse", "l1", "perceptual", "lpips")}},
@@ -231,6 +239,7 @@ def test_overrides(tmp_path):
         [
             "training_presets.batch_size=32",
             "output.run_name=test-1",  # not JSON, so a string
+            "data.dataset=parquet",
             'data.data_files={"train": "a=b.parquet"}',  # the first = separates
             "training_presets.learning_rate=1e-3",
             "training_presets.compile=true",

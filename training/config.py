@@ -169,14 +169,18 @@ class DataConfig(_Section):
     timeout_s: float = constrained(1200.0, gt=0, le=COLLECTIVE_TIMEOUT_S - 600)
 
     def _check_together(self) -> None:
-        if self.dataset == "parquet":
-            self._require(bool(self.data_files), "data_files", 'an object such as {"train": "path/train-*.parquet"}')
-        if self.dataset == "imagefolder":
-            self._require(self.data_dir is not None, "data_dir", "the folder of the images")
         for files in (self.data_files or {}).values():
             paths = files if isinstance(files, list) else [files]
             valid = bool(paths) and all(isinstance(path, str) and path for path in paths)
             self._require(valid, "data_files", "an object of split names and paths (or lists of paths)")
+        if self.dataset == "parquet":
+            self._require(bool(self.data_files), "data_files", 'an object such as {"train": "path/train-*.parquet"}')
+        else:
+            self._require(self.data_files is None, "data_files", 'null unless data.dataset is "parquet"')
+        if self.dataset == "imagefolder":
+            self._require(self.data_dir is not None, "data_dir", "the folder of the images")
+        else:
+            self._require(self.data_dir is None, "data_dir", 'null unless data.dataset is "imagefolder"')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -165,6 +165,7 @@ def on_main_process(state: Accelerator | PartialState, function: Callable[[], T]
     if error is not None:
         raise error
     if box[1] is not None:
+        box[1].from_main_process = True  # which prints it, so that the others need not
         raise box[1]
     return box[0]
 

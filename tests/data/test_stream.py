@@ -598,7 +598,7 @@ def test_wrong_settings_are_named(tmp_path, changes, message):
     (tmp_path / "empty").mkdir()
     if changes.get("data_dir") == "EMPTY":
         changes = {**changes, "data_dir": str(tmp_path / "empty")}
-    config = parquet_config(**{"data_files": files, **changes})
+    config = parquet_config(**{"data_files": None if "dataset" in changes else files, **changes})
     with pytest.raises(ValueError, match=message) as error:
         open_source(config, "train")
     assert "\n" not in str(error.value)
