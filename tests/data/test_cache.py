@@ -169,7 +169,7 @@ def test_a_waiting_process_takes_over_the_download(tmp_path):
 
 
 def test_waiting_ends_with_an_error_or_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")  # another process should fetch, and there is none
+    monkeypatch.setenv("LOCAL_RANK", "1")  # another process should download, and there is none
     counted = CountedSource()
     with pytest.raises(
         RuntimeError, match=r"waited 0 s for the examples in shard.*timeout_s=0.2\): the process that downloads"

@@ -103,8 +103,8 @@ def test_a_folder_without_splits_is_trained_on_as_a_whole(tmp_path):
         assert opened(tmp_path, **changes) == expected
 
 
-def test_an_oddity_of_every_kind_beside_100_faces(tmp_path, caplog):
-    """The counts in the log add up to the files that exist."""
+def test_logged_counts_add_up_to_the_files_that_exist(tmp_path, caplog):
+    """Hidden files, links, formats and other folders beside 100 faces."""
     root, elsewhere = tmp_path / "faces", tmp_path / "elsewhere"
     write_images(root / "train", range(60))
     write_images(root / "train" / "album.jpg", range(60, 70))  # a folder

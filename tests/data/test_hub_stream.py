@@ -60,11 +60,11 @@ def hub_config(**changes) -> DataConfig:
 def test_the_first_epoch_requests_each_byte_range_once_and_later_ones_nothing(hub, repository):
     stream = open_stream(hub_config())
     orders = [flat_numbers(list(stream.epoch_batches(0)))]
-    list(stream.epoch_batches(1, max_batches=1))  # the last rows of epoch 0 are behind us
+    list(stream.epoch_batches(1, max_batches=1))  # waits for the last examples of epoch 0
     fetched, asked = sorted(hub.ranges), len(hub.requests)
     assert len(fetched) == len(set(fetched)) == hub.file_requests == 10  # for each shard its footer and its rows
-    rows_of = [name for name, first, _ in fetched if first > 0]  # a footer of so small a file begins at 0
-    assert rows_of == [f"data/{path.name}" for path in sorted((repository / "data").glob("train-*"))]
+    shards_read = [name for name, first, _ in fetched if first > 0]  # a footer of so small a file begins at 0
+    assert shards_read == [f"data/{path.name}" for path in sorted((repository / "data").glob("train-*"))]
     for epoch in (1, 2):
         orders.append(flat_numbers(list(stream.epoch_batches(epoch))))
     assert len(hub.requests) == asked
@@ -194,7 +194,7 @@ def test_a_busy_hub_at_the_start_is_waited_for(hub, monkeypatch, caplog):
 
 
 def test_the_environment_variable_is_enough(repository, tmp_path):
-    """A process of its own: the plain `load_dataset` and ours read the same rows from HF_ENDPOINT."""
+    """A process of its own: the plain `load_dataset` and ours read the same examples from HF_ENDPOINT."""
     code = """
 import json, sys, datasets
 from training.config import DataConfig

@@ -135,8 +135,10 @@ class DatasetCache:
             path = self._chunk_path(shard, chunk)
             try:
                 table = self._tables[shard, chunk] = open_chunk(path)
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise DataError(self._deleted(path)) from error
+            except OSError as error:
+                raise DataError(f"data.cache: {path} cannot be read ({error}); check the disk.") from error
         return table
 
     @staticmethod
@@ -151,15 +153,15 @@ class DatasetCache:
         if is_there():
             return
         self._awaited = what
-        last_signs, last_change, pause = None, time.monotonic(), 0.002
+        last_touch, last_change, pause = None, time.monotonic(), 0.002
         while not is_there():
             if self._error is not None:
                 raise self._error
             with contextlib.suppress(OSError):  # touched by the downloading process
-                signs = (self.folder / "progress").stat().st_mtime_ns
-                if signs != last_signs:
-                    last_signs, last_change = signs, time.monotonic()
-            if last_signs is not None and not self.folder.exists():
+                touch = (self.folder / "progress").stat().st_mtime_ns
+                if touch != last_touch:
+                    last_touch, last_change = touch, time.monotonic()
+            if last_touch is not None and not self.folder.exists():
                 raise DataError(self._deleted(self.folder))
             last_change = max([last_change, *(patience.last_progress for patience in [*self._patiences])])
             waited = time.monotonic() - last_change
