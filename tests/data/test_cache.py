@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded_images import coded_image, image_bytes
 from filelock import FileLock
-from test_stream import coded_image, image_bytes, open_stream, parquet_config, write_shards
+from test_stream import open_stream, parquet_config, write_shards
 
 from training.config import DataConfig, config_from_dict
 from training.data import cache as dataset_cache

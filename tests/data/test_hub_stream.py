@@ -12,8 +12,9 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+from encoded_images import SIZE, coded_image, image_bytes
 from fake_hub import COMMIT, FakeHub
-from test_stream import SIZE, assert_same, coded_image, flat_numbers, image_bytes, open_stream, write_shards
+from test_stream import assert_same, flat_numbers, open_stream, write_shards
 
 from training.config import DataConfig
 from training.data import cache as dataset_cache

@@ -8,10 +8,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from encoded_images import coded_image, image_bytes
 from test_stream import (
-    coded_image,
     flat_numbers,
-    image_bytes,
     open_stream,
     parquet_config,
     read_epoch,

@@ -2,18 +2,14 @@
 
 import hashlib
 import http.server
-import io
 import itertools
-import math
 import os
 import random
 import re
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import datasets
@@ -21,45 +17,20 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from encoded_images import SIZE, UNREADABLE, coded_image, image_bytes, numbers_and_flips
 
 from training.config import DataConfig
 from training.data import shards, sources
 from training.data import stream as data
-from training.data.images import CorruptImage, decode_image, denormalize, normalize, random_affine
+from training.data.images import decode_image
 from training.data.sources import open_source
 from training.data.stream import TrainStream, load_validation
-
-SIZE = 24  # pixels; decode_image takes 16 or more
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(shards, "_FIRST_DELAY_S", 0.01)
-
-
-def image_bytes(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def coded_image(number: int) -> Image.Image:
-    """Red and green hold the number; blue is 255 in the left half, so that a flip shows."""
-    pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = number % 256, number // 256
-    pixels[:, : SIZE // 2, 2] = 255
-    return Image.fromarray(pixels)
-
-
-def numbers_and_flips(pixels: torch.Tensor) -> list[tuple[int, bool]]:
-    """Reads `coded_image` back from (n, 3, SIZE, SIZE)."""
-    return [(int(p[0, 9, 9]) + 256 * int(p[1, 9, 9]), int(p[2, 9, 2]) < 128) for p in pixels]
 
 
 def write_shards(folder: Path, images: list[bytes | None], shards: int, split: str = "train") -> str:
@@ -244,179 +215,6 @@ def test_too_little_data_is_an_error(tmp_path):
         read_epoch(config, global_batch=5, start_batch=3)
     with pytest.raises(ValueError, match=r"batch of 5 cannot be divided over 2"):
         open_stream(config, world_size=2, global_batch=5)
-
-
-# ---- pixels ----
-
-
-def test_normalize_maps_bytes_to_one_range_exactly_once():
-    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
-    levels = levels.contiguous(memory_format=torch.channels_last)
-    pixels = normalize(levels)
-    assert (pixels.min(), pixels.max(), pixels.dtype) == (-1.0, 1.0, torch.float32)
-    assert torch.allclose(pixels, torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16), atol=1e-6)
-    assert pixels.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(denormalize(pixels), levels)
-    assert torch.equal(denormalize(torch.tensor([-7.0, 7.0])), torch.tensor([0, 255], dtype=torch.uint8))
-    with pytest.raises(TypeError, match="exactly once"):
-        normalize(pixels)
-
-
-@pytest.mark.parametrize(
-    ("size", "crop_px", "resolution", "box"),
-    [
-        ((178, 218), 178, 256, (0, 20, 178, 198)),
-        ((178, 218), None, 64, (0, 20, 178, 198)),
-        ((178, 218), 120, 120, (29, 49, 149, 169)),
-        ((101, 78), None, 64, (11, 0, 89, 78)),
-        ((100, 150), 178, 256, (0, 25, 100, 125)),
-    ],
-)
-def test_geometry_is_a_center_crop_and_pillows_resize(size, crop_px, resolution, box):
-    image = noise(*size)
-    expected = image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
-    got = decode_image(image_bytes(image), crop_px, resolution)
-    assert (got.shape, got.dtype) == ((resolution, resolution, 3), np.uint8)
-    difference = np.abs(got.astype(int) - np.asarray(expected).astype(int))
-    assert difference.max() <= 2  # on noise; torch and Pillow round the filter's weights differently
-    assert difference.mean() < 0.02
-
-
-def halves(left, right, mode: str = "RGB", height: int = SIZE) -> Image.Image:
-    image = Image.new(mode, (SIZE, height), left)
-    image.paste(right, (SIZE // 2, 0, SIZE, height))
-    return image
-
-
-def palette_with_alpha() -> bytes:
-    image = Image.new("P", (SIZE, SIZE), 0)
-    image.putpalette([0, 0, 255, 200, 0, 0])
-    image.paste(1, (SIZE // 2, 0, SIZE, SIZE))
-    return image_bytes(image, transparency=0)  # color 0, the left half, is transparent
-
-
-def animation(file_format: str) -> bytes:
-    frames = [halves((255, 0, 0), (0, 255, 0)), Image.new("RGB", (SIZE, SIZE), "blue")]
-    return image_bytes(frames[0], file_format, save_all=True, append_images=frames[1:], duration=50)
-
-
-def rotated_by_exif() -> bytes:
-    """Stored on its side; orientation 6 asks for a quarter turn clockwise, which moves the bottom left."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    upright = halves((250, 0, 0), (0, 0, 250), height=2 * SIZE)
-    return image_bytes(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
-
-
-def cmyk_jpeg() -> bytes:
-    return image_bytes(halves((255, 0, 0, 0), (0, 255, 0, 0), "CMYK"), "JPEG")
-
-
-def gray_16_bit() -> bytes:
-    levels = np.full((SIZE, SIZE), 100 * 257, np.uint16)
-    levels[:, SIZE // 2 :] = 200 * 257
-    return image_bytes(Image.fromarray(levels))
-
-
-def broken_exif(file_format: str) -> bytes:
-    return image_bytes(halves((250, 0, 0), (0, 0, 250)), file_format, exif=b"Exif\0\0no TIFF header", lossless=True)
-
-
-def gray_32_bit(levels: tuple[int, int]) -> bytes:
-    pixels = np.full((SIZE, SIZE), levels[0], np.int32)
-    pixels[:, SIZE // 2 :] = levels[1]
-    return image_bytes(Image.fromarray(pixels), "TIFF")
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that states its size and holds almost nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64))
-
-
-JPEG = image_bytes(noise(64, 64), "JPEG")
-WHITE = (255, 255, 255)
-# Bytes, the left and right colors they must decode to, and the tolerance (JPEG, and CMYK's conversion).
-READABLE = {
-    "gray jpeg": (image_bytes(halves(60, 220, "L"), "JPEG"), (60,) * 3, (220,) * 3, 4),
-    "cmyk jpeg": (cmyk_jpeg(), (0, 255, 255), (255, 0, 255), 8),
-    "one bit": (image_bytes(halves(0, 1, "1")), (0, 0, 0), WHITE, 0),
-    "16-bit gray png": (gray_16_bit(), (100,) * 3, (200,) * 3, 1),
-    "alpha": (image_bytes(halves((9, 9, 9, 0), (9, 90, 200, 255), "RGBA")), WHITE, (9, 90, 200), 0),
-    "gray alpha": (image_bytes(halves((0, 0), (50, 255), "LA")), WHITE, (50, 50, 50), 0),
-    "palette with alpha": (palette_with_alpha(), WHITE, (200, 0, 0), 0),
-    "animated gif": (animation("GIF"), (255, 0, 0), (0, 255, 0), 0),
-    "animated webp": (animation("WEBP"), (255, 0, 0), (0, 255, 0), 40),
-    "rotated by exif": (rotated_by_exif(), (250, 0, 0), (0, 0, 250), 8),
-    "png with broken exif": (broken_exif("PNG"), (250, 0, 0), (0, 0, 250), 0),
-    "webp with broken exif": (broken_exif("WEBP"), (250, 0, 0), (0, 0, 250), 2),
-    "32-bit tiff with 8-bit levels": (gray_32_bit((60, 220)), (60,) * 3, (220,) * 3, 0),
-    "32-bit tiff with 16-bit levels": (gray_32_bit((100 * 257, 200 * 257)), (100,) * 3, (200,) * 3, 0),
-    "avif": (image_bytes(halves((250, 0, 0), (0, 0, 250)), "AVIF", quality=95), (250, 0, 0), (0, 0, 250), 12),
-    "jpeg 2000": (image_bytes(halves((250, 0, 0), (0, 0, 250)), "JPEG2000"), (250, 0, 0), (0, 0, 250), 2),
-}
-UNREADABLE = {
-    "null": None,
-    "empty": b"",
-    "text": b"<html><body>404 Not Found</body></html>",
-    "truncated jpeg": JPEG[: len(JPEG) // 2],
-    "cut header": JPEG[:10],
-    "truncated png": image_bytes(noise(64, 64))[:900],
-    "1x1": image_bytes(Image.new("RGB", (1, 1))),
-    "narrow": image_bytes(Image.new("RGB", (500, 3))),
-    "81 megapixels": png_header(9000, 9000),
-    "196 megapixels": png_header(14000, 14000),
-    "floating point": image_bytes(Image.new("F", (SIZE, SIZE), 0.5), "TIFF"),
-    "not a photograph": image_bytes(Image.new("RGB", (SIZE, SIZE)), "EPS"),
-    "random bytes": np.random.default_rng(0).bytes(500),
-    "32-bit levels": gray_32_bit((0, 70_000)),
-    "lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9",
-    "truncated webp": image_bytes(noise(64, 64), "WEBP")[:300],
-    "truncated tiff": image_bytes(noise(64, 64), "TIFF")[:500],
-    "flipped bits": bytes(255 - byte for byte in JPEG),
-}
-
-
-@pytest.mark.parametrize("name", READABLE)
-def test_unusual_images_are_decoded(name):
-    encoded, left, right, tolerance = READABLE[name]
-    pixels = decode_image(encoded, None, SIZE).astype(int)
-    for column, color in ((3, left), (SIZE - 4, right)):
-        assert np.abs(pixels[SIZE // 2, column] - color).max() <= tolerance
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("empty", "not an image"),
-        ("text", "not an image"),
-        ("truncated jpeg", "truncated"),
-        ("cut header", r"not an image|truncated|Truncated"),
-        ("truncated png", r"truncated|Truncated"),
-        ("1x1", "1x1: below 16"),
-        ("narrow", "500x3: below 16"),
-        (
-            "81 megapixels",
-            "9000x9000: .* above 64000000",
-        ),  # by its header: the data would be too short as well
-        ("196 megapixels", "196000000 pixels"),
-        ("floating point", "no known range"),
-        ("random bytes", "not an image"),
-        ("32-bit levels", "32-bit pixels from 0 to 70000 have no known range"),
-        ("lfs pointer", "run `git lfs pull`"),
-        ("truncated webp", "."),
-        ("truncated tiff", "."),
-        ("flipped bits", "not an image"),
-        ("not a photograph", "not an image"),
-    ],
-)
-def test_corrupt_images_are_refused_with_a_reason(name, reason):
-    with pytest.raises(CorruptImage, match=reason):
-        decode_image(UNREADABLE[name], None, SIZE)
 
 
 # ---- corrupt images ----
@@ -669,26 +467,3 @@ def test_an_unreachable_hub_is_an_error_within_seconds():
     )
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("data.dataset='org/faces': cannot reach the Hub at http://127.0.0.1:9 (")
-
-
-def test_random_affine_samples_the_image_at_transformed_coordinates():
-    size = 64
-    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    image = torch.stack([rows, columns, rows * columns])[None] * 0.5
-    halves = torch.full((1, 5), 0.5)  # no change
-    torch.testing.assert_close(random_affine(image, halves), image, atol=1e-5, rtol=0)
-    rotated, scaled, right = (halves.clone() for _ in range(3))
-    for uniform, place in ((rotated, 0), (scaled, 1), (right, 2)):
-        uniform[0, place], uniform[0, 4] = 1.0, 1.0
-    inside = slice(12, -12)  # away from what is reflected
-    expected = {
-        "rotated": (rotated, math.cos(0.1) * columns - math.sin(0.1) * rows),
-        "scaled": (scaled, 1.1 * columns),
-        "right": (right, columns + (size / 16) * 2 / (size - 1)),
-    }
-    for name, (uniform, where) in expected.items():
-        found = random_affine(image, uniform)[0, 1, inside, inside]
-        torch.testing.assert_close(found, 0.5 * where[inside, inside], atol=2e-3, rtol=0, msg=name)
-    pixels = torch.rand(3, 3, size, size).contiguous(memory_format=torch.channels_last) * 4 - 2
-    transformed = random_affine(pixels, torch.rand(3, 5))
-    assert transformed.is_contiguous(memory_format=torch.channels_last) and transformed.abs().max() <= 1
