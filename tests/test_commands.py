@@ -139,6 +139,7 @@ def test_help_is_the_same_both_ways_and_does_not_wait_for_torch(name):
     [
         ("train", ["--config", "nowhere.json"], "nowhere.json"),
         ("budget", ["--config", "nowhere.json"], "nowhere.json"),
+        ("monitor", ["nowhere", "--runs-dir", "nowhere"], "nowhere"),
         ("evaluate", ["nowhere", "--data", "synthetic_faces"], "there is no folder nowhere"),
         ("fit_prior", ["nowhere", "--data", "synthetic_faces"], "nowhere"),
         ("sample", ["nowhere"], "nowhere"),

@@ -33,12 +33,12 @@ RTX_3090 = DEVICES["rtx3090"]
 
 
 def conv(channels_in: int, channels_out: int, kernel: int, size: int) -> float:
-    """GFLOP of a convolution onto a map of size x size; a multiplication and an addition are two."""
+    """GFLOPs of a convolution onto a map of size x size; a multiplication and an addition are two."""
     return 2 * channels_in * channels_out * kernel**2 * size**2 / 1e9
 
 
 def enlarging(small: int, large: int) -> float:
-    """GFLOP of enlarging an image by two matrix products: its rows, then its columns."""
+    """GFLOPs of enlarging an image by two matrix products: its rows, then its columns."""
     return 3 * 2 * (large * small * small + large * small * large) / 1e9
 
 
@@ -107,7 +107,7 @@ def test_parameters_equal_those_of_the_model(config):
 
 
 def flops_by_shapes(config) -> dict[str, float]:
-    """GFLOP of forward and backward pass from the shapes that convolutions and linear layers see, by hooks.
+    """GFLOPs of forward and backward pass from the shapes that convolutions and linear layers see, by hooks.
 
     A layer's gradient to its weights costs as much as its forward pass, if they are trained, and so does that to its
     input, if anything before it is.
@@ -121,9 +121,11 @@ def flops_by_shapes(config) -> dict[str, float]:
         forward += cost
         if torch.is_grad_enabled():
             backward += cost * trained
-            if isinstance(layer, torch.nn.Conv2d) and layer.stride[0] > 1:  # computed with its kernel in whole strides
-                side, stride = layer.kernel_size[0], layer.stride[0]
-                cost *= (-(-side // stride) * stride / side) ** 2
+            if (
+                isinstance(layer, torch.nn.Conv2d) and layer.stride[0] > 1
+            ):  # computed with its kernel padded to full strides
+                kernel_size, stride = layer.kernel_size[0], layer.stride[0]
+                cost *= (-(-kernel_size // stride) * stride / kernel_size) ** 2
             backward += cost * inputs[0].requires_grad
 
     def watch(module):
@@ -135,14 +137,14 @@ def flops_by_shapes(config) -> dict[str, float]:
     with torch.device("meta"):
         model = watch(AutoencoderKLUltra(**config.model))
         freeze_pca_branch(model, config.training_presets.pca_lr_scale)
-        side = model.config.sample_size
-        model(torch.zeros(1, 3, side, side))
-        enlarge = enlarging(model.config.pca_decode_size, side) if model.pca_branch is not None else 0.0
+        size = model.config.sample_size
+        model(torch.zeros(1, 3, size, size))
+        enlarge = enlarging(model.config.pca_decode_size, size) if model.pca_branch is not None else 0.0
         found = {"model": forward + enlarge, "model backward": backward + enlarge}
         forward = backward = 0.0
         for name, crop in config.loss.trunks:
             trunk = watch(PerceptualTrunk(name, load_weights=False).to("meta"))
-            crop = min(crop or side, side)
+            crop = min(crop or size, size)
             with torch.no_grad():
                 trunk.features(torch.zeros(1, 3, crop, crop))
             trunk.features(torch.zeros(1, 3, crop, crop, requires_grad=True))

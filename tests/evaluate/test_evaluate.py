@@ -141,14 +141,14 @@ def test_diffusers_models_have_the_metrics_of_their_own_encode_and_decode(compar
     with torch.no_grad():
         encoded = model.encode(pixels, return_dict=False)[0]
         latents = encoded.mode() if cls == "AutoencoderKL" else encoded
-        made = model.decode(latents, return_dict=False)[0].clamp(-1, 1)
-    squares = (made - pixels).square().mean(dim=(1, 2, 3))
+        decoded = model.decode(latents, return_dict=False)[0].clamp(-1, 1)
+    squared = (decoded - pixels).square().mean(dim=(1, 2, 3))
     part = found["reconstruction"]
     assert found["class"] == cls and found["latent_shape"] == list(latents.shape[1:])
-    assert part["mse_-1_1"]["mean"] == pytest.approx(squares.mean().item(), rel=1e-5)
-    assert part["mse_0_1"]["mean"] == pytest.approx(squares.mean().item() / 4, rel=1e-5)
-    assert part["l1_-1_1"]["mean"] == pytest.approx((made - pixels).abs().mean().item(), rel=1e-5)
-    assert part["psnr"]["mean"] == pytest.approx((10 * torch.log10(4 / squares)).mean().item(), rel=1e-5)
+    assert part["mse_-1_1"]["mean"] == pytest.approx(squared.mean().item(), rel=1e-5)
+    assert part["mse_0_1"]["mean"] == pytest.approx(squared.mean().item() / 4, rel=1e-5)
+    assert part["l1_-1_1"]["mean"] == pytest.approx((decoded - pixels).abs().mean().item(), rel=1e-5)
+    assert part["psnr"]["mean"] == pytest.approx((10 * torch.log10(4 / squared)).mean().item(), rel=1e-5)
     assert part["psnr"]["low"] < part["psnr"]["mean"] < part["psnr"]["high"]
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     if cls == "AutoencoderKL":  # KL by torch's own formula
@@ -173,9 +173,9 @@ def test_pca_baseline(compared, config_file, images):
     mean = samples.mean(axis=0)
     axes = np.linalg.svd(samples - mean, full_matrices=False)[2][:5]
     pixels = normalize(images[0]).flatten(1).double().numpy()
-    made = np.clip(mean + (pixels - mean) @ axes.T @ axes, -1, 1)
+    decoded = np.clip(mean + (pixels - mean) @ axes.T @ axes, -1, 1)
     assert found["class"] == "PCA" and found["model"] == "PCA of 20 training images" and found["latent_dim"] == 5
-    assert found["reconstruction"]["mse_-1_1"]["mean"] == pytest.approx(((made - pixels) ** 2).mean(), rel=1e-4)
+    assert found["reconstruction"]["mse_-1_1"]["mean"] == pytest.approx(((decoded - pixels) ** 2).mean(), rel=1e-4)
     assert found["kl"] is None and found["posterior_sample"] is None
 
 
@@ -253,8 +253,8 @@ def test_files(compared, images):
     tile = images[0][images[1].index(int(worst["image"]))].permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1)
     assert np.array_equal(grid[40 : 40 + 160, 8 : 8 + 160], tile)
     beside = grid[40 : 40 + 160, 168 : 168 + 160].astype(float) / 127.5 - 1
-    squares = ((beside - (tile / 127.5 - 1)) ** 2).mean()
-    assert 10 * math.log10(4 / squares) == pytest.approx(float(worst["psnr"]), abs=0.05)
+    mse = ((beside - (tile / 127.5 - 1)) ** 2).mean()
+    assert 10 * math.log10(4 / mse) == pytest.approx(float(worst["psnr"]), abs=0.05)
     assert len(list((folder / "out").glob("extremes_*.png"))) == 5
 
     page = (folder / "out" / "evaluation.html").read_text()

@@ -75,7 +75,7 @@ def test_equals_torchmetrics():
 
 
 def test_fewer_images_than_dimensions():
-    """Singular covariances: the eigenvalues of their product, here of the whole matrix."""
+    """Singular covariances: the eigenvalues of their product, here of the full matrix."""
     a, b = correlated(0, 12, 40), correlated(1, 9, 40)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()

@@ -29,8 +29,8 @@ TOLERANCE = {"fp16": 0.02, "bf16": 0.15}
 @pytest.fixture(scope="module")
 def faces_pixels() -> torch.Tensor:
     size = tiny.SETTINGS["model"]["sample_size"]
-    squares = (Image.fromarray(render_face(number)).crop((0, 20, 178, 198)) for number in range(24))
-    return torch.stack([pil_to_tensor(square.resize((size, size))) for square in squares])
+    crops = (Image.fromarray(render_face(number)).crop((0, 20, 178, 198)) for number in range(24))
+    return torch.stack([pil_to_tensor(crop.resize((size, size))) for crop in crops])
 
 
 @pytest.fixture(scope="module", params=["vector", "spatial"])

@@ -260,7 +260,7 @@ def describe_estimate(
     efficiency: float = DEFAULT_EFFICIENCY,
     search: bool = False,
 ) -> str:
-    """The cost estimate of a run in a few lines, with the arithmetic; see `estimate_cost` for the arguments."""
+    """The cost estimate of a run in a few lines, with its derivation; see `estimate_cost` for the arguments."""
     return format_estimate(
         estimate_cost(config, num_processes, num_train_images, device=device, efficiency=efficiency, search=search),
         config.model.get("latent_layout", "vector"),
