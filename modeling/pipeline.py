@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 FITTED_PRIORS = ("gaussian", "mixture", "flow")
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 Generators = torch.Generator | list[torch.Generator] | None
 Images = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
