@@ -1,7 +1,4 @@
-"""The finished model on disk: what `from_pretrained` loads, with the model's source beside it.
-
-What it is not for: what resume needs (checkpoint.py), and uploading (hub.py).
-"""
+"""Writes a trained model as `from_pretrained` loads it, with its Python source."""
 
 from __future__ import annotations
 
@@ -18,26 +15,26 @@ from training.io import fsync_folder, write_bytes
 
 
 def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
-    """All that belongs into a model's folder besides its weights: name -> content.
+    """The files of a model's folder besides its weights: name -> content.
 
-    The model's source travels along, and `config.json` names it, so that
-    `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where this project is not installed.
+    `config.json` names the source file, so that `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where
+    this project is not installed.
     """
     config = json.loads(model.to_json_string())
-    config.pop("_name_or_path", None)  # the folder on this machine that the model was loaded from
+    config.pop("_name_or_path", None)  # a path of this machine
     source = Path(inspect.getfile(type(model)))
     return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), source.name: source.read_bytes()}
 
 
 def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
-    """Write what `from_pretrained` loads, replacing `folder` when complete.
+    """Write a model to a folder, which is replaced when the new files are complete.
 
     Args:
         model: Unwrapped, in float32.
-        folder: Destination; an older export there is replaced, with the priors that were fitted to it.
+        folder: Destination; an older export there is removed, with the priors that were fitted to it.
 
     Raises:
-        OSError: The disk is full or fails; an older export is as it was.
+        OSError: The disk is full or fails; an older export is unchanged.
     """
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     for path in (temporary, old):
@@ -52,7 +49,7 @@ def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
         if isinstance(error, SafetensorError):
             raise OSError(str(error)) from None
         raise
-    if folder.exists():  # two renames: a reader never meets half an export
+    if folder.exists():  # two renames, so that a reader never finds an incomplete export
         os.replace(folder, old)
     os.replace(temporary, folder)
     fsync_folder(folder.parent)

@@ -95,7 +95,7 @@ def check_loadable(folder: Path) -> None:
                 raise ValueError(f"{module}.py does not define {class_name!r}")
             for variant in weight_files(part):
                 _, info = model_class.from_pretrained(
-                    str(part), variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+                    str(part), variant=variant, use_safetensors=True, output_loading_info=True
                 )
                 for problem in ("missing", "unexpected", "mismatched"):
                     if keys := info[f"{problem}_keys"]:
