@@ -1,10 +1,10 @@
-"""How long a checkpoint keeps training waiting: written in the background, and at once.
+"""How long a checkpoint blocks training: written in the background, and written synchronously.
 
     python -m benchmarks.checkpoint [--config configs/ultra.json] [--folder DIR] [--rounds 5]
 
-The model of the configuration with averaged weights and Adam's moments, as a training step leaves them, on this machine's
-disk. In the background training waits for the copy to host memory; written at once, for the files too, forced to disk.
-What it is not for: what the thread that writes takes from a training on the same cores.
+The model of the configuration with EMA weights and optimizer state, as after a training step, on this machine's disk. In the
+background, training waits for the copy to host memory; synchronously, for the fsynced files too. The load of the writer thread
+on the training's cores is not measured.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What share of the machine's ceiling a training step reaches, part by part, and where the rest goes.
+"""Time of each part of a training step, and the fraction of the machine's measured peak that it reaches.
 
     python -m benchmarks.step --config configs/ultra.json --batch 4 --json
     python -m benchmarks.step --config configs/ultra.json --trunk-weights weights --loop-steps 8
 
-The ceiling is the best rate of a large matrix product, a large convolution and its two gradients in the same precision
-and threads, taken before and after the parts. Parts run one by one on the same data: forward and backward of encoder, decoder and trunk,
-optimizer, averaged weights; what the whole step takes beyond their sum is losses, crops, noise and dispatch. `--loop-steps`
-runs the real training loop on drawn faces and measures the time between its steps, and the share that waits for data.
-Without --trunk-weights the trunk has random weights, which cost the same. What it is not for: quality, or the speed of
-data (benchmarks/data.py).
+The measured peak is the best throughput of a large matrix product, a large convolution and its two gradients in the same
+precision and threads, before and after the parts. The parts run one by one on the same data: forward and backward of encoder,
+decoder and feature networks, optimizer, EMA weights; the rest of the step is losses, crops, noise and dispatch.
+`--loop-steps` runs the real training loop on synthetic faces and measures the time between its steps, and how much of it waits
+for data. Without --trunk-weights the feature networks have random weights, which cost the same. benchmarks/data.py measures
+the speed of data.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ from training.budget.estimate import count_flops
 from training.builders import build_model, build_optimizer
 from training.config import Config, config_from_dict, load_config
 from training.data.images import normalize
+from training.data.stream import TrainStream
 from training.distributed import resolve_precision
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
 from training.pca_init import freeze_pca_branch
-from training.step import TrainStep
+from training.step import StepResult, TrainStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Bench:
-    """The pieces of a training step, built as the trainer builds them, on random pixels.
+    """The objects of a training step, built as the trainer builds them, on random pixels.
 
     Args:
         config: The configuration; its precision, memory format and optimizer are used.
         batch: Images of a step, in one forward pass.
-        trunk_weights: Folder of trunk weights, or None for random ones.
+        trunk_weights: Folder of feature network weights, or None for random ones.
     """
 
     def __init__(self, config: Config, batch: int, trunk_weights: str | None) -> None:
@@ -79,7 +80,7 @@ class Bench:
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = EMAWeights(self.parameters, decay=presets.ema_decay) if presets.ema_decay > 0 else None
         shape = self.model.config
-        self.side = shape.sample_size
+        self.resolution = shape.sample_size
         self.step = TrainStep(
             self.accelerator,
             self.prepared,
@@ -92,13 +93,13 @@ class Bench:
             micro_batch=batch,
             max_grad_norm=presets.max_grad_norm,
         )
-        self.pixels = random_pixels(batch, self.side)
-        self.number = 0
+        self.pixels = random_pixels(batch, self.resolution)
+        self.num_steps = 0
 
-    def build_trunk(self, name: str) -> PerceptualTrunk:
-        """A frozen trunk on the device, in the configuration's memory format."""
-        trunk = PerceptualTrunk(name, self.trunk_weights, load_weights=self.trunk_weights is not None)
-        return trunk.to(self.device, memory_format=self.format)
+    def build_network(self, name: str) -> PerceptualTrunk:
+        """A feature network on the device, in the configuration's memory format."""
+        network = PerceptualTrunk(name, self.trunk_weights, load_weights=self.trunk_weights is not None)
+        return network.to(self.device, memory_format=self.format)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -106,7 +107,7 @@ class Bench:
             torch.accelerator.synchronize()
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """Wall-clock seconds of one call, the device's work included."""
+        """Wall-clock seconds of one call, including the device's work."""
         self.synchronize()
         began = time.perf_counter()
         function()
@@ -117,22 +118,23 @@ class Bench:
         """The precision of the run."""
         return self.accelerator.autocast()
 
-    def update(self) -> None:
-        """One whole training step."""
-        self.step(self.pixels, step=self.number, beta=1e-4)
-        self.number += 1
+    def full_step(self) -> None:
+        """One full training step."""
+        self.step(self.pixels, step=self.num_steps, beta=1e-4)
+        self.num_steps += 1
 
 
-def random_pixels(count: int, side: int) -> Tensor:
-    """(count, 3, side, side), uint8: the speed of a step does not depend on what the images show."""
-    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def random_pixels(count: int, resolution: int) -> Tensor:
+    """(count, 3, resolution, resolution), uint8: the speed of a step does not depend on the content of the images."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, resolution, resolution), dtype=torch.uint8, generator=generator)
 
 
 def measure_peak(bench: Bench, seconds: float) -> dict[str, float]:
     """Best GFLOP/s of a large matrix product, a large 3x3 convolution and its two gradients, in the run's precision.
 
     Args:
-        bench: Says device, precision and memory format.
+        bench: Its device, precision and memory format are used.
         seconds: Spent on each of the four.
     """
     on_cpu = bench.device.type == "cpu"
@@ -151,7 +153,7 @@ def measure_peak(bench: Bench, seconds: float) -> dict[str, float]:
     rates = {}
     with torch.no_grad():
         for name, (function, flop) in work.items():
-            bench.seconds(function)  # chooses the kernel
+            bench.seconds(function)  # selects the kernel
             ended, best = time.perf_counter() + seconds, float("inf")
             while True:
                 best = min(best, bench.seconds(function))
@@ -162,7 +164,7 @@ def measure_peak(bench: Bench, seconds: float) -> dict[str, float]:
 
 
 def time_parts(bench: Bench, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each part of a step, `rounds` times after one that does not count; and of the whole step."""
+    """Seconds of each part of a step and of the full step, `rounds` times after a warm-up."""
     _one_round(bench)
     found = [_one_round(bench) for _ in range(rounds)]
     return {name: [values[name] for values in found] for name in found[0]}
@@ -189,21 +191,21 @@ def _one_round(bench: Bench) -> dict[str, float]:
         gradient = torch.full_like(kept[name], 1e-6)
         timed(f"{name} backward", lambda name=name, gradient=gradient: kept[name].backward(gradient))
     if bench.loss.networks:
-        sides = [min(side or bench.side, bench.side) for side in bench.loss.crop_sizes]
-        crops = [pixels[..., :side, :side].clone(memory_format=torch.contiguous_format) for side in sides]
+        sizes = [min(size or bench.resolution, bench.resolution) for size in bench.loss.crop_sizes]
+        crops = [pixels[..., :size, :size].clone(memory_format=torch.contiguous_format) for size in sizes]
 
         def features() -> list[torch.Tensor]:
-            return [tap for trunk, window in zip(bench.loss.networks, crops) for tap in trunk.features(window)]
+            return [each for network, crop in zip(bench.loss.networks, crops) for each in network.features(crop)]
 
         with bench.autocast():
             with torch.no_grad():
                 timed("target features", features)
-            for window in crops:
-                window.requires_grad_()
+            for crop in crops:
+                crop.requires_grad_()
             timed("reconstruction features", features)
-        feature_layers = kept["reconstruction features"]
-        gradients = [torch.full_like(tap, 1e-6) for tap in feature_layers]
-        timed("features backward", lambda: torch.autograd.backward(feature_layers, gradients))
+        outputs = kept["reconstruction features"]
+        gradients = [torch.full_like(output, 1e-6) for output in outputs]
+        timed("features backward", lambda: torch.autograd.backward(outputs, gradients))
 
     def optimize() -> None:
         bench.accelerator.clip_grad_norm_(bench.parameters, config.training_presets.max_grad_norm)
@@ -212,53 +214,60 @@ def _one_round(bench: Bench) -> dict[str, float]:
 
     timed("optimizer", optimize)
     if bench.ema is not None:
-        timed("average", lambda: bench.ema.step(bench.parameters))
+        timed("EMA weights", lambda: bench.ema.step(bench.parameters))
     kept.clear()
-    timed("step", bench.update)
+    timed("step", bench.full_step)
     return found
 
 
 def top_operations(bench: Bench, count: int) -> list[dict[str, Any]]:
-    """The operations that take most of one whole step, by their own time, from torch's profiler."""
+    """The operations that take most of one full step, by their own time, from torch's profiler."""
     activities, key = [ProfilerActivity.CPU], "self_cpu_time_total"
     if bench.device.type == "cuda":
         activities, key = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
-    bench.update()
+    bench.full_step()
     with profile(activities=activities) as profiler:
-        bench.update()
+        bench.full_step()
         bench.synchronize()
     averages = profiler.key_averages()
     total = sum(getattr(event, key) for event in averages)
     largest = sorted(averages, key=lambda event: getattr(event, key), reverse=True)[:count]
     rows = [(event.key, event.count, getattr(event, key)) for event in largest]
-    return [{"operation": o, "calls": n, "milliseconds": us / 1e3, "share": us / total} for o, n, us in rows]
+    return [{"operation": o, "calls": n, "milliseconds": us / 1e3, "fraction": us / total} for o, n, us in rows]
 
 
-class _TimedStep(TrainStep):
-    """A step that remembers when it began and ended, and how long the loop had waited for data until then."""
+class _TimedStep:
+    """Calls a step and records when it began and ended, and how long the loop had waited for data until then."""
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __init__(self, step: TrainStep, stream: TrainStream) -> None:
+        self._step, self._stream = step, stream
+        self.began, self.ended, self.waited = [], [], []
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> StepResult:
         self.began.append(time.perf_counter())
-        self.waited.append(self.stream.wait_seconds)
-        result = super().__call__(*arguments, **keywords)
+        self.waited.append(self._stream.wait_seconds)
+        result = self._step(*arguments, **keywords)
         self.ended.append(time.perf_counter())
         return result
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
 
 def measure_loop(config: Config, batch: int, steps: int) -> dict[str, float]:
-    """Time between the steps of the real training loop, over drawn faces with the pip-installed trunk.
+    """Time between the steps of the real training loop, on synthetic faces with a pip-installed feature network.
 
     Returns:
-        Medians over the steps: `seconds_between_steps`, all that the loop does between two steps, waiting included,
-        and `seconds_waiting` for data, of it.
+        Medians over the steps: `seconds_between_steps`, everything that the loop does between two steps, and
+        `seconds_waiting`, the part of it that waits for data.
     """
     from training.trainer import Trainer  # imports everything
 
     with tempfile.TemporaryDirectory() as folder:
         values = config.to_dict()
-        # The steps themselves do not count, so the trunks that need no download serve.
+        # The steps themselves are not measured, so a network without a download will do.
         values["loss"] |= {"trunk": "st_alexnet", "trunk_weights": None, "lpips_trunk": None, "lpips_crop_px": None}
-        values["model"] = values["model"] | {"pca_size": None}  # spares fitting it
+        values["model"] = values["model"] | {"pca_size": None}  # saves its initialization
         values["data"] = {
             "dataset": "synthetic_faces",
             "synthetic_train_images": batch * (steps + 1),
@@ -275,10 +284,8 @@ def measure_loop(config: Config, batch: int, steps: int) -> dict[str, float]:
         }
         values["hub"] = {}
         trainer = Trainer(config_from_dict(values))
-        step = trainer.train_step
-        step.__class__ = _TimedStep  # the same object, so that whatever reads its attributes still finds them
-        step.began, step.ended, step.waited, step.stream = [], [], [], trainer.stream
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
+        trainer.train_step = step = _TimedStep(trainer.train_step, trainer.stream)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
             trainer.run()
     between = [start - end for start, end in zip(step.began[1:], step.ended[:-1])]
     waiting = [after - before for before, after in zip(step.waited[:-1], step.waited[1:])]
@@ -286,7 +293,7 @@ def measure_loop(config: Config, batch: int, steps: int) -> dict[str, float]:
 
 
 def environment(bench: Bench) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the results depend on."""
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": name,
@@ -294,14 +301,14 @@ def environment(bench: Bench) -> dict[str, Any]:
         "precision": bench.precision,
         "channels_last": bench.config.training_presets.channels_last,
         "batch": bench.batch,
-        "resolution": bench.side,
+        "resolution": bench.resolution,
         "trunk_weights": "random" if bench.trunk_weights is None else "trained",
         "torch": torch.__version__,
     }
 
 
 def report(bench: Bench, seconds: float, rounds: int, operations: int, loop_steps: int) -> dict[str, Any]:
-    """All figures of the command, as plain values."""
+    """All results of the command, as plain values."""
     before = measure_peak(bench, seconds)
     measured = time_parts(bench, rounds)
     after = measure_peak(bench, seconds)
@@ -313,7 +320,7 @@ def report(bench: Bench, seconds: float, rounds: int, operations: int, loop_step
     medians = {name: statistics.median(values) for name, values in measured.items()}
     medians["rest of the step"] = step_seconds - sum(value for name, value in medians.items() if name != "step")
     for name, value in medians.items():
-        row = {"seconds": value, "share_of_step": value / step_seconds}
+        row = {"seconds": value, "fraction_of_step": value / step_seconds}
         if name in measured:
             row |= {"fastest_seconds": min(measured[name]), "slowest_seconds": max(measured[name])}
         if name in gflop:
@@ -329,22 +336,22 @@ def report(bench: Bench, seconds: float, rounds: int, operations: int, loop_step
     }
     if loop_steps:
         loop = measure_loop(bench.config, bench.batch, loop_steps)
-        # Waiting that a longer step would hide is no cost of the loop.
-        loop["share_of_step"] = (loop["seconds_between_steps"] - loop["seconds_waiting"]) / step_seconds
+        # A longer step would hide the waiting, so it is not counted as a cost of the loop.
+        loop["fraction_of_step"] = (loop["seconds_between_steps"] - loop["seconds_waiting"]) / step_seconds
         result["loop"] = loop
     return result
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures of `report` for people."""
+    """Print the results of `report`."""
     print(", ".join(f"{name} {value}" for name, value in result["environment"].items()))
     peak = result["peak_gflop_per_second"]
     for when in ("before", "after"):
-        print(f"ceiling {when:7s}", ", ".join(f"{name} {rate:.1f} GFLOP/s" for name, rate in peak[when].items()))
-    print(f"{'part':26s}{'ms':>10s}{'fastest':>10s}{'of step':>9s}{'GFLOP':>9s}{'GFLOP/s':>10s}{'of ceiling':>12s}")
+        print(f"measured peak {when:7s}", ", ".join(f"{name} {rate:.1f} GFLOP/s" for name, rate in peak[when].items()))
+    print(f"{'part':26s}{'ms':>10s}{'fastest':>10s}{'of step':>9s}{'GFLOPs':>9s}{'GFLOP/s':>10s}{'of peak':>12s}")
     for name, row in result["parts"].items():
         fastest = f"{1e3 * row['fastest_seconds']:.1f}" if "fastest_seconds" in row else ""
-        line = f"{name:26s}{1e3 * row['seconds']:10.1f}{fastest:>10s}{row['share_of_step']:9.1%}"
+        line = f"{name:26s}{1e3 * row['seconds']:10.1f}{fastest:>10s}{row['fraction_of_step']:9.1%}"
         if "gflop_per_image" in row:
             line += f"{row['gflop_per_image']:9.2f}{row['gflop_per_second']:10.1f}{row['fraction_of_peak']:12.1%}"
         print(line)
@@ -353,18 +360,20 @@ def print_table(result: dict[str, Any]) -> None:
         loop = result["loop"]
         print(
             f"loop: {1e3 * loop['seconds_between_steps']:.1f} ms between steps, {1e3 * loop['seconds_waiting']:.1f} of "
-            f"them waiting for data; the rest is {loop['share_of_step']:.2%} of the step"
+            f"them waiting for data; the rest is {loop['fraction_of_step']:.2%} of the step"
         )
     for row in result["top_operations"]:
-        print(f"{row['share']:7.1%} {row['milliseconds']:10.1f} ms {row['calls']:6d} x {row['operation']}")
+        print(f"{row['fraction']:7.1%} {row['milliseconds']:10.1f} ms {row['calls']:6d} x {row['operation']}")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of both benchmarks of the step."""
+    """Arguments that the benchmarks of the step share."""
     parser.add_argument("--config", default="configs/ultra.json", metavar="FILE")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--trunk-weights", metavar="DIR", help="folder of trunk weights; default: random weights")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument(
+        "--trunk-weights", metavar="DIR", help="folder of feature network weights; default: random weights"
+    )
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's default")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -384,14 +393,14 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, 2 for something that must be changed."""
+    """The command; returns the exit code, 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     add_common_arguments(parser)
     parser.add_argument("--batch", type=int, default=4, help="images of a step")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each part; the median counts")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of the ceiling")
-    parser.add_argument("--operations", type=int, default=12, help="of the profile to show")
-    parser.add_argument("--loop-steps", type=int, default=0, help="steps of the real loop to time; 0: none")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each part; the median is reported")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement of the peak")
+    parser.add_argument("--operations", type=int, default=12, help="operations of the profile to show")
+    parser.add_argument("--loop-steps", type=int, default=0, help="steps of the real loop to measure; 0: none")
     arguments = parser.parse_args(argv)
     try:
         config = read_config(arguments)

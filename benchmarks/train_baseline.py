@@ -1,12 +1,11 @@
-"""Trains a stock autoencoder with our loss on our data for a stated time: what users would pick, at equal minutes.
+"""Trains an `AutoencoderKL` baseline with our loss on our data, to compare quality after equal training time.
 
-    python -m benchmarks.train_baseline --config configs/ultra.json --model stock_1024 --minutes 10 --output stock
-    python -m training.evaluate stock/10 --config configs/ultra.json
+    python -m benchmarks.train_baseline --config configs/ultra.json --model baseline_1024 --minutes 10 --output baseline
+    python -m training.evaluate baseline/10 --config configs/ultra.json
 
-The models are those of `compare_baseline`; batches, loss terms, learning rate, clipping and averaged weights are the
-configuration's, beta stays at kl_beta_init. After each of --minutes (of training; saving does not count) the averaged
-weights are saved in a folder of that name. What it is not for: speed (compare_baseline), and anything that `train_vae.py`
-does besides: no resume, no validation, one process.
+The models are those of `compare_baseline`; batches, loss terms, learning rate, clipping and EMA weights are the
+configuration's, beta stays at kl_beta_init. After each of --minutes of training (saving excluded) the EMA weights are saved in
+a folder of that name. One process, without resume and validation.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from benchmarks.compare_baseline import STOCK, build_baseline
+from benchmarks.compare_baseline import BASELINES, build_baseline
 from benchmarks.step import add_common_arguments, read_config
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltraOutput
 from training.config import Config
@@ -34,26 +33,26 @@ from training.losses.objective import ReconstructionLoss
 from training.step import TrainStep
 
 
-class StockModel(nn.Module):
-    """A stock model as `TrainStep` calls it: the posterior's noise is given."""
+class BaselineModel(nn.Module):
+    """A baseline with the signature that `TrainStep` calls: the posterior noise is an argument."""
 
     def __init__(self, model: AutoencoderKL) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pixels: Tensor, noise: Tensor) -> AutoencoderKLUltraOutput:
-        """Images (N, 3, H, W) and standard normal numbers (N, C, h, w) to the reconstruction and the posterior."""
+        """Reconstruct images (N, 3, H, W) with standard normal noise (N, C, h, w)."""
         posterior = self.model.encode(pixels).latent_dist
         latents = posterior.mean + posterior.std * noise
         return AutoencoderKLUltraOutput(sample=self.model.decode(latents).sample, posterior=posterior)
 
 
 def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
-    """The stock model with fresh weights, and the training step on it.
+    """The baseline with fresh weights, and its training step.
 
     Args:
-        config: Says everything but the model; of its model only `sample_size` counts.
-        name: Key of `STOCK`.
+        config: Of its model section only `sample_size` is used.
+        name: Key of `BASELINES`.
     """
     presets = config.training_presets
     torch.manual_seed(presets.seed)
@@ -64,14 +63,14 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
     model = build_baseline(name).to(accelerator.device, memory_format=layout)
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    wrapped = StockModel(model).train()
+    wrapped = BaselineModel(model).train()
     parameters = list(wrapped.parameters())
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
     betas = (presets.adam_beta1, presets.adam_beta2)
     optimizer = kind(parameters, lr=presets.learning_rate, betas=betas, weight_decay=presets.weight_decay)
     ema = EMAWeights(parameters, decay=presets.ema_decay, use_ema_warmup=True, power=presets.ema_power)
-    stages = len(STOCK[name]["block_out_channels"])
-    side = config.model["sample_size"] // 2 ** (stages - 1)
+    stages = len(BASELINES[name]["block_out_channels"])
+    latent_size = config.model["sample_size"] // 2 ** (stages - 1)
     micro = presets.micro_batch_size
     step = TrainStep(
         accelerator,
@@ -80,7 +79,7 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
         ema=ema if presets.ema_decay > 0 else None,
         loss=ReconstructionLoss.from_config(config.loss, accelerator.device, memory_format=layout),
         seed=presets.seed,
-        latent_shape=(STOCK[name]["latent_channels"], side, side),
+        latent_shape=(BASELINES[name]["latent_channels"], latent_size, latent_size),
         micro_batch=micro if isinstance(micro, int) else presets.batch_size,
         adapt_micro_batch=micro == "auto",
         max_grad_norm=presets.max_grad_norm,
@@ -90,16 +89,16 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
 
 
 def train(config: Config, name: str, minutes: Sequence[float], output: Path) -> Iterator[str]:
-    """Train, and save the averaged weights at each of the given times.
+    """Train, and save the EMA weights at each of the given times.
 
     Args:
         config: See `build_step`.
-        name: Key of `STOCK`.
-        minutes: Of training; in any order.
+        name: Key of `BASELINES`.
+        minutes: Training times at which to save, in any order.
         output: Folder for the saved models.
 
     Yields:
-        A line for people after each saving.
+        A line to print after each save.
     """
     presets = config.training_presets
     model, step = build_step(config, name)
@@ -111,34 +110,34 @@ def train(config: Config, name: str, minutes: Sequence[float], output: Path) -> 
         rank=0,
         world_size=1,
     )
-    wanted = sorted(minutes)
-    number, epoch, seconds = 0, 0, 0.0
-    while wanted:
+    remaining = sorted(minutes)
+    num_steps, epoch, seconds = 0, 0, 0.0
+    while remaining:
         for batch in stream.epoch_batches(epoch):
             began = time.perf_counter()
-            result = step(batch.pixels, step=number, beta=presets.kl_beta_init)
+            result = step(batch.pixels, step=num_steps, beta=presets.kl_beta_init)
             loss = float(result.parts["reconstruction"])
             seconds += time.perf_counter() - began
-            number += 1
-            if seconds >= 60 * wanted[0]:
-                folder = output / f"{wanted.pop(0):g}"
+            num_steps += 1
+            if seconds >= 60 * remaining[0]:
+                folder = output / f"{remaining.pop(0):g}"
                 model.register_to_config(sample_size=config.model["sample_size"])
                 with contextlib.nullcontext() if step.ema is None else step.ema.applied(step.parameters):
                     model.save_pretrained(folder)
-                images = number * presets.batch_size
-                yield f"{folder}: {seconds / 60:.1f} minutes, {number} steps, {images} images, loss {loss:.4f}"
-                if not wanted:
+                images = num_steps * presets.batch_size
+                yield f"{folder}: {seconds / 60:.1f} minutes, {num_steps} steps, {images} images, loss {loss:.4f}"
+                if not remaining:
                     return
         epoch += 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, 2 for something that must be changed."""
+    """The command; returns the exit code, 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_baseline", description=__doc__.splitlines()[0])
     add_common_arguments(parser)
-    parser.add_argument("--model", choices=tuple(STOCK), default="stock_1024")
-    parser.add_argument("--minutes", nargs="+", type=float, required=True, help="of training, when to save")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder for each of --minutes is made in it")
+    parser.add_argument("--model", choices=tuple(BASELINES), default="baseline_1024")
+    parser.add_argument("--minutes", nargs="+", type=float, required=True, help="training times at which to save")
+    parser.add_argument("--output", required=True, metavar="DIR", help="gets a folder for each of --minutes")
     parser.set_defaults(batch=None, rounds=None)
     arguments = parser.parse_args(argv)
     try:

@@ -60,6 +60,7 @@ STDLIB_ONLY = (
 COMPUTES = (
     "training.losses.objective",
     "training.losses.perceptual",
+    "training.losses.perceptual_weights",
     "training.evaluate.metrics",
     "training.losses.kl_control",
     "training.config",

@@ -33,17 +33,22 @@ def test_psnr_and_ssim_equal_scikit_images(pairs):
     assert set(values) == {"mse", "psnr", "ssim"}
     for value in values.values():
         assert value.shape == (4,) and value.dtype == torch.float32
-    for index, (made, wanted) in enumerate(zip(*map(as_images, pairs))):
+    for index, (reconstruction, original) in enumerate(zip(*map(as_images, pairs))):
         # Gaussian weights, sigma 1.5 and population covariances: the paper's settings (Wang et al. 2004).
         ssim = structural_similarity(
-            wanted, made, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            original,
+            reconstruction,
+            data_range=1,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
         assert values["ssim"][index].item() == pytest.approx(ssim, abs=1e-4)
         if index:  # the first pair is equal, and scikit-image's PSNR infinite
-            psnr = peak_signal_noise_ratio(wanted, made, data_range=1)
+            psnr = peak_signal_noise_ratio(original, reconstruction, data_range=1)
             assert values["psnr"][index].item() == pytest.approx(psnr, abs=1e-3)
-    # Measured worst first: the pairs were made so.
-    assert values["psnr"].tolist() == sorted(values["psnr"].tolist(), reverse=True)
+    assert values["psnr"].tolist() == sorted(values["psnr"].tolist(), reverse=True)  # the noise grows from pair to pair
 
 
 def test_equal_images():
@@ -63,7 +68,7 @@ def test_mse_is_on_minus_one_to_one():
     assert tenth["psnr"].item() == pytest.approx(10 * math.log10(4 / 0.01), rel=1e-5)  # 26.02 dB
 
 
-def test_reconstructions_are_clamped_as_a_viewer_does():
+def test_reconstructions_are_clamped_to_the_range_of_images():
     white = torch.ones(1, 3, 16, 16)
     assert image_metrics(3 * white, white, trunk=None)["mse"].item() == 0
 
@@ -75,7 +80,7 @@ def test_one_image_and_half_precision_keep_their_shape(pairs):
             assert value.shape == (1,) and value.dtype == torch.float32, name
 
 
-def test_lpips_carries_the_name_of_its_trunk(pairs):
+def test_lpips_is_named_after_its_network(pairs):
     torch.manual_seed(0)
     trunk = PerceptualTrunk("alexnet", load_weights=False)
     values = image_metrics(*pairs, trunk=trunk)
@@ -84,7 +89,7 @@ def test_lpips_carries_the_name_of_its_trunk(pairs):
     assert distance.shape == (4,)
     assert distance[0].item() == 0
     assert (distance[1:] > 0).all()
-    # An image's value does not depend on its neighbours, so means over batches of any size agree.
+    # An image's value does not depend on its batch, so means over batches of any size agree.
     alone = image_metrics(pairs[0][2:3], pairs[1][2:3], trunk=trunk)
     for name, value in values.items():
         assert alone[name].item() == pytest.approx(value[2].item(), rel=1e-5)

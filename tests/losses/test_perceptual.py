@@ -1,4 +1,4 @@
-"""The perceptual trunk against the `lpips` package, recorded shift-tolerant distances and closed forms."""
+"""The feature networks against the `lpips` package, recorded shift-tolerant distances and closed forms."""
 
 import hashlib
 import importlib
@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.losses import perceptual
-from training.losses.perceptual import ARCHITECTURES, IMAGENET_STD, PerceptualTrunk, _StridedConv2d
+from training.losses import perceptual_weights
+from training.losses.perceptual import ARCHITECTURES, IMAGENET_STD, PerceptualTrunk
 
 NAMES = list(ARCHITECTURES)
 LPIPS_NETS = {"vgg16": "vgg", "alexnet": "alex", "squeezenet": "squeeze"}
@@ -49,7 +49,7 @@ def file_tensors(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def in_trunk(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """What the trunk makes of a file's tensor: the first layer also scales the pixels, from [-1, 1]."""
+    """A file's tensor as the network stores it: the first layer also scales the pixels, from [-1, 1]."""
     if key != "features.0.weight":
         return tensor
     return tensor / (2 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
@@ -110,7 +110,7 @@ class TestLpips:
         theirs = reference(theirs_in, others).flatten()
         ours.sum().backward()
         theirs.sum().backward()
-        assert theirs.max() > 0.05  # otherwise agreement would say little
+        assert theirs.max() > 0.05  # otherwise agreement would prove little
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         scale = theirs_in.grad.abs().max()
         torch.testing.assert_close(ours_in.grad / scale, theirs_in.grad / scale, atol=1e-4, rtol=0)
@@ -136,9 +136,9 @@ class TestLpips:
         for target in (flat, pattern(32, 32, 2.0).expand(3, -1, -1, -1)):
             images = flat.clone().requires_grad_()
             features, target_features = trunk.features(images), trunk.features(target)
-            loss = trunk.lpips(features, target_features) + trunk.feature_distance(features, target_features)
-            loss.sum().backward()
-            assert loss.isfinite().all() and images.grad.isfinite().all()
+            distances = torch.stack(trunk.distances(features, target_features))
+            distances.sum().backward()
+            assert distances.isfinite().all() and images.grad.isfinite().all()
         identical = trunk.lpips(trunk.features(flat), trunk.features(flat))
         assert identical.abs().max() == 0
 
@@ -149,17 +149,17 @@ class TestLpips:
         distance = trunk.lpips(zeros, others)
         distance.sum().backward()
         assert distance.isfinite().all()
-        assert all(tap.grad.isfinite().all() for tap in zeros)
+        assert all(layer.grad.isfinite().all() for layer in zeros)
 
 
-class TestFeatureDistance:
-    def test_is_the_l1_of_unit_vectors_of_each_tap_and_image(self, random_trunks):
+class TestPerceptualTerm:
+    def test_is_the_l1_of_unit_vectors_of_each_feature_layer_and_image(self, random_trunks):
         trunk = random_trunks["alexnet"]
         images, others = image_pair()
         with torch.no_grad():
             features, targets = trunk.features(others), trunk.features(images)
-            distance = trunk.feature_distance(features, targets)
-            alone = trunk.feature_distance([tap[1:2] for tap in features], [tap[1:2] for tap in targets])
+            distance, _ = trunk.distances(features, targets)
+            alone, _ = trunk.distances([layer[1:2] for layer in features], [layer[1:2] for layer in targets])
         for index in range(3):
             parts = [
                 F.l1_loss(F.normalize(f[index], dim=0), F.normalize(t[index], dim=0))
@@ -168,35 +168,36 @@ class TestFeatureDistance:
             torch.testing.assert_close(distance[index], torch.stack(parts).mean(), atol=1e-7, rtol=1e-3)
         torch.testing.assert_close(alone, distance[1:2])
 
-    def test_has_no_unit(self, random_trunks):
+    def test_does_not_depend_on_the_scale_of_features(self, random_trunks):
         trunk = random_trunks["alexnet"]
         images, others = image_pair()
         with torch.no_grad():
             features, targets = trunk.features(others), trunk.features(images)
-            scaled = trunk.feature_distance([100 * tap for tap in features], [3 * tap for tap in targets])
-            torch.testing.assert_close(scaled, trunk.feature_distance(features, targets), atol=1e-6, rtol=1e-3)
+            distance, _ = trunk.distances(features, targets)
+            scaled, _ = trunk.distances([100 * layer for layer in features], [3 * layer for layer in targets])
+            torch.testing.assert_close(scaled, distance, atol=1e-6, rtol=1e-3)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_gradients_to_both_sides_are_those_of_the_formulas(self, random_trunks, dtype):
+    def test_gradients_to_both_images_equal_those_of_the_formulas(self, random_trunks, dtype):
         trunk = random_trunks["alexnet"]
         channels = ARCHITECTURES["alexnet"].channels
-        sides = [[torch.randn(3, size, 4, 5).relu().to(dtype) for size in channels] for _ in range(2)]
+        both = [[torch.randn(3, size, 4, 5).relu().to(dtype) for size in channels] for _ in range(2)]
         weights = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 4.0, -1.0])  # of each image's two distances
 
         def gradients(distances) -> list[torch.Tensor]:
-            feature_layers = [[tap.clone().requires_grad_() for tap in side] for side in sides]
-            plain, learned = distances(*feature_layers)
-            (plain @ weights[0] + learned @ weights[1]).backward()
-            return [tap.grad for side in feature_layers for tap in side]
+            features = [[layer.clone().requires_grad_() for layer in layers] for layers in both]
+            perceptual, lpips = distances(*features)
+            (perceptual @ weights[0] + lpips @ weights[1]).backward()
+            return [layer.grad for layers in features for layer in layers]
 
         def formulas(features, targets):  # on float32, by autograd
             differences = [
                 F.normalize(f.float(), dim=1) - F.normalize(t.float(), dim=1) for f, t in zip(features, targets)
             ]
             heads = [getattr(trunk, f"head{index}").view(1, -1, 1, 1) for index in range(len(channels))]
-            plain = torch.stack([difference.abs().mean(dim=(1, 2, 3)) for difference in differences]).mean(dim=0)
-            learned = [(d.square() * head).sum(dim=1).mean(dim=(1, 2)) for d, head in zip(differences, heads)]
-            return plain, torch.stack(learned).sum(dim=0)
+            perceptual = torch.stack([difference.abs().mean(dim=(1, 2, 3)) for difference in differences]).mean(dim=0)
+            lpips = [(d.square() * head).sum(dim=1).mean(dim=(1, 2)) for d, head in zip(differences, heads)]
+            return perceptual, torch.stack(lpips).sum(dim=0)
 
         for own, reference in zip(gradients(trunk.distances), gradients(formulas), strict=True):
             assert own.dtype == dtype
@@ -205,38 +206,45 @@ class TestFeatureDistance:
                 own / scale, reference / scale, rtol=0, atol=1e-5 if dtype.itemsize == 4 else 1e-2
             )
 
-    def test_both_distances_from_one_pass_equal_each_alone(self, random_trunks):
+    def test_the_graph_keeps_features_and_no_float32_copies(self, random_trunks):
         trunk = random_trunks["alexnet"]
-        images, others = image_pair()
-        with torch.no_grad():
-            features, targets = trunk.features(others), trunk.features(images)
-            plain, learned = trunk.distances(features, targets)
-            assert torch.equal(plain, trunk.feature_distance(features, targets))
-            assert torch.equal(learned, trunk.lpips(features, targets))
+        both = [[torch.rand(2, size, 4, 5).bfloat16() for size in ARCHITECTURES["alexnet"].channels] for _ in range(2)]
+        for layer in both[0]:
+            layer.requires_grad_()
+        kept = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trunk.distances(*both)
+        assert len([tensor for tensor in kept if tensor.dtype == torch.bfloat16]) == 10  # both images' features
+        assert all(tensor.dtype == torch.bfloat16 or tensor.numel() <= 384 for tensor in kept)  # else heads and sums
 
 
 class TestFeatures:
     @pytest.mark.parametrize("name", NAMES)
-    def test_taps_are_the_relus_and_survive_the_layers_after_them(self, name, random_trunks):
+    def test_features_are_those_of_the_relus_and_survive_later_layers(self, name, random_trunks):
         trunk = random_trunks[name]
         at_once: list[torch.Tensor] = []
         handles = [
-            trunk.layers[tap].register_forward_hook(lambda _, __, output: at_once.append(output.detach().clone()))
-            for tap in trunk.feature_layers
+            trunk.layers[layer].register_forward_hook(lambda _, __, output: at_once.append(output.detach().clone()))
+            for layer in trunk.feature_layers
         ]
         features = trunk.features(pattern(40, 48, 3.0))
         for handle in handles:
             handle.remove()
-        assert [tap.shape[1] for tap in features] == list(ARCHITECTURES[name].channels)
-        assert len(trunk.layers) == trunk.feature_layers[-1] + 1  # nothing runs after the last tap
-        for tap, copy in zip(features, at_once, strict=True):
-            assert torch.equal(tap, copy) and tap.min() == 0
+        assert [feature.shape[1] for feature in features] == list(ARCHITECTURES[name].channels)
+        assert len(trunk.layers) == trunk.feature_layers[-1] + 1  # nothing runs after the last feature layer
+        for feature, copy in zip(features, at_once, strict=True):
+            assert torch.equal(feature, copy) and feature.min() == 0
 
     @pytest.mark.parametrize("name", NAMES)
     def test_min_size_is_the_smallest_size_that_works(self, name):
         trunk = PerceptualTrunk(name, load_weights=False)
         size = trunk.min_size
-        assert all(min(tap.shape) > 0 for tap in trunk.features(torch.zeros(1, 3, size, size + 1)))
+        assert all(min(feature.shape) > 0 for feature in trunk.features(torch.zeros(1, 3, size, size + 1)))
         with pytest.raises(ValueError, match=f"at least {size} x {size} pixels and got {size - 1} x {size}"):
             trunk.features(torch.zeros(1, 3, size - 1, size))
         trunk.min_size = 1
@@ -245,32 +253,30 @@ class TestFeatures:
 
     @pytest.mark.parametrize("pixels", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64),
                                         torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])  # fmt: skip
-    def test_refuses_what_is_not_an_image_batch(self, pixels, random_trunks):
+    def test_raises_for_what_is_not_an_image_batch(self, pixels, random_trunks):
         with pytest.raises(ValueError, match="floating-point images"):
             random_trunks["alexnet"].features(pixels)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_keeps_channels_last(self, name, random_trunks):
         pixels = torch.rand(2, 3, 40, 40).contiguous(memory_format=torch.channels_last)
-        for tap in random_trunks[name].features(pixels):
-            assert tap.is_contiguous(memory_format=torch.channels_last)
+        for feature in random_trunks[name].features(pixels):
+            assert feature.is_contiguous(memory_format=torch.channels_last)
 
     @pytest.mark.parametrize("name", ["alexnet", "st_alexnet"])
     def test_convolutions_follow_autocast_and_distances_stay_float32(self, name, random_trunks):
         trunk = random_trunks[name]
         images, others = image_pair(32)
         with torch.no_grad():
-            exact = trunk.lpips(trunk.features(images), trunk.features(others))
-            exact_distance = trunk.feature_distance(trunk.features(images), trunk.features(others))
+            exact = trunk.distances(trunk.features(images), trunk.features(others))
             with torch.autocast("cpu", torch.bfloat16):
                 features, other_features = trunk.features(images), trunk.features(others)
-                distance = trunk.lpips(features, other_features)
-                feature_distance = trunk.feature_distance(features, other_features)
+                distances = trunk.distances(features, other_features)
         assert features[-1].dtype == torch.bfloat16
-        assert distance.dtype == feature_distance.dtype == torch.float32
         # bf16 has 8 bits: the clearly different images keep two digits.
-        torch.testing.assert_close(distance[1:], exact[1:], rtol=0.05, atol=1e-5)
-        torch.testing.assert_close(feature_distance[1:], exact_distance[1:], rtol=0.05, atol=1e-5)
+        for value, exact_value in zip(distances, exact, strict=True):
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value[1:], exact_value[1:], rtol=0.05, atol=1e-5)
 
     def test_counts_flops_on_the_meta_device(self):
         with torch.device("meta"):
@@ -279,7 +285,7 @@ class TestFeatures:
                 trunk.features(torch.empty(1, 3, 64, 64))
         maps = [(3, 64, 64), (64, 64, 64), (64, 128, 32), (128, 128, 32), (128, 256, 16), (256, 256, 16)]
         maps += [(256, 256, 16), (256, 512, 8), (512, 512, 8), (512, 512, 8)] + 3 * [(512, 512, 4)]
-        assert counter.get_total_flops() == sum(2 * 9 * a * b * side * side for a, b, side in maps)
+        assert counter.get_total_flops() == sum(2 * 9 * a * b * size * size for a, b, size in maps)
 
 
 class TestFrozen:
@@ -314,7 +320,7 @@ class TestWeights:
         digest = hashlib.sha256(origin.read_bytes()).hexdigest()[:8]
         origin = origin.rename(tmp_path / f"squeezenet1_1-{digest}.pth")
         monkeypatch.setattr(weights.value, "url", origin.as_uri())
-        loaded = PerceptualTrunk("squeezenet", weights_dir=tmp_path)  # a folder without the file is passed over
+        loaded = PerceptualTrunk("squeezenet", weights_dir=tmp_path)  # a folder without the file is skipped
         assert has_first_weight(loaded, by_source["web"])
         assert (hub_cache / origin.name).exists()
 
@@ -328,7 +334,7 @@ class TestWeights:
         assert state.keys() == by_source["mine"].keys()
         assert all(torch.equal(state[key], in_trunk(key, tensor)) for key, tensor in by_source["mine"].items())
 
-    def test_a_download_with_a_wrong_hash_is_refused(self, hub_cache, tmp_path, monkeypatch):
+    def test_a_download_with_a_wrong_hash_raises(self, hub_cache, tmp_path, monkeypatch):
         origin = tmp_path / "squeezenet1_1-00000000.pth"
         torch.save(file_tensors("squeezenet"), origin)
         weights = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
@@ -338,7 +344,7 @@ class TestWeights:
         assert not list(hub_cache.iterdir())
 
     @pytest.mark.parametrize("name", LPIPS_NETS)
-    def test_without_any_source_one_line_names_all_three_and_the_remedy(self, name, hub_cache, tmp_path):
+    def test_without_any_source_the_error_names_all_three_and_the_remedy(self, name, hub_cache, tmp_path):
         with pytest.raises(ValueError, match="no weights for the perceptual trunk") as caught:
             PerceptualTrunk(name, weights_dir=tmp_path)
         message = str(caught.value)
@@ -357,7 +363,7 @@ class TestWeights:
             for variable in ("https_proxy", "HTTPS_PROXY"):
                 monkeypatch.setenv(variable, f"http://127.0.0.1:{silent.getsockname()[1]}")
             urllib.request.install_opener(None)
-            monkeypatch.setattr(perceptual, "DOWNLOAD_TIMEOUT_S", 0.2)
+            monkeypatch.setattr(perceptual_weights, "DOWNLOAD_TIMEOUT_S", 0.2)
             begin = time.monotonic()
             with pytest.raises(ValueError, match="timed out"):
                 PerceptualTrunk("alexnet")
@@ -376,7 +382,7 @@ class TestWeights:
         assert [tuple(head.shape) for head in heads] == [(size,) for size in ARCHITECTURES[name].channels]
         assert min(head.min() for head in heads) >= 0  # trained heads are constrained so
 
-    def test_faulty_files_are_named_with_the_tensor(self, tmp_path):
+    def test_the_error_names_a_wrong_file_and_its_tensor(self, tmp_path):
         path = tmp_path / "squeezenet_features.safetensors"
         good = file_tensors("squeezenet")
         key = "features.3.squeeze.bias"
@@ -396,7 +402,7 @@ class TestWeights:
             PerceptualTrunk("squeezenet", weights_dir=tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"<html>404</html>", None])
-    def test_a_broken_cache_file_is_named_with_the_remedy(self, content, hub_cache):
+    def test_the_error_names_a_corrupt_cache_file_and_the_remedy(self, content, hub_cache):
         path = hub_cache / "alexnet-owt-7be5be79.pth"
         if content is None:
             torch.save(torch.zeros(3), path)
@@ -415,22 +421,3 @@ class TestWeights:
         monkeypatch.delitem(sys.modules, "stlpips_pytorch", raising=False)
         with pytest.raises(ValueError, match="pip install stlpips-pytorch"):
             PerceptualTrunk("st_vgg16")
-
-
-@pytest.mark.parametrize("size", [(41, 44), (35, 47), (64, 31)])
-@pytest.mark.parametrize("kernel, stride, padding", [(11, 4, 2), (3, 2, 0), (4, 2, 1)])
-def test_a_strided_layers_gradient_is_autograds(kernel, stride, padding, size):
-    torch.manual_seed(0)
-    layer = torch.nn.Conv2d(3, 5, kernel, stride, padding).double().requires_grad_(False)
-    pixels = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
-    made = layer(pixels)
-    (theirs,) = torch.autograd.grad(made, pixels, gradient := torch.randn_like(made))
-    layer.__class__ = _StridedConv2d
-    assert torch.equal(layer(pixels), made)
-    (ours,) = torch.autograd.grad(layer(pixels), pixels, gradient)
-    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_strided_layers_are_those_of_alexnet_and_squeezenet(random_trunks):
-    strided = {name for name in NAMES if any(isinstance(x, _StridedConv2d) for x in random_trunks[name].layers)}
-    assert strided == {"alexnet", "squeezenet"}

@@ -1,13 +1,13 @@
-"""How much memory a training step takes, by part, found by walking through the step without memory or arithmetic.
+"""How much memory a training step takes, by part, from a walk through the step on fake tensors.
 
-The step's forward and backward pass run on fake tensors, which have shapes, types and storages but no contents, under
-the same autocast as the real ones. Every storage is followed from its creation to its end, so that the peak is the real
-sequence of allocations, not a sum of guesses; saved activations are those that autograd itself hands to
-`torch.autograd.graph.saved_tensors_hooks`. On the way each operation's FLOP and bytes are counted, which gives the
-time that a device's arithmetic and memory allow at best (Williams et al. 2009, "Roofline").
+The forward and backward pass run on tensors that have shapes, types and storages but no contents, under the same autocast as
+the real ones. Every storage is followed from its creation to its end, so the peak is that of the real sequence of
+allocations; saved activations are those that autograd passes to `torch.autograd.graph.saved_tensors_hooks`. Each operation's
+FLOPs and bytes are counted too, which gives the shortest time that a device's compute and memory bandwidth allow (Williams et
+al. 2009, "Roofline").
 
-What it is not for: what lies outside PyTorch's tensors (driver context, workspaces of convolutions, fragmentation),
-which is an assumption, `overhead_bytes`; and measuring.
+Memory outside PyTorch's tensors (driver context, workspaces of convolutions, fragmentation) is an assumption,
+`overhead_bytes`.
 """
 
 from __future__ import annotations
@@ -35,30 +35,29 @@ from training.randomness import sample_crops
 
 GIB = 2**30
 
-# Assumed, because nothing here can count it: the CUDA context, cuBLAS and cuDNN with their workspaces; and what the
-# allocator cannot use between blocks of different sizes.
+# Assumed, because the walk cannot count it: the CUDA context, cuBLAS and cuDNN with their workspaces; and the fraction that
+# the allocator loses between blocks of different sizes.
 CONTEXT_BYTES = 0.75 * GIB
 FRAGMENTED_FRACTION = 0.1
 
-# Passes over 4-byte numbers, reads and writes, one for each trained parameter: clipping reads the gradient twice and
-# writes it; Adam reads weight, gradient and two moments and writes all but the gradient; the average reads both
-# weights and writes one.
-_UPDATE_PASSES = {"clipping": 3, "optimizer": 7, "average": 3}
+# Reads and writes of 4 bytes for each trained parameter: clipping reads the gradient twice and writes it; Adam reads weight,
+# gradient and two states and writes all but the gradient; EMA reads both weights and writes one.
+_STEP_PASSES = {"clipping": 3, "optimizer": 7, "ema": 3}
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-_LASTING = ("weights", "gradients", "optimizer moments", "averaged weights", "trunk weights")
-_MOVING = ("saved activations", "saved in the losses", "temporary")  # grow with the batch
+_PERSISTENT = ("weights", "gradients", "optimizer state", "EMA weights", "trunk weights")
+_TRANSIENT = ("saved activations", "saved in the losses", "temporary")  # grow with the batch
 
 
 def _overhead(parts: dict[str, int]) -> int:
-    return round(CONTEXT_BYTES + FRAGMENTED_FRACTION * sum(parts[name] for name in _MOVING))
+    return round(CONTEXT_BYTES + FRAGMENTED_FRACTION * sum(parts[name] for name in _TRANSIENT))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the walk: FLOP, bytes read and written, and whether it computes in half precision."""
+    """One operation of the walk: FLOPs, bytes read and written, and whether it computes in half precision."""
 
     flop: float
     num_bytes: int
@@ -67,17 +66,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one process holds at the moment of the step when it holds most.
+    """The memory of one process at the peak of a step.
 
     Attributes:
         micro_batch: Images in the forward pass.
-        parts: Name -> bytes at that moment: weights, gradients, optimizer moments, averaged weights, saved
-            activations, saved in the losses (the trunk's features too), trunk weights, temporary.
+        parts: Name -> bytes at the peak: weights, gradients, optimizer state, EMA weights, saved activations, saved in
+            the losses (features too), trunk weights (of the feature networks), temporary.
         widest: The same at the moment with the most activations, features and temporary tensors.
         kept_bytes: Activations and features that autograd keeps when the forward pass ends, bytes.
         operations: Of the forward and backward pass.
-        updated: Parameters that an update changes.
-        averaged: Whether averaged weights are kept.
+        trained: Number of trained parameters.
+        has_ema: Whether EMA weights are kept.
     """
 
     micro_batch: int
@@ -85,8 +84,8 @@ class MemoryPlan:
     widest: dict[str, int]
     kept_bytes: int
     operations: tuple[Operation, ...]
-    updated: int
-    averaged: bool
+    trained: int
+    has_ema: bool
 
     @property
     def tensor_bytes(self) -> int:
@@ -115,52 +114,52 @@ class MemoryPlan:
 
         Args:
             device: Its peaks.
-            pieces: Forward passes of a step.
+            micro_batches: Forward passes of a step; a fraction where the last one is smaller.
 
         Returns:
-            Seconds of the step, and the part of them that arithmetic alone would take.
+            Seconds of the step, and the seconds that its FLOPs alone would take.
         """
         peak = {True: device.half_tflops * 1e12, False: device.float32_tflops * 1e12}
-        arithmetic = micro_batches * sum(op.flop / peak[op.half] for op in self.operations)
+        compute = micro_batches * sum(op.flop / peak[op.half] for op in self.operations)
         bandwidth = device.bandwidth_gbps * 1e9
         bound = micro_batches * sum(max(op.flop / peak[op.half], op.num_bytes / bandwidth) for op in self.operations)
-        passes = sum(count for name, count in _UPDATE_PASSES.items() if name != "average" or self.averaged)
-        return bound + passes * 4 * self.updated / bandwidth, arithmetic
+        passes = sum(count for name, count in _STEP_PASSES.items() if name != "ema" or self.has_ema)
+        return bound + passes * 4 * self.trained / bandwidth, compute
 
 
 class _Ledger(TorchDispatchMode):
-    """Follows every storage that operations create, by part, and remembers the fullest moment."""
+    """Follows every storage that operations create, by part, and records the peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = dict.fromkeys((*_LASTING, *_MOVING), 0)
-        self.fullest, self.widest = dict(self.held), dict(self.held)
+        self.bytes = dict.fromkeys((*_PERSISTENT, *_TRANSIENT), 0)
+        self.peak, self.widest = dict(self.bytes), dict(self.bytes)
         self.operations: list[Operation] = []
         self._part_of: dict[int, tuple[str, int]] = {}  # storage -> its part and bytes
 
     def enter(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage under `part`; one that is known moves there."""
+        """Count a tensor's storage under `part`; a known storage moves there."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._part_of:
             old, size = self._part_of[key]
-            self.held[old] -= size
+            self.bytes[old] -= size
         else:
             size = storage.nbytes()
             weakref.finalize(storage, self._leave, key)
         self._part_of[key] = (part, size)
-        self.held[part] += size
-        if sum(self.held.values()) > sum(self.fullest.values()):
-            self.fullest = dict(self.held)
-        if sum(self.held[name] for name in _MOVING) > sum(self.widest[name] for name in _MOVING):
-            self.widest = dict(self.held)
+        self.bytes[part] += size
+        if sum(self.bytes.values()) > sum(self.peak.values()):
+            self.peak = dict(self.bytes)
+        if sum(self.bytes[name] for name in _TRANSIENT) > sum(self.widest[name] for name in _TRANSIENT):
+            self.widest = dict(self.bytes)
 
     def _leave(self, key: int) -> None:
         part, size = self._part_of.pop(key)
-        self.held[part] -= size
+        self.bytes[part] -= size
 
     def part(self, tensor: Tensor) -> str | None:
-        """Where a tensor's storage is counted."""
+        """The part that a tensor's storage is counted under."""
         found = self._part_of.get(tensor.untyped_storage()._cdata)
         return found and found[0]
 
@@ -173,7 +172,7 @@ class _Ledger(TorchDispatchMode):
         for tensor in new:
             if self.part(tensor) is None:
                 self.enter(tensor, "temporary")
-        if new or func._schema.is_mutable:  # others are views: no work
+        if new or func._schema.is_mutable:  # the others are views
             count = flop_registry.get(func.overloadpacket)
             flop = 0 if count is None else count(*args, **(kwargs or {}), out_val=out)
             written = new or outputs
@@ -184,13 +183,13 @@ class _Ledger(TorchDispatchMode):
 
 
 def plan_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, precision: str = "bf16") -> MemoryPlan:
-    """Walk through a forward and a backward pass of a configuration.
+    """Walk through a forward and a backward pass of a configuration on fake tensors.
 
     Args:
         config: The configuration.
         micro_batch: Images in the forward pass.
-        keeps_gradients: Gradients exist before the backward pass, because several pieces of a batch add to them or
-            because several processes keep buckets for them.
+        keeps_gradients: Gradients exist before the backward pass, because several micro-batches accumulate into them or
+            because DDP keeps buckets for them.
         precision: "bf16", "fp16" or "no".
 
     Raises:
@@ -227,13 +226,13 @@ def _walk(
         for tensor in (each for each in maps if each.ndim == 4):
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    averaged = presets.ema_decay > 0
+    has_ema = presets.ema_decay > 0
     ledger = _Ledger()
     lasting: dict[str, list[Tensor]] = {
         "weights": [*model.parameters(), *model.buffers()],
         "trunk weights": [buffer for network in loss.networks for buffer in network.buffers()],
-        "optimizer moments": [torch.empty_like(parameter) for parameter in (*trained, *trained)],
-        "averaged weights": [torch.empty_like(parameter) for parameter in trained] if averaged else [],
+        "optimizer state": [torch.empty_like(parameter) for parameter in (*trained, *trained)],
+        "EMA weights": [torch.empty_like(parameter) for parameter in trained] if has_ema else [],
     }
     for part, tensors in lasting.items():
         for tensor in tensors:
@@ -251,7 +250,7 @@ def _walk(
     saving = "saved activations"
 
     def pack(tensor: Tensor) -> Tensor:
-        if ledger.part(tensor) not in _LASTING:
+        if ledger.part(tensor) not in _PERSISTENT:
             ledger.enter(tensor, saving)
         return tensor
 
@@ -266,25 +265,25 @@ def _walk(
         mean, logvar = output.posterior.mean, output.posterior.logvar
         with autocast:
             total, _ = vae_loss(loss, output.sample, pixels, mean, logvar, beta=1.0, crops=crops)
-        kept_bytes = ledger.held["saved activations"] + ledger.held["saved in the losses"]
+        kept_bytes = ledger.bytes["saved activations"] + ledger.bytes["saved in the losses"]
         saving = "saved activations"  # what gradient checkpointing computes again
         total.backward()
     return MemoryPlan(
         micro_batch=micro_batch,
-        parts=ledger.fullest,
+        parts=ledger.peak,
         widest=ledger.widest,
         kept_bytes=kept_bytes,
         operations=tuple(ledger.operations),
-        updated=sum(parameter.numel() for parameter in trained),
-        averaged=averaged,
+        trained=sum(parameter.numel() for parameter in trained),
+        has_ema=has_ema,
     )
 
 
 def largest_micro_batch(smaller: MemoryPlan, larger: MemoryPlan, limit_bytes: float) -> int:
     """The most images in one forward pass that stay within a limit.
 
-    Every moment of the step grows in a straight line with the batch. Two moments matter: the fullest so far, and the
-    one with the most activations, which overtakes all others as the batch grows.
+    Memory at each moment of the step is linear in the batch size. Two moments matter: the peak, and the moment with the
+    most activations, which becomes the peak for large batches.
 
     Args:
         smaller, larger: Plans of the same configuration for two different batches.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.config import LossConfig
-from training.losses.perceptual import PerceptualTrunk, cache_slices, full_precision
+from training.losses.perceptual import PerceptualTrunk, full_precision, recompute
 
 _RESERVED = ("kl", "reconstruction", "total")  # other parts of `vae_loss`
 
@@ -69,36 +69,10 @@ def random_crops(images: Tensor, positions: Tensor, size: int) -> Tensor:
     return crops.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 
-class _PixelDistances(torch.autograd.Function):
-    """Mean squared and mean absolute difference, with their gradient in closed form: a third of the passes over the
-    pixels that autograd makes."""
-
-    @staticmethod
-    def forward(ctx, reconstruction: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) of both sides to (N,) and (N,), float32."""
-        ctx.save_for_backward(reconstruction, pixels)
-        squared, absolute = [], []
-        for a, b in zip(*cache_slices(reconstruction, pixels)):
-            difference = a.float() - b.float()
-            absolute.append(difference.abs().mean(dim=(1, 2, 3)))
-            squared.append(difference.square_().mean(dim=(1, 2, 3)))
-        return torch.cat(squared), torch.cat(absolute)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, squared: Tensor, absolute: Tensor) -> tuple[Tensor, Tensor | None]:
-        """2 x difference and its sign, over the numbers of an image."""
-        reconstruction, pixels = ctx.saved_tensors
-        numbers = reconstruction[0].numel()
-        squared, absolute = ((each / numbers)[:, None, None, None] for each in (2 * squared, absolute))
-        gradient = torch.empty_like(reconstruction)
-        start = 0
-        for a, b in zip(*cache_slices(reconstruction, pixels)):
-            rows = slice(start, start + len(a))
-            start += len(a)
-            difference = a.float() - b.float()
-            gradient[rows] = torch.addcmul(difference.sign().mul_(absolute[rows]), difference, squared[rows])
-        return gradient, -gradient if ctx.needs_input_grad[1] else None
+def _pixel_distances(reconstruction: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared and mean absolute difference of images (N, C, H, W): (N,) and (N,), float32."""
+    difference = reconstruction.float() - pixels.float()
+    return difference.square().mean(dim=(1, 2, 3)), difference.abs().mean(dim=(1, 2, 3))
 
 
 class ReconstructionLoss:
@@ -234,14 +208,14 @@ class ReconstructionLoss:
             )
         terms: dict[str, Tensor] = {}
         with full_precision(pixels.device):
-            terms["mse"], terms["l1"] = _PixelDistances.apply(reconstruction, pixels)
+            terms["mse"], terms["l1"] = recompute(_pixel_distances, reconstruction, pixels)
         if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
             lpips = []
             crops = [None] * len(self.networks) if crops is None else crops
             for network, size, positions in zip(self.networks, self.crop_sizes, crops, strict=True):
                 images, targets = reconstruction, pixels
                 if positions is not None:
-                    images, targets = (random_crops(each, positions, size) for each in (images, targets))
+                    images, targets = (recompute(random_crops, each, positions, size) for each in (images, targets))
                 with torch.no_grad():
                     target_features = network.features(targets)
                 features = network.features(images)
