@@ -1,12 +1,13 @@
 # make quickstart   environment, installation, a small training on synthetic faces, on the CPU
 # make test         environment, installation, all tests
 # make lint         ruff
+# make docs         the documentation site in site/
 # With an existing environment: make test VENV=/path/to/it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -25,5 +26,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) *.egg-info build
+	rm -rf $(VENV) *.egg-info build site

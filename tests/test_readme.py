@@ -1,110 +1,151 @@
-"""The README's commands do what it says: every one is run here, or is listed with the reason why it is not."""
+"""The README: its length, its claims, and every command and Python block that it shows."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
+
+from training.__main__ import COMMANDS
+from training.config import Config
+from training.data.synthetic_faces.render import render_face
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Beginning of a command -> why no test runs it.
 NOT_RUN = {
-    "make quickstart": "minutes of training; its configuration and its run are what the other commands are run with",
-    "make test": "this is what runs",
-    "accelerate launch train_vae.py --config configs/ultra.json": "downloads CelebA; tests/test_cli.py launches",
-    "accelerate launch --config_file accelerate_config.yaml": "needs several GPUs; see tests/test_multiprocess.py",
-    "python train_vae.py --config configs/ultra.json --set data.dataset=parquet": "the run behind the figures, with faces",
-    "torchrun --standalone": "needs eight GPUs; see tests/test_launchers.py",
-    "accelerate launch --config_file configs/accelerate_two_machines.yaml": "see tests/test_machines.py",
+    "git clone": "needs a network",
+    "python3 -m venv": "tests/test_wheel.py installs the project",
+    "pip install": "tests/test_wheel.py installs the project",
+    "accelerate launch train_vae.py": "tests/test_launchers.py launches tiny trainings",
+    "torchrun --standalone": "needs eight GPUs; tests/test_launchers.py starts two processes on the CPU",
+    "accelerate launch --config_file configs/accelerate_two_machines.yaml": "two machines; see tests/test_machines.py",
+}
+# Part of a command -> arguments that make it short and independent of downloaded weights.
+EXTRA_ARGUMENTS = {
+    "training.monitor": "--once",
+    "training.evaluate": "--lpips st_alexnet --frechet st_alexnet --max-images 6",
+    "training.fit_prior": "--priors gaussian --frechet none --num-samples 4",
+    '"dataset": "imagefolder"': "--set data.holdout_fraction=0.2 --set output.run_name=folder "
+    "--set training_presets.max_images_per_epoch=4",
 }
 
 
-def commands() -> list[str]:
-    """Lines of the README's blocks without a language, continued ones joined, comments removed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(content for language, content in blocks if not language).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+#.*$", "", re.sub(r"\s+", " ", line)).strip() for line in lines if line.strip()]
+def blocks(language: str) -> list[str]:
+    """The contents of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_every_command_is_run_or_its_absence_explained():
-    assert len(commands()) > 12
-    known = ("python train_vae.py", "python -m training.", "python examples/")
-    for command in commands():
-        assert command.startswith((*NOT_RUN, *known)), command
+def bash_lines() -> list[str]:
+    """Lines of the bash blocks; continued ones are joined, comments removed."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+", " ", re.sub(r"\s+# .*$", "", line)).strip() for line in lines]
+
+
+def is_assignment(line: str) -> bool:
+    return all(re.match(r"[A-Z_]+=", word) for word in line.split())
+
+
+COMMAND_LINES = [line for line in bash_lines() if not is_assignment(line)]
+RUNNABLE = [line for line in COMMAND_LINES if not line.startswith(tuple(NOT_RUN))]
+
+
+def test_length():
+    assert 900 <= len(README.split()) <= 1100
+
+
+def test_every_fenced_block_has_a_language():
+    fences = re.findall(r"^```(.*)$", README, flags=re.MULTILINE)
+    assert all(fences[::2]) and not any(fences[1::2])
+    assert set(fences[::2]) == {"bash", "python", "text"}
+
+
+def test_every_command_runs_here_or_has_a_reason():
+    assert len(RUNNABLE) >= 8
+    assert all(line.startswith("python ") for line in RUNNABLE), RUNNABLE
     for start in NOT_RUN:
-        assert any(command.startswith(start) for command in commands()), f"{start} is no longer in the README"
+        assert any(line.startswith(start) for line in COMMAND_LINES), f"{start} is no longer in the README"
 
 
-def test_every_file_and_key_that_is_named_exists():
-    from training.config import Config
+def test_variables_are_assigned_before_they_are_used():
+    assigned = {"HOME"}
+    for line in bash_lines():
+        assert set(re.findall(r"\$\{?(\w+)", line)) <= assigned, line
+        if is_assignment(line):
+            assigned |= set(re.findall(r"(\w+)=", line))
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
-    for path in re.findall(r"`((?:training|modeling|configs|docs|tests|examples)/[\w/]+\.\w+)`", text):
-        assert (ROOT / path).is_file(), path
-    keys = set(Config().flat())
-    for key in re.findall(r"\b((?:data|loss|training_presets|output|hub)\.[a-z_]+)\b", text):
-        assert key in keys or key.endswith((".py", ".md")), key
+
+def test_the_table_of_commands_is_complete():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, flags=re.MULTILINE))
+    assert list(rows) == list(COMMANDS)
+    for name, (_, summary) in COMMANDS.items():
+        assert rows[name].startswith(summary)
+
+
+def test_the_settings_in_brackets_are_those_of_the_shipped_configuration():
+    shipped = Config().to_dict()["training_presets"]
+    shipped |= json.loads((ROOT / "configs" / "ultra.json").read_text())["training_presets"]
+    (note,) = re.findall(r"^\\\* (.*?)\n\n", README, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"`(\w+)` \S+(?: lowered to \S+)? \(([^)]+)\)", " ".join(note.split()))
+    assert len(found) >= 7
+    for key, value in found:
+        assert json.loads(value) == shipped[key], key
+    assert f"({shipped['kl_target_low']:.2f} to {shipped['kl_target_high']:.2f})" in note
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, faces) -> Path:
-    """A folder with a finished tiny run of the README's name, its model, and a folder of faces."""
-    from PIL import Image
-
+    """A folder in which the configurations of the README are tiny ones, after its quickstart."""
     folder = tmp_path_factory.mktemp("readme")
-    values = tiny.tiny_settings(folder, faces, training_presets={"num_epochs": 1})
-    values["output"] |= {"run_name": "ultra_high_quality", "runs_dir": "runs", "model_dir": "model_weights"}
-    (folder / "tiny.json").write_text(json.dumps(values))
-    run(folder, "python train_vae.py --config tiny.json")
-    generator = __import__("numpy").random.default_rng(0)
-    (folder / "FOLDER").mkdir()
-    for index in range(24):
-        noise = generator.integers(0, 255, (5, 5, 3), dtype="uint8")
-        Image.fromarray(noise).resize((48, 48)).save(folder / "FOLDER" / f"{index}.png")
+    (folder / "train_vae.py").symlink_to(ROOT / "train_vae.py")
+    (folder / "configs").mkdir()
+    for name, run_name in (("quickstart", "quickstart"), ("ultra", "ultra_high_quality")):
+        values = tiny.tiny_settings(folder, faces, training_presets={"num_epochs": 1})
+        values["output"] |= {"run_name": run_name, "runs_dir": "runs", "model_dir": "model_weights"}
+        (folder / "configs" / f"{name}.json").write_text(json.dumps(values))
+    (folder / "faces").mkdir()
+    for number in range(24):
+        Image.fromarray(render_face(number)).save(folder / "faces" / f"{number}.png")
+    run(folder, "python train_vae.py --config configs/quickstart.json")
     return folder
 
 
-def run(folder: Path, command: str) -> str:
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    words = [str(ROOT / word) if word.endswith(".py") and (ROOT / word).is_file() else word for word in words]
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))}
-    own |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=own, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+def run(folder: Path, script: str) -> str:
+    """Run lines of bash; returns the output."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    script = f'python() {{ "{sys.executable}" "$@"; }}\n{script}'
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
-# What a command gets besides, so that it takes seconds and needs no downloaded weights.
-SMALLER = {
-    "training.evaluate": "--lpips st_alexnet --frechet st_alexnet --max-images 6",
-    "training.fit_prior": "--priors gaussian --frechet none --num-samples 4",
-    "examples/latent_diffusion.py": "--steps 3 --num-samples 4 --width 32 --sample-steps 2",
-    "data.dataset=imagefolder": "--set training_presets.num_epochs=1 --set output.run_name=folder "
-    "--set data.holdout_fraction=0.2 --set training_presets.max_images_per_epoch=4",
-}
-RUNNABLE = [command for command in commands() if not command.startswith(tuple(NOT_RUN))]
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in RUNNABLE if "quickstart.json" not in line or "-m" in line])
+def test_a_command_runs(workplace, line):
+    assignments = [other for other in bash_lines() if is_assignment(other)]
+    extra = [arguments for part, arguments in EXTRA_ARGUMENTS.items() if part in line]
+    if "training.sample" in line and not (workplace / "model_weights/vae_quickstart/priors/gaussian").exists():
+        run(workplace, "python -m training.fit_prior model_weights/vae_quickstart --config configs/quickstart.json "
+            + EXTRA_ARGUMENTS["training.fit_prior"])  # fmt: skip
+    assert run(workplace, "\n".join([*assignments, " ".join([line, *extra])]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", RUNNABLE, ids=lambda text: text[:60])
-def test_a_command_of_the_readme_runs(workplace, command):
-    real = command if "--dry-run" in command and "publish" not in command or "training.budget" in command else None
-    if real is None:
-        name = next((workplace / "runs").glob("ultra_high_quality_*")).name
-        real = command.replace("configs/ultra.json", "tiny.json").replace("runs/NAME", f"runs/{name}")
-        real = real.replace("training_presets.kl_gain ", "training_presets.kl_gain")
-        real += " " + " ".join(extra for part, extra in SMALLER.items() if part in command)
-        real += " --once" if real.strip() == "python -m training.monitor" else ""
-    else:
-        real = real.replace("configs/ultra.json", str(ROOT / "configs" / "ultra.json"))
-    assert run(workplace, real)
+def test_the_python_blocks_run(workplace):
+    size = tiny.SETTINGS["model"]["sample_size"]
+    for code in blocks("python"):
+        (workplace / "block.py").write_text(code.replace("64, 64", f"{size}, {size}"))
+        run(workplace, "python block.py")
+    with Image.open(workplace / "face.png") as face:
+        assert face.size == (size, size)

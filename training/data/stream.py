@@ -257,7 +257,8 @@ class TrainStream:
                 f"{self._global_batch}, and batch {start_batch} was asked for. Use a smaller batch or more "
                 "data; a resume needs the data that the run was started with."
             )
-        logger.info("epoch %d: the last %d images did not fill a batch and were dropped", epoch, self.dropped_examples)
+        if batch:
+            logger.info("epoch %d: the last %d images did not fill a batch and were dropped", epoch, len(batch))
 
     def _fill(self, slot: torch.Tensor, candidates, epoch: int, position: int) -> tuple[str, tuple | None]:
         """Decodes the first readable candidate into the slot.
