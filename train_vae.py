@@ -24,7 +24,7 @@ says what); 75 stopped by a signal, with a checkpoint (resume with --resume auto
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_vae.py", description="Train a face VAE from a JSON configuration.", epilog=_EXIT_CODES
     )
@@ -76,7 +76,7 @@ def _dry_run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     if arguments.explain or arguments.dry_run:
         return run(_explain if arguments.explain else _dry_run, arguments)
     try:

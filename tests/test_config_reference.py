@@ -14,7 +14,7 @@ from training.config import Config
 from training.config_reference import docstring_arguments, explain, field_comments, reference, tables
 
 ROOT = Path(__file__).parent.parent
-CONFIGURATION = ROOT / "docs" / "configuration.md"
+CONFIGURATION = ROOT / "docs" / "reference" / "configuration.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 
 

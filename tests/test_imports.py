@@ -15,7 +15,7 @@ NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuff
 
 # From top to bottom, by module or package. A module may import from lower layers and from its own.
 LAYERS = [
-    ("train_vae", "training.__main__"),
+    ("train_vae", "training.__main__", "training.command_reference"),
     ("training.trainer",),
     ("training.setup",),
     (

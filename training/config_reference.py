@@ -1,9 +1,9 @@
-"""Writes docs/configuration.md from the code that defines the configuration keys, and explains one key.
+"""Writes docs/reference/configuration.md from the code that defines the configuration keys, and explains one key.
 
 The meaning of a key is the comment above or beside its field in training/config.py; for keys of section `model`, it is
 the argument in the docstring of `AutoencoderKLUltra`. Sources are parsed, so that nothing imports torch.
 
-    python -m training.config_reference                     writes docs/configuration.md
+    python -m training.config_reference                     writes docs/reference/configuration.md
     python train_vae.py --explain training_presets.kl_gain  prints one key
 """
 
@@ -184,21 +184,21 @@ def _values_in_configs(name: str) -> dict[str, Any]:
     return {stem: values[section][key] for stem, values in files.items() if key in values.get(section, {})}
 
 
-def _escaped(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Plain text for a cell of a Markdown table: markup outside of `code` is escaped."""
     parts = re.split(r"(`[^`]*`)", text.replace("|", r"\|"))
     return "".join(part if index % 2 else re.sub(r"([<*])", r"\\\1", part) for index, part in enumerate(parts))
 
 
 def reference() -> str:
-    """The page docs/configuration.md."""
+    """The page docs/reference/configuration.md."""
     lines = [_INTRODUCTION]
     for table in tables():
-        lines += [f"## {table.title}", "", _escaped(table.text), ""]
+        lines += [f"## {table.title}", "", escape_cell(table.text), ""]
         lines += ["| key | type | default | meaning | set in |", "| --- | --- | --- | --- | --- |"]
         for key in table.keys:
             name, files = key.name.partition(".")[2], ", ".join(_values_in_configs(key.name))
-            lines.append(f"| `{name}` | {key.type} | `{key.default}` | {_escaped(key.meaning)} | {files} |")
+            lines.append(f"| `{name}` | {key.type} | `{key.default}` | {escape_cell(key.meaning)} | {files} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -219,4 +219,4 @@ def explain(name: str) -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "configuration.md").write_text(reference(), encoding="utf-8")
+    (ROOT / "docs" / "reference" / "configuration.md").write_text(reference(), encoding="utf-8")

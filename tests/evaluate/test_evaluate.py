@@ -344,7 +344,7 @@ def test_impossible_data_and_metrics(models, config_file, tmp_path, capsys):
 
 
 def parsed(*arguments: str, config: Config | None = None):
-    return evaluate.data_config(evaluate._parser().parse_args(["m", *arguments]), config or Config())
+    return evaluate.data_config(evaluate.build_parser().parse_args(["m", *arguments]), config or Config())
 
 
 def test_where_images_come_from(tmp_path):

@@ -46,7 +46,7 @@ def _budget(arguments: argparse.Namespace) -> None:
         print(format_estimate(estimate, config.model.get("latent_layout", "vector")))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.budget", description=__doc__.splitlines()[0])
     add_option(parser, "--config", required=True)
     add_option(parser, "--set")
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run(_budget, _parser().parse_args(argv))
+    return run(_budget, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

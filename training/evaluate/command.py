@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from training.evaluate.measure import ModelResult
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Compare autoencoders on images.")
     add_option(parser, "models")
     parser.add_argument("--subfolder", metavar="NAME", help="folder inside MODEL to look into first, such as vae")
@@ -203,7 +203,7 @@ def _write_per_image(path: Path, results: Sequence[ModelResult]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     # Standard output is for the results.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "datasets"):

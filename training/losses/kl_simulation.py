@@ -118,16 +118,26 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"fraction in its target range, {at_minimum} with beta at its minimum; plotted to {arguments.output}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.kl", description="Simulate the KL control of a configuration without training."
     )
     cli.add_option(parser, "--config", required=True)
     cli.add_option(parser, "--set")
     cli.add_option(parser, "--output", default=Path("kl_simulation.png"), help="PNG to write")
-    parser.add_argument("--epochs", type=cli.positive_int, default=200, help="(default: %(default)s)")
     parser.add_argument(
-        "--images-per-epoch", type=cli.positive_int, default=162_770, help="(default: %(default)s, as CelebA)"
+        "--epochs", type=cli.positive_int, default=200, metavar="N", help="epochs to simulate (default: %(default)s)"
     )
-    return cli.run(_run, parser.parse_args(argv))
+    parser.add_argument(
+        "--images-per-epoch",
+        type=cli.positive_int,
+        default=162_770,
+        metavar="N",
+        help="images of an epoch (default: %(default)s, as CelebA)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return cli.run(_run, build_parser().parse_args(argv))

@@ -118,12 +118,18 @@ def _monitor(arguments: argparse.Namespace) -> None:
         watch(run, console, arguments.refresh)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.monitor", description="Watch a training run.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or run name (default: the newest run)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
+    )
     parser.add_argument("--once", action="store_true", help="print the page once and exit; the default in a pipe")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves and image grids, and exit")
     parser.add_argument("--refresh", type=float, default=2.0, metavar="SECONDS", help="refresh interval (default: 2)")
-    return cli.run(_monitor, parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return cli.run(_monitor, build_parser().parse_args(argv))

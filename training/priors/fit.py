@@ -225,7 +225,7 @@ def fit_flow(
 # ---- the command ----
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.fit_prior", description="Fit priors to training latents.")
     add_option(parser, "model", help="folder of an exported model; priors are written into it")
     parser.add_argument("--data", metavar="SOURCE", help="synthetic_faces, imagefolder:DIR, parquet:GLOB or a Hub id")
@@ -390,7 +390,7 @@ def _table(nearest: dict[str, dict[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run(_fit, _parser().parse_args(argv))
+    return run(_fit, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

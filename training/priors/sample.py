@@ -26,7 +26,7 @@ _NUM_SAMPLES, _NUM_ROWS = 64, 8  # of a plain grid; of a comparison
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.sample", description="Generate images.")
     add_option(parser, "model")
     parser.add_argument("--prior", choices=["standard", *FITTED_PRIORS], default="standard", help="default: standard")
@@ -134,7 +134,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return run(_sample, _parser().parse_args(argv))
+    return run(_sample, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

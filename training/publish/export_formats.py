@@ -156,7 +156,7 @@ def write_onnx(folder: Path, destination: Path) -> dict[str, float]:
     return differences
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.export_formats", description="Write a trained model in another format."
     )
@@ -186,7 +186,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run(_export, _parser().parse_args(argv))
+    return run(_export, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

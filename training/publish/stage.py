@@ -169,7 +169,7 @@ def _dry_run(source: Path, hub: HubConfig) -> None:
     print("dry run: nothing was sent")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.publish", description="Publish a model on the Hugging Face Hub, with a model card."
     )
@@ -197,4 +197,4 @@ def _publish(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run(_publish, _parser().parse_args(argv))
+    return run(_publish, build_parser().parse_args(argv))
