@@ -46,7 +46,7 @@ def blocks(language: str) -> list[str]:
 def bash_lines() -> list[str]:
     """Lines of the bash blocks; continued ones are joined, comments removed."""
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+", " ", re.sub(r"\s+# .*$", "", line)).strip() for line in lines]
+    return [re.sub(r"\s+", " ", re.sub(r"\s+# .*$", "", line)).strip() for line in lines if line[:1] not in ("", "#")]
 
 
 def is_assignment(line: str) -> bool:
