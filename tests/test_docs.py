@@ -24,9 +24,9 @@ IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # Pages that describe the past: their commands and keys may be gone.
 HISTORY = ("docs/lab-notes.md",)
 # Pages that are being replaced, and files that are still to come.
-OLD = [f"docs/{name}.md" for name in "comparison evaluation publishing reliability recipe performance data".split()]
-OLD += [f"docs/{name}.md" for name in "configuration kl-control sampling troubleshooting".split()]
-TO_COME = re.compile(r"images/synthetic_|(guides|explanation|reference)/[\w-]+\.md|(benchmarks|lab-notes)\.md")
+OLD = [f"docs/{name}.md" for name in "evaluation publishing reliability data".split()]
+OLD += [f"docs/{name}.md" for name in "kl-control sampling troubleshooting".split()]
+TO_COME = re.compile(r"images/synthetic_|(guides|explanation)/[\w-]+\.md")
 SECTIONS = ("model", "data", "loss", "training_presets", "output", "hub")
 
 

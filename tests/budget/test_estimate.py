@@ -373,3 +373,10 @@ def test_the_estimated_micro_batch_fits_and_one_more_does_not(tmp_path):
         assert estimate_micro_batch(config, processes, (sizes[20] + sizes[21]) / 2) == 20
         assert estimate_micro_batch(config, processes, sizes[1] / 2) == 1
         assert estimate_micro_batch(config, processes, 2 * sizes[local]) == local
+
+
+def test_the_benchmarks_page_has_the_flops_of_today():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    cost = count_flops(load_config(ROOT / "configs" / "ultra.json"))
+    assert f"| **one training image** | **{cost['gflop_training']:.2f}** |" in page, "rerun the commands of the page"
+    assert f"| {cost['gflop_forward']:.1f} | {cost['gflop_training']:.1f} |" in page
