@@ -31,7 +31,7 @@ NOT_RUN = {
 # Part of a command -> arguments that make it short and independent of downloaded weights.
 EXTRA_ARGUMENTS = {
     "training.monitor": "--once",
-    "training.evaluate": "--lpips st_alexnet --frechet st_alexnet --max-images 6",
+    "training.evaluate": "--max-images 6",
     "training.fit_prior": "--priors gaussian --frechet none --num-samples 4",
     '"dataset": "imagefolder"': "--set data.holdout_fraction=0.2 --set output.run_name=folder "
     "--set training_presets.max_images_per_epoch=4",
