@@ -50,7 +50,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     cell = " or ".join(f"`{name} {value}`".replace("` ", "`").replace(" `", "`") for name in names for value in values)
     notes = ["required"] if action.required and action.option_strings else []
     for group in parser._mutually_exclusive_groups:
-        others = [other.option_strings[0] for other in group._group_actions if other is not action]
+        others = [f"`{other.option_strings[0]}`" for other in group._group_actions if other is not action]
         if action in group._group_actions:
             notes.append(("required, unless " if group.required else "not with ") + " or ".join(others))
     meaning = (action.help or "") % {**vars(action), "prog": parser.prog}

@@ -40,7 +40,7 @@ _INTRODUCTION = """\
 # Configuration
 
 All keys of the JSON file of `--config`, and of `--set SECTION.KEY=VALUE` on the command line. Keys that are not set have
-their defaults; the last column names the files in `configs/` that set a key. An unknown key, a wrong type or a value out
+their defaults. The last column names the files in `configs/` that set a key. An unknown key, a wrong type or a value out
 of range is an error before anything is written. `python train_vae.py --explain SECTION.KEY` prints one key.
 
 This file is generated: run `python -m training.config_reference` after changing a key.
@@ -197,7 +197,8 @@ def reference() -> str:
         lines += [f"## {table.title}", "", escape_cell(table.text), ""]
         lines += ["| key | type | default | meaning | set in |", "| --- | --- | --- | --- | --- |"]
         for key in table.keys:
-            name, files = key.name.partition(".")[2], ", ".join(_values_in_configs(key.name))
+            name, files = key.name.partition(".")[2], list(_values_in_configs(key.name))
+            files = "all" if len(files) == len(list(ROOT.glob("configs/*.json"))) else ", ".join(files)
             lines.append(f"| `{name}` | {key.type} | `{key.default}` | {escape_cell(key.meaning)} | {files} |")
         lines.append("")
     return "\n".join(lines)
