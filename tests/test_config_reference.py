@@ -15,7 +15,7 @@ from training.config_reference import docstring_arguments, explain, field_commen
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATION = ROOT / "docs" / "reference" / "configuration.md"
-TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+TROUBLESHOOTING = ROOT / "docs" / "guides" / "troubleshooting.md"
 
 
 @dataclass
@@ -137,7 +137,7 @@ def test_explain():
         explain("training_presets.kl_gian")
 
 
-# ---------------------------------------------------------------------- docs/troubleshooting.md
+# ---------------------------------------------------------------------- docs/guides/troubleshooting.md
 
 
 def messages_of(paths: list[Path]) -> str:
