@@ -23,10 +23,8 @@ DOCUMENTS = [
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # Pages that describe the past: their commands and keys may be gone.
 HISTORY = ("docs/lab-notes.md",)
-# Pages that are being replaced, and files that are still to come.
-OLD = [f"docs/{name}.md" for name in "evaluation publishing reliability data".split()]
-OLD += [f"docs/{name}.md" for name in "kl-control sampling troubleshooting".split()]
-TO_COME = re.compile(r"images/synthetic_|(guides|explanation)/[\w-]+\.md")
+# Pictures that are still to come.
+TO_COME = re.compile(r"images/synthetic_")
 SECTIONS = ("model", "data", "loss", "training_presets", "output", "hub")
 
 
@@ -58,7 +56,7 @@ def test_links_lead_to_files(path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path, name in zip(DOCUMENTS, IDS) if name not in (*HISTORY, *OLD)], ids=lambda path: path.name
+    "path", [path for path, name in zip(DOCUMENTS, IDS) if name not in HISTORY], ids=lambda path: path.name
 )
 def test_commands_options_files_and_keys_exist(path):
     text = path.read_text(encoding="utf-8")
@@ -86,10 +84,7 @@ def test_the_site_lists_every_page():
         return [page for item in (entry.values() if isinstance(entry, dict) else entry) for page in pages(item)]
 
     listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    listed = [page for page in listed if (ROOT / "docs" / page).exists()]
-    assert set(listed) >= {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {
-        Path(old).name for old in OLD
-    }
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
 
 
 def test_answers_in_contributing_name_at_most_three_files_and_what_is_in_them():

@@ -9,7 +9,6 @@ import json
 import re
 import runpy
 import subprocess
-import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -54,6 +53,8 @@ NOT_RUN = {
 EXTRA_ARGUMENTS = {
     "data=$DATA": "--set training_presets.max_images_per_epoch=4 --set training_presets.pca_init_images=18 "
     "--set output.run_name=own --set data.holdout_fraction=0.3",
+    "micro_batch_size=auto": "--set output.run_name=auto",
+    "--num-processes 8": "--set training_presets.batch_size=8",
     "training.evaluate": "--lpips st_alexnet --frechet st_alexnet --max-images 6",
     "training.fit_prior": "--priors gaussian flow --flow-steps 50 --frechet none --num-samples 4",
     "latent_diffusion.py": "--steps 3 --num-samples 4 --width 32 --sample-steps 2",
@@ -184,11 +185,9 @@ def test_a_python_block_runs(in_workplace, page, code):
 def test_weights_for_a_machine_without_a_network(in_workplace, monkeypatch):
     """The code of the guide, with random weights in place of downloaded ones."""
 
-    def random_features(weights: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(features=torchvision.models.alexnet(weights=None).features)
-
-    monkeypatch.setattr(torchvision.models, "alexnet", random_features)
-    monkeypatch.setattr(torchvision.models, "vgg16", random_features)
+    network = torchvision.models.alexnet(weights=None)
+    for name in ("alexnet", "vgg16"):
+        monkeypatch.setattr(torchvision.models, name, lambda weights: network)
     (code,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", PAGES["guides/own-data"], flags=re.MULTILINE | re.DOTALL)
     exec(compile(code, "own-data", "exec"), {})
     assert PerceptualTrunk("alexnet", "weights")

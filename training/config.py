@@ -221,7 +221,7 @@ class LossConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KLSchedule(_Section):
-    """The keys of section `training_presets` that set the weight of the KL term (beta); see docs/kl-control.md."""
+    """The keys of section `training_presets` that set the weight of the KL term (beta); see docs/explanation/kl-control.md."""
 
     section = "training_presets"
 
