@@ -1,7 +1,7 @@
 """A minimal latent diffusion model on the latents of an exported VAE.
 
-    python examples/latent_diffusion.py model_weights/vae_ultra --images FOLDER --steps 5000 --output samples.png
-    python examples/latent_diffusion.py model_weights/vae_quickstart --images FOLDER --steps 300
+    python examples/latent_diffusion.py model_weights/vae_ultra_spatial --images FOLDER --steps 5000 --output samples.png
+    python examples/latent_diffusion.py model_weights/vae_ultra_spatial --images FOLDER --steps 300
 
 Needs torch, diffusers and Pillow, not this project: `AutoModel` loads the VAE from a folder or the Hub, with the source
 that is saved with the weights. The images are encoded once; a residual MLP learns the velocity of flow matching (Lipman

@@ -1,6 +1,6 @@
 """FaceVAEPipeline: images from a VAE and the priors that were fitted to its latents, as a diffusers pipeline.
 
-    pipe = FaceVAEPipeline.from_pretrained("model_weights/vae_ultra").to("cuda")
+    pipe = FaceVAEPipeline.from_pretrained("model_weights/vae_quickstart").to("cuda")
     pipe(num_images=4, prior="gaussian", generator=torch.Generator().manual_seed(0)).images[0].save("face.png")
 
 `save_pretrained` writes this file and the sources of the components beside the weights, so that

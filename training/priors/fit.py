@@ -1,6 +1,6 @@
 """Fits priors to the latents of a trained model's training faces and saves them beside the weights.
 
-    python -m training.fit_prior model_weights/vae_ultra --config runs/ultra_20260101_000000/config.json
+    python -m training.fit_prior model_weights/vae_quickstart --config configs/quickstart.json
     python -m training.fit_prior MODEL --data parquet:'faces/train-*.parquet' --validation 'faces/validation-*.parquet'
     python -m training.fit_prior MODEL --data imagefolder:DIR --priors gaussian
 

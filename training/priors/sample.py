@@ -1,6 +1,6 @@
 """Samples of a trained model as an image grid: priors, temperatures, interpolations.
 
-python -m training.sample model_weights/vae_ultra --prior gaussian --num-samples 64
+python -m training.sample model_weights/vae_quickstart --prior gaussian --num-samples 64
 python -m training.sample MODEL --prior flow --temperature 0.6 0.8 1.0   # one row each, of the same noise
 python -m training.sample MODEL --prior gaussian --interpolate           # rows from one sample to another
 python -m training.sample MODEL --interpolate one.jpg other.jpg          # from one photograph to another

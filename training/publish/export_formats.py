@@ -1,8 +1,8 @@
 """Writes a trained model in other formats: half-precision weights, ONNX, one `.pth` file.
 
-    python -m training.export_formats model_weights/vae_ultra --variant fp16       # beside the float32 weights
-    python -m training.export_formats model_weights/vae_ultra --onnx model_weights/vae_ultra/onnx
-    python -m training.export_formats model_weights/vae_ultra --pth vae_ultra.pth
+    python -m training.export_formats model_weights/vae_quickstart --variant fp16  # beside the float32 weights
+    python -m training.export_formats model_weights/vae_quickstart --onnx model_weights/vae_quickstart/onnx
+    python -m training.export_formats model_weights/vae_quickstart --pth vae.pth
 
 A variant halves download and memory (`from_pretrained(..., variant="fp16", torch_dtype=torch.float16)`); ONNX runs
 without torch; a `.pth` is what older code expects. Fitted priors stay as they are.

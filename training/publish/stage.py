@@ -1,8 +1,8 @@
 """Publishes a run's best model, or an exported model, on the Hub, with a model card written from the run.
 
-    python -m training.publish runs/ultra_20250101_120000 --repo-id org/name --dry-run   # list the files; no network
-    python -m training.publish runs/ultra_20250101_120000 --repo-id org/name [--public] [--create-pr]
-    python -m training.publish model_weights/vae_ultra --repo-id org/name                # a card without metrics
+    python -m training.publish runs/quickstart_20250101_120000 --repo-id org/name --dry-run  # list the files; no network
+    python -m training.publish runs/quickstart_20250101_120000 --repo-id org/name [--public] [--create-pr]
+    python -m training.publish model_weights/vae_quickstart --repo-id org/name  # a card without metrics
 
 The files of the repository (weights, `config.json`, source, priors, card, grids, plots, training configuration) are
 gathered in a temporary folder, loaded once as a user would, and uploaded in one commit. A failed upload leaves nothing
