@@ -20,7 +20,7 @@ from training.launch import check_launch_environment
 
 _EXIT_CODES = """\
 exit codes: 0 finished; 2 the configuration, the data or the machine must be changed (one line beginning with `error:`
-says what); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 1 any other error
+names it); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 1 any other error
 """
 
 
