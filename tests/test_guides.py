@@ -68,9 +68,10 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def bash_lines(text: str) -> list[str]:
-    """Lines of the bash blocks; continued lines are joined, contents of here-documents are removed."""
+    """Lines of the bash blocks; continued and quoted lines are joined, contents of here-documents are removed."""
     script = "".join(blocks(text, "bash")).replace("\\\n", " ")
     script = re.sub(r"(<<'(\w+)'\n).*?\n\2\n", r"\1", script, flags=re.DOTALL)
+    script = re.sub(r"'[^']*'", lambda quoted: quoted[0].replace("\n", " "), script)
     return [re.sub(r" +", " ", line).strip() for line in script.splitlines()]
 
 
@@ -105,6 +106,14 @@ def test_every_command_runs_here_or_has_a_reason():
 def test_every_fenced_block_has_a_language(page):
     fences = re.findall(r"^ *```(.*)$", PAGES[page], flags=re.MULTILINE)
     assert set(fences[::2]) <= {"bash", "python", "text"} and not any(fences[1::2])
+
+
+@pytest.mark.parametrize(("page", "script"), [(page, code) for page in PAGES for code in blocks(PAGES[page], "bash")])
+def test_bash_blocks_and_job_scripts_parse(page, script):
+    for part in (script, *(body for _, body in re.findall(r"<<'(\w+)'\n(.*?)\n\1\n", script, flags=re.DOTALL))):
+        if "import" not in part or part is script:  # the other here-document is Python
+            done = subprocess.run(["bash", "-n"], input=part, capture_output=True, text=True)
+            assert done.returncode == 0, f"{page}: {done.stderr}"
 
 
 def expand(page: str, line: str, assignments: Sequence[str]) -> list[str]:
@@ -184,7 +193,6 @@ def test_a_python_block_runs(in_workplace, page, code):
 @pytest.mark.slow
 def test_weights_for_a_machine_without_a_network(in_workplace, monkeypatch):
     """The code of the guide, with random weights in place of downloaded ones."""
-
     network = torchvision.models.alexnet(weights=None)
     for name in ("alexnet", "vgg16"):
         monkeypatch.setattr(torchvision.models, name, lambda weights: network)
