@@ -189,7 +189,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         loss=loss,
         ema=ema,
         seed=presets.seed,
-        latent_shape=(model.config.latent_channels, model.config.latent_size, model.config.latent_size),
+        latent_shape=model.latent_shape,
         micro_batch=micro_batch_size(config, accelerator.num_processes),
         adapt_micro_batch=presets.micro_batch_size == "auto",
         augment=presets.augment,

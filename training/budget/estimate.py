@@ -55,7 +55,7 @@ def count_flops(config: Config) -> dict[str, Any]:
         epochs = {int(size): count for size, count in presets.resolution_schedule.items()}
         total = (presets.num_epochs - sum(epochs.values())) * sum(gflop.values())
         total += sum(count * sum(_count_parts(config, model, size).values()) for size, count in epochs.items())
-    latent_shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+    latent_shape = model.latent_shape
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -238,13 +238,15 @@ class PerceptualTrunk(nn.Module):
 def _layer_distances(a: Tensor, b: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Mean absolute and head-weighted squared difference of unit vectors: two maps (N, C, h, w) to (N,) and (N,)."""
     # Channels as the last axis, where vectors are contiguous in memory, so that gradients stay channels_last.
-    difference = _unit_length(a.movedim(1, -1)) - _unit_length(b.movedim(1, -1))
+    target = _unit_length(b.movedim(1, -1))  # first, so that its float32 copy is free when the one of `a` is made
+    difference = _unit_length(a.movedim(1, -1)).sub_(target)
     return difference.abs().mean(dim=(1, 2, 3)), (difference.square() @ head).mean(dim=(1, 2))
 
 
 def _unit_length(features: Tensor) -> Tensor:
     """Scale vectors along the last axis to length 1, in float32."""
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=torch.float32)
+    features = features.float()
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     return features * torch.rsqrt(norm.square() + NORM_EPS)
 
 
