@@ -176,7 +176,7 @@ def test_a_pipeline_takes_the_model(build, patch_size):
 
 def test_sana_takes_a_model_without_patches():
     check_images(*sana(spatial_vae(patch_size=1)))
-    # It counts the encoder's stages, and the patch is none of them: docs/publishing.md says what to set.
+    # It counts the encoder's stages, and the patch is none of them: docs/guides/latent-diffusion.md names what to set.
     pipe, arguments = sana(spatial_vae(patch_size=2))
     assert pipe.vae_scale_factor == 2
     pipe.vae_scale_factor = pipe.vae.spatial_compression_ratio
