@@ -28,6 +28,16 @@ NOT_RUN = {
     "torchrun --standalone": "needs eight GPUs; tests/test_launchers.py starts two processes on the CPU",
     "accelerate launch --config_file configs/accelerate_two_machines.yaml": "two machines; see tests/test_machines.py",
 }
+GETTING_STARTED = [f"docs/getting-started/{name}.md" for name in ("installation", "quickstart", "run-folder")]
+# The same for the commands that only CONTRIBUTING.md and the pages of "Getting started" show.
+NOT_RUN_ELSEWHERE = {
+    "make ": "the targets are what CI runs",
+    "cd ": "changes the folder",
+    "source ": "activates an environment",
+    "uv run": "needs a network",
+    "tensorboard ": "a server of another project",
+    "python -m training.monitor --html": "tests/monitor/test_monitor.py writes pages",
+}
 # Part of a command -> arguments that make it short and independent of downloaded weights.
 EXTRA_ARGUMENTS = {
     "training.monitor": "--once",
@@ -38,14 +48,14 @@ EXTRA_ARGUMENTS = {
 }
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = README) -> list[str]:
     """The contents of the fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def bash_lines() -> list[str]:
+def bash_lines(text: str = README) -> list[str]:
     """Lines of the bash blocks; continued ones are joined, comments removed."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s+", " ", re.sub(r"\s+# .*$", "", line)).strip() for line in lines if line[:1] not in ("", "#")]
 
 
@@ -72,6 +82,22 @@ def test_every_command_runs_here_or_has_a_reason():
     assert all(line.startswith("python ") for line in RUNNABLE), RUNNABLE
     for start in NOT_RUN:
         assert any(line.startswith(start) for line in COMMAND_LINES), f"{start} is no longer in the README"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *GETTING_STARTED])
+def test_other_pages_show_commands_of_the_readme_or_have_a_reason(page):
+    reasons = NOT_RUN | NOT_RUN_ELSEWHERE
+    lines = bash_lines((ROOT / page).read_text(encoding="utf-8"))
+    for line in lines:
+        assert is_assignment(line) or line in COMMAND_LINES or line.startswith(tuple(reasons)), line
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in lines:
+        assert not line.startswith("make ") or line.split()[1] in targets, line
+
+
+@pytest.mark.parametrize("page", GETTING_STARTED)
+def test_python_blocks_of_other_pages_are_those_of_the_readme(page):
+    assert set(blocks("python", (ROOT / page).read_text(encoding="utf-8"))) <= set(blocks("python"))
 
 
 def test_variables_are_assigned_before_they_are_used():
