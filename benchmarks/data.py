@@ -1,4 +1,4 @@
-"""How fast the data path is, beside plain `datasets` streaming with Pillow and torchvision transforms.
+"""Measures the speed of the data path and of plain `datasets` streaming with Pillow and torchvision transforms.
 
     python -m benchmarks.data --data-files "faces/train-*.parquet" --rows 162770
     python -m benchmarks.data                       # noise JPEGs of CelebA's size instead of faces
@@ -6,7 +6,7 @@
 Prints what one core delivers (images per second of CPU time, which other processes on the machine disturb little),
 images/s with one worker and two (threads here, processes of a DataLoader there), seconds to the first batch with
 nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
-to `--rows`. Not measured here: the network; the share of a training that waits for data, which every run logs as
+to `--rows`. Not measured here: the network; the fraction of training time that waits for data, which every run logs as
 speed/data_wait_fraction.
 """
 
@@ -62,10 +62,10 @@ def write_corpus(folder: Path, data_files: str | None, rows: int) -> None:
     else:
         images = noise_faces(512)
     features = datasets.Features(image=datasets.Image())
-    numbers = iter(range(rows))
+    indices = iter(range(rows))
     for shard in range(SHARDS):
-        mine = list(itertools.islice(numbers, rows // SHARDS + (shard < rows % SHARDS)))
-        cells = [{"bytes": images[number % len(images)], "path": f"{number:06d}.jpg"} for number in mine]
+        mine = list(itertools.islice(indices, rows // SHARDS + (shard < rows % SHARDS)))
+        cells = [{"bytes": images[index % len(images)], "path": f"{index:06d}.jpg"} for index in mine]
         table = pa.table({"image": pa.array(cells, features.arrow_schema.field("image").type)})
         table = table.replace_schema_metadata(features.arrow_schema.metadata)
         pq.write_table(table, folder / f"train-{shard:05d}-of-{SHARDS:05d}.parquet", row_group_size=1000)
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="rows of the corpus that is measured")
     parser.add_argument("--resolution", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each kind, in turns; the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved trials of each kind; the median is printed")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     datasets.disable_progress_bars()
@@ -150,7 +150,7 @@ def main() -> None:
         folder = Path(name)
         write_corpus(folder, arguments.data_files, arguments.rows)
         size = sum(path.stat().st_size for path in folder.glob("*.parquet"))
-        print(f"{arguments.rows} rows, {size / 1e9:.2f} GB of parquet, {size / arguments.rows / 1e3:.1f} kB a row")
+        print(f"{arguments.rows} rows, {size / 1e9:.2f} GB of parquet, {size / arguments.rows / 1e3:.1f} kB per row")
 
         first = min(arguments.resolution)
         stream = our_stream(folder, first, cores)
@@ -167,7 +167,7 @@ def main() -> None:
             kind = "streamed" if epoch == 0 else "permuted"
             print(f"resume at row {start * BATCH:6d}, {kind:8s}   {time.perf_counter() - began:8.2f} s")
 
-        print(f"images/s, median of {arguments.repeats} x {arguments.seconds:g} s taken in turns")
+        print(f"images/s, median of {arguments.repeats} x {arguments.seconds:g} s, interleaved")
         print("                    a core's CPU second    1 worker   2 workers")
         for resolution in arguments.resolution:
             rates: dict[tuple[str, int], list[float]] = {}

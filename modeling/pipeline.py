@@ -272,8 +272,8 @@ class FaceVAEPipeline(DiffusionPipeline):
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """Spherical linear interpolation (Shoemake 1985, section 3.3), with linear interpolation of the norm.
 
-    Linear interpolation between two samples of a Gaussian in many dimensions passes points of a norm that no sample
-    has: 0.71 times as large in the middle.
+    Samples of a Gaussian in many dimensions have almost the same norm. Points on the line between two of them have a
+    smaller one, 0.71 times as large in the middle, and are therefore unlike any sample.
 
     Args:
         start, end: Of one shape.
@@ -283,7 +283,7 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     norm_a, norm_b = a.norm(), b.norm()
     cosine = torch.clamp(a @ b / (norm_a * norm_b), -1, 1)
     angle = torch.arccos(cosine)
-    if not torch.sin(angle) >= 1e-6:  # one direction, opposite directions, or (NaN) a norm of 0
+    if not torch.sin(angle) >= 1e-6:  # the same or opposite directions, or a norm of 0 (NaN)
         return torch.lerp(start, end, fraction)
     direction = torch.sin((1 - fraction) * angle) * a / norm_a + torch.sin(fraction * angle) * b / norm_b
     norm = (1 - fraction) * norm_a + fraction * norm_b

@@ -26,17 +26,17 @@ def build_model(config: Config) -> AutoencoderKLUltra:
         model = AutoencoderKLUltra(**config.model)
     except TypeError as error:
         raise ValueError(f"section model: a value has the wrong type ({error}).") from None
-    full, unit = model.config.sample_size, model.spatial_compression_ratio
-    for side in map(int, config.training_presets.resolution_schedule):
+    sample_size, ratio = model.config.sample_size, model.spatial_compression_ratio
+    for size in map(int, config.training_presets.resolution_schedule):
         if model.config.latent_layout == "vector":
             raise ValueError(
-                f"training_presets.resolution_schedule has images of {side} pixels, but the vector layout takes {full} "
-                "only: leave it empty, or set model.latent_layout=spatial."
+                f"training_presets.resolution_schedule has images of {size} pixels, but the vector layout takes only "
+                f"{sample_size}: leave it empty, or set model.latent_layout=spatial."
             )
-        if full % side or side % unit or side >= full:
+        if sample_size % size or size % ratio or size >= sample_size:
             raise ValueError(
-                f"training_presets.resolution_schedule has images of {side} pixels: the side must be smaller than "
-                f"sample_size {full}, divide it, and be a multiple of the downsampling factor {unit}."
+                f"training_presets.resolution_schedule has images of {size} pixels: sizes must be smaller than "
+                f"sample_size {sample_size}, divide it, and be multiples of spatial_compression_ratio {ratio}."
             )
     return model
 
@@ -57,16 +57,16 @@ def micro_batch_size(config: Config, processes: int) -> int:
 def build_optimizer(
     config: Config, model: AutoencoderKLUltra, parameters: list[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW over `parameters`; the linear path's, if they are trained, in a group with their own rate.
+    """Adam or AdamW over `parameters`; those of the PCA branch, if trained, in a group of their own.
 
     Each group has `lr_scale`, its learning rate over `training_presets.learning_rate`.
     """
     presets = config.training_presets
-    linear = set(model.pca_branch.parameters()) if model.pca_branch is not None else set()
+    pca_parameters = set(model.pca_branch.parameters()) if model.pca_branch is not None else set()
     groups = []
     for scale, members in (
-        (1.0, [p for p in parameters if p not in linear]),
-        (presets.pca_lr_scale, [p for p in parameters if p in linear]),
+        (1.0, [p for p in parameters if p not in pca_parameters]),
+        (presets.pca_lr_scale, [p for p in parameters if p in pca_parameters]),
     ):
         if members:
             groups.append({"params": members, "lr": presets.learning_rate * scale, "lr_scale": scale})

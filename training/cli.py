@@ -1,4 +1,4 @@
-"""What all commands share: options with one meaning, `error:` lines, exit codes, and finding the model that is meant.
+"""Common parts of the commands: shared options, `error:` lines, exit codes, and the search for the model.
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="...")
@@ -63,7 +63,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print one JSON object instead of text"},
     "--num-samples": {"type": positive_int, "metavar": "N", "help": "images to generate"},
     "--output": {"type": Path, "metavar": "PATH", "help": "file or folder to write"},
-    "--seed": {"type": int, "metavar": "N", "help": "seed of the random numbers"},
+    "--seed": {"type": int, "metavar": "N", "help": "seed of the random number generator"},
     "--trunk-weights": {
         "metavar": "DIR",
         "help": "folder of feature network (trunk) weights for LPIPS and the Frechet distance, as loss.trunk_weights",

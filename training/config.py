@@ -235,13 +235,13 @@ class KLSchedule(_Section):
     kl_gain: float = constrained(0.5, gt=0, le=2)
     # Limit of |change of log beta| per half-life; 0.7 = log 2: beta doubles or halves.
     kl_max_step: float = constrained(0.7, gt=0, le=3)
-    # Images over which beta rises linearly from 0. Meanwhile log beta is frozen and the averages are updated. One
+    # Images over which beta rises linearly from 0. Meanwhile log beta is frozen and the moving averages are updated. One
     # half-life, so that beta is controlled for more than half of a run of 5,000 images.
     kl_warmup_images: int = constrained(2048, ge=0)
     # Below this smoothed KL, in nats per dimension, beta decreases whatever the fraction; 0: off. A dimension whose
     # posterior mean has variance 0.01, the least that counts as active (Burda et al. 2016), costs 0.005 nats.
     kl_collapse_nats: float = constrained(0.01, ge=0)
-    kl_cycle_enabled: bool = True  # begin each cycle of epochs with a low-beta phase (cool-down); false: none
+    kl_cycle_enabled: bool = True  # begin each cycle of epochs with a low-beta phase; false: none
     kl_cycle_period: int = constrained(8, ge=1)  # epochs per cycle
     kl_cooldown_epochs: int = constrained(2, ge=0)  # epochs of the low-beta phase, the first of each cycle
     kl_cooldown_reduction: float = constrained(0.25, gt=0, le=1)  # factor of beta and target range in a low-beta phase

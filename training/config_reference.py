@@ -126,23 +126,24 @@ def docstring_arguments(docstring: str) -> dict[str, str]:
 def tables() -> tuple[Table, ...]:
     """All keys, in the order of the sections; the kl_* keys, which are inherited, in a table of their own."""
     found = [_model_table()]
-    for section, cls in list(typing.get_type_hints(Config).items())[1:]:
-        for owner in filter(dataclasses.is_dataclass, cls.__mro__):
-            title = f"`{section}`" if owner is cls else f"`{section}.kl_*`"
-            found.append(Table(title, _first_paragraph(owner.__doc__), tuple(_field_keys(section, owner))))
+    for section, cls in list(typing.get_type_hints(Config).items())[1:]:  # after `model`
+        for base in filter(dataclasses.is_dataclass, cls.__mro__):
+            title = f"`{section}`" if base is cls else f"`{section}.kl_*`"
+            found.append(Table(title, _first_paragraph(base.__doc__), tuple(_field_keys(section, base))))
     return tuple(found)
 
 
-def _field_keys(section: str, owner: type) -> Iterator[Key]:
-    meanings = field_comments(owner)
-    for item in dataclasses.fields(owner):
+def _field_keys(section: str, cls: type) -> Iterator[Key]:
+    """The keys that a dataclass defines itself."""
+    meanings = field_comments(cls)
+    for item in dataclasses.fields(cls):
         if item.name in meanings:  # the others are inherited
             default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-            words = [_json_type(ast.parse(item.type, mode="eval").body), describe_limits(item.metadata)]
+            type_words = [_json_type(ast.parse(item.type, mode="eval").body), describe_limits(item.metadata)]
             if choices := item.metadata.get("choices"):
-                words.append("one of " + ", ".join(choices) if len(choices) > 1 else f'or "{choices[0]}"')
+                type_words.append("one of " + ", ".join(choices) if len(choices) > 1 else f'or "{choices[0]}"')
             yield Key(
-                f"{section}.{item.name}", ", ".join(filter(None, words)), json.dumps(default), meanings[item.name]
+                f"{section}.{item.name}", ", ".join(filter(None, type_words)), json.dumps(default), meanings[item.name]
             )
 
 

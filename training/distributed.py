@@ -191,7 +191,7 @@ def _is_picklable(error: Exception) -> bool:
 def reduce_step(
     accelerator: Accelerator, terms: dict[str, Tensor], flags: dict[str, bool]
 ) -> tuple[dict[str, float], dict[str, bool]]:
-    """Averages loss terms over all processes and combines flags, in one collective and one transfer to the host.
+    """Takes the mean of loss terms over all processes and combines flags, in one collective and one transfer to the host.
 
     Args:
         accelerator: The processes.

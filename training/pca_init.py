@@ -183,8 +183,8 @@ def fit_pca_branch(
 
     def to_patches(pixels: Tensor, factor: int, patch_size: int) -> Tensor:
         """Pixels of `chunks`, reduced by `factor` in all, as patches (n h w, 3, p, p)."""
-        rows = F.pixel_unshuffle(F.avg_pool2d(pixels, factor // shared), patch_size).permute(0, 2, 3, 1)
-        return rows.reshape(-1, 3, patch_size, patch_size)
+        patches = F.pixel_unshuffle(F.avg_pool2d(pixels, factor // shared), patch_size).permute(0, 2, 3, 1)
+        return patches.reshape(-1, 3, patch_size, patch_size)
 
     number = len(images) * (1 + copies) * model.config.latent_size**2
     patches = (to_patches(part, encode.factor, encode.patch_size) for part in chunks())
@@ -209,7 +209,7 @@ def fit_pca_branch(
     products = {
         sign: torch.zeros(int((symmetric == (sign > 0)).sum()), 3 * p * width, device=device) for sign in (1, -1)
     }
-    sums, squares = 0.0, torch.zeros(count, device=device)
+    target_sum, squared_sum = 0.0, torch.zeros(count, device=device)
     for part in chunks():
         patches = to_patches(part, encode.factor, encode.patch_size).flatten(1)
         coefficients = F.linear(patches, weight, bias)
@@ -217,15 +217,15 @@ def fit_pca_branch(
         for sign in (1, -1):
             half = (targets + sign * targets.flip(-1))[..., :width].flatten(1) / 2
             products[sign].addmm_(coefficients[:, :found][:, symmetric == (sign > 0)].T, half)
-        sums = sums + (targets + targets.flip(-1)).sum(dim=0).flatten() / 2
-        squares += coefficients.square().sum(dim=0)
+        target_sum = target_sum + (targets + targets.flip(-1)).sum(dim=0).flatten() / 2
+        squared_sum += coefficients.square().sum(dim=0)
     decode.linear.weight.zero_()
     for sign, product in products.items():
         half = (product / number).view(-1, 3, p, width)
         full = torch.cat([half, sign * half[..., : p // 2].flip(-1)], dim=-1)
         channels = (symmetric == (sign > 0)).nonzero().flatten()
         decode.linear.weight[:, channels] = full.flatten(1).T
-    decode.linear.bias.copy_(sums / number)
+    decode.linear.bias.copy_(target_sum / number)
 
     # Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): the noise of each channel adds
     # the same squared error, variance x sigma^2, up to sigma = 1, the prior's, where the channel has no KL.
@@ -245,7 +245,7 @@ def fit_pca_branch(
         "kept_fraction": (variances.sum() / total).item(),
         "components": found,
         # KL depends on the mean through its square only, so the root mean square gives the average over images.
-        "kl_per_dimension": kl_per_dimension((squares / number).sqrt()[None], logvar[None]).mean().item(),
+        "kl_per_dimension": kl_per_dimension((squared_sum / number).sqrt()[None], logvar[None]).mean().item(),
     }
 
 

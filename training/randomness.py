@@ -37,7 +37,7 @@ class StepNoise:
     affine_params: Tensor
 
     def __getitem__(self, images: slice) -> StepNoise:
-        """The numbers of some of the images."""
+        """The noise of some of the images."""
         return StepNoise(self.noise[images], take_crops(self.crops, images), self.affine_params[images])
 
     def to(self, device: torch.device) -> StepNoise:

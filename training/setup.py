@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run, in named phases; whatever the user got wrong is found here.
+"""Builds the objects of a run from a configuration, in phases, and raises `ValueError` for user errors.
 
 The phases, in order: processes, run folder, model, feature networks, data, checks, log, initial weights, training
 objects, checkpoint. No file is written before the checks have passed.
@@ -51,7 +51,7 @@ from training.tracking.trackers import Tracker, setup_logging
 
 logger = logging.getLogger(__name__)
 
-ROLLBACK_SEED = 1_000_003  # added to the seed by each roll-back: another example order and other noise
+ROLLBACK_SEED = 1_000_003  # added to the seed at each roll-back, for another example order and other noise; a prime
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Run:
         run_dir: The run's folder.
         accelerator: Processes, device and precision.
         model: Unwrapped, on the device.
-        reported: Network of the LPIPS that validation reports.
+        eval_lpips_trunk: Feature network of the LPIPS that validation reports.
         loss: The reconstruction loss.
         stream: Training images.
         validation_images: uint8, (n, 3, H, W), on the host; this process's part.
@@ -72,9 +72,9 @@ class Run:
         parameters: Trained parameters.
         optimizer: Adam or AdamW over them.
         ema: Their EMA weights, or None.
-        learning_rate, kl: Control of the learning rate and of beta.
+        learning_rate, kl: Schedule of the learning rate, and controller of beta.
         train_step: One optimizer step.
-        progress, alerts: Where the run stands, and what is wrong with it.
+        progress, alerts: Counters and metrics of the run, and its warnings.
         tracker, report: Logs, metrics, images and status.
         checkpoints: Writes and restores checkpoints.
     """
@@ -84,7 +84,7 @@ class Run:
     run_dir: Path
     accelerator: Accelerator
     model: AutoencoderKLUltra
-    reported: PerceptualTrunk
+    eval_lpips_trunk: PerceptualTrunk
     loss: ReconstructionLoss
     stream: TrainStream
     validation_images: Tensor
@@ -117,10 +117,10 @@ class Run:
         self.apply_progress(saved)
 
     def apply_progress(self, saved: dict[str, Any]) -> None:
-        """Carries a restored progress over to the model's configuration, the step and the stream."""
+        """Applies a restored progress to the model's configuration, the step and the stream."""
         if self.progress.latents is not None:
             self.model.register_to_config(**self.progress.latents)
-        if self.config.training_presets.micro_batch_size == "auto":  # sums round as the micro-batches are cut
+        if self.config.training_presets.micro_batch_size == "auto":  # rounding depends on the micro-batch size
             self.train_step.micro_batch = min(saved["micro_batch"], self.train_step.micro_batch)
         self.reseed()
 
@@ -140,7 +140,7 @@ def build_run(config: Config, resume: str | None = None, allow_changed: Sequence
         allow_changed: Keys that a resume may find changed (see `check_resume`).
 
     Raises:
-        ValueError: Anything that the configuration, the files or the machine do not allow.
+        ValueError: The configuration does not fit the model, the data, the checkpoint or the machine.
     """
     folder = RunFolder(config)
     try:
@@ -153,7 +153,7 @@ def build_run(config: Config, resume: str | None = None, allow_changed: Sequence
 def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed: Sequence[str]) -> Run:
     presets = config.training_presets
     processes = join_processes()
-    precision, source = resolve_precision(presets.mixed_precision, processes.device)
+    precision, precision_source = resolve_precision(presets.mixed_precision, processes.device)
     opened = on_main_process(processes, lambda: folder.open(resume))
     checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
     accelerator = _build_accelerator(config, processes, precision, opened["run_dir"])
@@ -164,7 +164,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
     if config.hub.push:
         on_main_process(accelerator, lambda: hub.check_access(config.hub))
-    loss, reported = _load_networks(config, model, accelerator)
+    loss, eval_lpips_trunk = _load_networks(config, model, accelerator)
     stream, validation_images, validation_indices = _open_data(config, model, accelerator)
     if saved is not None and "data" not in allow_changed:
         stream.check_resume(saved["data"])
@@ -173,7 +173,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint))
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
     setup_logging(accelerator, run_dir / "training.log")
-    _log_start(config, accelerator, stream, run_dir, precision, source, [*notes, *claimed])
+    _log_start(config, accelerator, stream, run_dir, precision, precision_source, [*notes, *claimed])
 
     _initialize_model(config, model, accelerator, from_images=checkpoint is None)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -240,7 +240,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         run_dir=run_dir,
         accelerator=accelerator,
         model=model,
-        reported=reported,
+        eval_lpips_trunk=eval_lpips_trunk,
         loss=loss,
         stream=stream,
         validation_images=validation_images,
@@ -295,17 +295,17 @@ def _load_networks(
     name = config.output.eval_lpips_trunk
 
     def load() -> tuple[ReconstructionLoss, PerceptualTrunk]:
-        reported = PerceptualTrunk(name, config.loss.trunk_weights)
-        reported.to(accelerator.device, memory_format=memory_format)
+        eval_lpips_trunk = PerceptualTrunk(name, config.loss.trunk_weights)
+        eval_lpips_trunk.to(accelerator.device, memory_format=memory_format)
         loss = ReconstructionLoss.from_config(
-            config.loss, accelerator.device, memory_format=memory_format, networks={name: reported}
+            config.loss, accelerator.device, memory_format=memory_format, networks={name: eval_lpips_trunk}
         )
-        return loss, reported
+        return loss, eval_lpips_trunk
 
-    loss, reported = main_process_first(accelerator, load)  # the other processes find a download in the cache
+    loss, eval_lpips_trunk = main_process_first(accelerator, load)  # the other processes find a download in the cache
     loss.check_resolution(resolution)
-    reported.check_size(resolution, "output.eval_lpips_trunk")
-    return loss, reported
+    eval_lpips_trunk.check_size(resolution, "output.eval_lpips_trunk")
+    return loss, eval_lpips_trunk
 
 
 def _open_data(
@@ -342,11 +342,11 @@ def _log_start(
     stream: TrainStream,
     run_dir: Path,
     precision: str,
-    source: str,
+    precision_source: str,
     notes: list[str],
 ) -> None:
     logger.info("run       %s", run_dir)
-    logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, source)
+    logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, precision_source)
     if precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
         logger.warning(
             "this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)"
@@ -357,7 +357,7 @@ def _log_start(
 
 
 def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, from_images: bool) -> None:
-    """PCA initialization on the main process, and the model's place, memory format and compilation."""
+    """Initializes the PCA branch, moves the model to the device, sets its memory format and compiles it."""
     presets = config.training_presets
     freeze_pca_branch(model, presets.pca_lr_scale)
     if from_images and model.pca_branch is not None:
@@ -412,9 +412,9 @@ def _build_ema(config: Config, parameters: list[nn.Parameter], accelerator: Acce
 def _find_micro_batch(run: Run) -> None:
     """Sets the largest micro-batch that fits: on CUDA from the memory estimate, then by trial."""
     presets, accelerator = run.config.training_presets, run.accelerator
-    if accelerator.device.type == "cuda":  # the estimate is closer than halving from the whole batch
-        own = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
-        limit = accelerator.gather(own).min().item()
+    if accelerator.device.type == "cuda":  # starts closer than halving the full batch
+        memory = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
+        limit = accelerator.gather(memory).min().item()
         run.train_step.micro_batch = estimate_micro_batch(run.config, accelerator.num_processes, limit)
     run.train_step.find_micro_batch(presets.batch_size // accelerator.num_processes, run.model.config.sample_size)
     logger.info("micro_batch_size auto: %d images per forward pass", run.train_step.micro_batch)

@@ -1,4 +1,4 @@
-"""Turns stop signals into a flag that the training loop reads between steps."""
+"""Converts stop signals into a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class StepResult:
 
 
 class OutOfMemory(RuntimeError):
-    """A forward and backward pass does not fit; nothing was updated, so a checkpoint of this moment is valid."""
+    """A forward and backward pass does not fit; nothing has changed since the last step, so a checkpoint can be written."""
 
 
 class TrainStep:

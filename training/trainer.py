@@ -55,7 +55,7 @@ class Trainer:
         self.checkpoints, self.tracker, self.report = run.checkpoints, run.tracker, run.report
         self.report.status(steps_per_epoch=run.steps_per_epoch)
 
-    # ------------------------------------------------------------------ the whole run
+    # ------------------------------------------------------------------ the run
 
     def run(self) -> int:
         """Trains to the end, or until a signal.
@@ -65,7 +65,7 @@ class Trainer:
 
         Raises:
             DataError: The source fails for good, or too many images are corrupt; the last checkpoint is intact.
-            ValueError: Out of memory; with one process, a checkpoint of that moment has been written.
+            ValueError: Out of memory; with one process, a checkpoint of the last step has been written.
             RuntimeError: The gradients stay non-finite; the last checkpoint is intact.
         """
         try:
@@ -250,7 +250,7 @@ class Trainer:
                 self.setup.validation_indices,
                 batch=self.train_step.micro_batch,
                 loss=self.setup.loss,
-                reported=self.setup.reported,
+                lpips_trunk=self.setup.eval_lpips_trunk,
             )
         self.report.validation(when, result)
         self.progress.latents = result.latent_scaling
@@ -311,7 +311,7 @@ class Trainer:
                 self.report.event(f"cannot export to {model_dir} ({error}); the model is in {source}", "warning")
                 model_dir = source
             self._save_grids(model.to(self.accelerator.device), "final")
-        lpips = f"lpips_{self.setup.reported.name}"
+        lpips = f"lpips_{self.setup.eval_lpips_trunk.name}"
         self.report.event(
             f"finished: {reason}; best model of epoch {best['epoch']}, step {best['step']}: validation PSNR "
             f"{best['validation/psnr']:.2f} dB, {lpips} {best[f'validation/{lpips}']:.4f}, MSE "

@@ -269,7 +269,7 @@ def test_a_resolution_schedule_that_does_not_suit_the_model_is_refused(faces, tm
                 "latent_dim": 256,
             },
             {"48": 1},
-            "must be smaller than sample_size 64, divide it, and be a multiple of the downsampling factor 8",
+            "must be smaller than sample_size 64, divide it, and be multiples of spatial_compression_ratio 8",
         ),
     ):
         model |= {"pca_size": None}

@@ -122,7 +122,7 @@ def test_ours_has_the_metrics_of_validation(compared, models, images, session):
         *images,
         batch=4,
         loss=ReconstructionLoss(mse=1, l1=0, perceptual=0, lpips=0),
-        reported=trunk,
+        lpips_trunk=trunk,
     ).values
     for name, key in (("mse", "mse_-1_1"), ("psnr", "psnr"), ("ssim", "ssim"), ("lpips_st_alexnet",) * 2):
         assert found["reconstruction"][key]["mean"] == pytest.approx(values[name], rel=1e-5), name

@@ -150,7 +150,7 @@ def test_celebas_license_and_limits(run, tmp_path):
     assert card.data.license == "other" and card.data.datasets is None and "parquet files (CelebA)" in card.text
     change(run / "config.json", data={**hub, "dataset": "imagefolder", "data_dir": "/secret/place"})
     card = card_of(run, tmp_path / "card")
-    assert card.data.license is None and "whoever publishes the weights states it here" in card.text
+    assert card.data.license is None and "state it here before you publish the weights" in card.text
     published = "".join(path.read_text() for path in (tmp_path / "card").iterdir() if path.suffix in (".md", ".json"))
     assert "/secret" not in published
 

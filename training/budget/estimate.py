@@ -141,7 +141,7 @@ def estimate_step(
     sends and receives 2 (n - 1) / n of the gradients on each device. Clipping, optimizer and EMA pass 13 times over 4
     bytes per trained parameter.
 
-        step = forward + max(backward, exchange) + update
+        step = forward + max(backward, exchange) + optimizer
 
     Args:
         device: Its link and memory bandwidth.
@@ -151,7 +151,7 @@ def estimate_step(
         trained_parameters: How many.
 
     Returns:
-        `forward`, `backward`, `exchange`, `update` and `step`, seconds.
+        `forward`, `backward`, `exchange`, `optimizer` and `step`, seconds.
     """
     processes = batch["processes"]
     images = batch["batch_size"] / processes
@@ -159,10 +159,10 @@ def estimate_step(
     forward = images * (sum(gflop.values()) - backward_gflop) / gflops_per_second
     backward = images * backward_gflop / gflops_per_second
     exchange = 2 * (processes - 1) / processes * 4 * trained_parameters / (device.link_gbps * 1e9)
-    update = 13 * 4 * trained_parameters / (device.bandwidth_gbps * 1e9)
+    optimizer = 13 * 4 * trained_parameters / (device.bandwidth_gbps * 1e9)
     hidden = min(exchange, backward / batch["micro_batches"])
-    step = forward + backward + exchange - hidden + update
-    return {"forward": forward, "backward": backward, "exchange": exchange, "update": update, "step": step}
+    step = forward + backward + exchange - hidden + optimizer
+    return {"forward": forward, "backward": backward, "exchange": exchange, "optimizer": optimizer, "step": step}
 
 
 def estimate_cost(

@@ -72,7 +72,7 @@ class MemoryPlan:
         micro_batch: Images in the forward pass.
         parts: Name -> bytes at the peak: weights, gradients, optimizer state, EMA weights, saved activations, saved in
             the losses (features too), trunk weights (of the feature networks), temporary.
-        widest: The same at the moment with the most activations, features and temporary tensors.
+        widest: The same at the point with the most activations, features and temporary tensors.
         kept_bytes: Activations and features that autograd keeps when the forward pass ends, bytes.
         operations: Of the forward and backward pass.
         trained: Number of trained parameters.
@@ -104,7 +104,7 @@ class MemoryPlan:
 
     @property
     def widest_bytes(self) -> int:
-        """The same at the moment with the most activations."""
+        """The same at the point with the most activations."""
         return sum(self.widest.values()) + _overhead(self.widest)
 
     def roofline_seconds(self, device: Device, micro_batches: int) -> tuple[float, float]:
@@ -282,7 +282,7 @@ def _walk(
 def largest_micro_batch(smaller: MemoryPlan, larger: MemoryPlan, limit_bytes: float) -> int:
     """The most images in one forward pass that stay within a limit.
 
-    Memory at each moment of the step is linear in the batch size. Two moments matter: the peak, and the moment with the
+    Memory at each point of the step is linear in the batch size. Two points matter: the peak, and the point with the
     most activations, which becomes the peak for large batches.
 
     Args:

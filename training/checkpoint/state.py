@@ -56,7 +56,9 @@ class TrainingState:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def live_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Returns file of a checkpoint -> name -> the tensor itself, not a copy."""
+        """Returns the tensors themselves, not copies, by file of a checkpoint and name.
+
+        With EMA, `MODEL_FILE` has the EMA weights, which are evaluated and published, and `WEIGHTS_FILE` the trained ones."""
         files = {MODEL_FILE: dict(self.model.state_dict())}
         if self.ema is not None:
             files[MODEL_FILE].update(zip(self._trained, self.ema.shadow_params, strict=True))
@@ -103,7 +105,9 @@ class TrainingState:
                 copy_into(tensors, read_tensors(checkpoint, file), file)
             if self.accelerator.num_processes > 1:
                 for tensor in tensors.values():
-                    sent = tensor.detach().contiguous()  # a copy for other strides, which the tensor keeps
+                    sent = (
+                        tensor.detach().contiguous()
+                    )  # a copy where needed; `tensor` keeps its strides (channels_last)
                     torch.distributed.broadcast(sent, src=0)
                     with torch.no_grad():
                         tensor.copy_(sent)
@@ -116,7 +120,7 @@ class TrainingState:
             if name in values:
                 component.load_state_dict(values[name])
             else:  # written by an earlier version
-                logger.warning("resume: the checkpoint has no state of %s, which starts anew", name)
+                logger.warning("resume: the checkpoint has no state of %s, which starts from its defaults", name)
 
     def _create_optimizer_state(self) -> None:
         """Creates Adam's state as after a first step, with zeros, in the strides of the parameters."""

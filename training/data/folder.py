@@ -1,7 +1,7 @@
 """Image folders: which files belong to a split, which are left out, and why.
 
 A split is a subfolder of `data.data_dir`, or "." for the whole folder. Without a subfolder for the default
-`train_split`, the whole folder is trained on, unless it also holds a folder that looks like a split.
+`train_split`, the full folder is trained on, unless it also holds a folder that looks like a split.
 """
 
 import collections

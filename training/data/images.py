@@ -86,7 +86,9 @@ def decode_image(data: bytes, crop_px: int | None, resolution: int) -> np.ndarra
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > _MAX_PIXELS or min(width, height) < _MIN_SIZE_PX:
-                raise CorruptImage(f"{width}x{height}: below {_MIN_SIZE_PX} a side or above {_MAX_PIXELS} pixels")
+                raise CorruptImage(
+                    f"{width}x{height}: at least {_MIN_SIZE_PX}x{_MIN_SIZE_PX} and at most {_MAX_PIXELS} pixels are supported"
+                )
             image.load()
             with contextlib.suppress(Exception):  # broken EXIF raises SyntaxError, struct.error, KeyError, ...
                 ImageOps.exif_transpose(image, in_place=True)

@@ -167,7 +167,7 @@ class CachedExamples(FolderExamples):
         return self._permuted(seed, rng)
 
     def _permuted(self, seed: int, rng: np.random.Generator) -> Iterator[Any]:
-        # What is still missing is downloaded in the order of epoch 0.
+        # What is not cached yet is downloaded in the order of epoch 0.
         self._cache.start(np.random.default_rng((seed, 0)).permutation(self._cache.num_shards).tolist())
         self._cache.wait_until_complete()
         keys, counts = self._cache.chunk_keys(), self._cache.chunk_examples()

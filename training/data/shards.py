@@ -45,10 +45,10 @@ class Shard:
 
 
 def is_held_out(example: Example, fraction: float) -> bool:
-    """Whether an example belongs to the validation side, by a hash of its bytes.
+    """Whether an example belongs to the validation images, by a hash of its bytes.
 
-    The same in every epoch and on every machine, and for every copy of an image. What cannot be read stays on the
-    training side, which counts it.
+    The same in every epoch and on every machine, and for every copy of an image. An example that cannot be read belongs to
+    the training images, where it is counted as corrupt.
     """
     try:
         data, _ = encoded_bytes(example)

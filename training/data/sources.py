@@ -66,7 +66,7 @@ class Source:
         paths: The images, where each is a file on this machine.
         num_examples: Where known; estimated where a fraction is held out.
         num_bytes: Size of the files that the examples are read from, where known.
-        is_wanted: Which examples belong to this side of the split; None: all.
+        is_wanted: Which examples belong to this part of the split; None: all.
         limit: Maximum number of examples to take; None: all.
     """
 
@@ -380,5 +380,5 @@ def _open_folder(config, requested: dict) -> Source:
 @functools.lru_cache(maxsize=2)  # for training and for validation
 def _held_out_paths(paths: tuple[str, ...], fraction: float) -> frozenset[str]:
     with ThreadPoolExecutor(8) as pool:
-        sides = pool.map(lambda path: is_held_out((None, path), fraction), paths)
-        return frozenset(path for path, is_validation in zip(paths, sides, strict=True) if is_validation)
+        held_out = pool.map(lambda path: is_held_out((None, path), fraction), paths)
+        return frozenset(path for path, is_validation in zip(paths, held_out, strict=True) if is_validation)

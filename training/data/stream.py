@@ -67,7 +67,7 @@ def _decode_pool(config) -> ThreadPoolExecutor:
 
 
 def load_validation(config, *, resolution: int, rank: int, world_size: int) -> tuple[torch.Tensor, list[int]]:
-    """Loads this rank's part of the fixed validation images: numbers rank, rank + world_size, ... of the split.
+    """Loads this rank's part of the fixed validation images: indices rank, rank + world_size, ... of the split.
 
     Args:
         config: The `data` section.
@@ -76,7 +76,7 @@ def load_validation(config, *, resolution: int, rank: int, world_size: int) -> t
         world_size: Number of processes.
 
     Returns:
-        Pixels (n, 3, resolution, resolution), uint8, channels_last, never flipped, and the numbers of the images
+        Pixels (n, 3, resolution, resolution), uint8, channels_last, never flipped, and the indices of the images
         among the first `max_validation_images`. Corrupt images are skipped with a warning.
 
     Raises:

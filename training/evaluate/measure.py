@@ -1,4 +1,4 @@
-"""Runs the metrics: those of every image, and those that only a set of images has, by the same code for every model.
+"""Measures models alike: metrics of each image, and metrics of a set of images such as the Frechet distance.
 
 Everything is computed in float32, whatever precision the weights are stored in.
 """
@@ -22,7 +22,7 @@ from training.losses.perceptual import PerceptualTrunk
 
 BOOTSTRAP_SAMPLES, BOOTSTRAP_LEVEL = 2000, 0.95
 _HALF_LEVEL = 1 / 255  # half a level of 8-bit color, in [-1, 1]
-_NOISE_SEED = 20_241_122  # the same posterior noise for all models with the same latent shape
+_NOISE_SEED = 20_241_122  # arbitrary, and constant: the same posterior noise for all models with the same latent shape
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class SetMetrics:
 
     Attributes:
         per_image: Metric -> its value for each image, (n,) float64: `psnr` dB, `ssim`, `mse_-1_1` and `mse_0_1`
-            (mean squared error of images in [-1, 1] and in [0, 1], a fourth of it), `l1_-1_1`, `lpips_<trunk>`.
-        frechet: Frechet distance of the whole set to the originals; None if not measured.
+            (mean squared error of images in [-1, 1] and in [0, 1], a quarter of the former), `l1_-1_1`, `lpips_<trunk>`.
+        frechet: Frechet distance between all reconstructions and all originals; None if not measured.
     """
 
     per_image: dict[str, np.ndarray]
@@ -155,7 +155,7 @@ def measure(
         ValueError: The model returns values that are not finite.
     """
     from_mean, from_sample = _SetAccumulator(networks), _SetAccumulator(networks)
-    real_features, kl, sigma, differs = [], [], [], False
+    real_features, kl, sigma, sample_differs = [], [], [], False
     total = total_squared = 0.0  # of the posterior means, float64
     for start in range(0, len(images), batch_size):
         pixels = normalize(images[start : start + batch_size].to(device))
@@ -169,7 +169,7 @@ def measure(
         if sampled is None:
             continue
         from_sample.add(sampled, pixels, layers)
-        differs = differs or bool((reconstruction - sampled).abs().max() > _HALF_LEVEL)
+        sample_differs = sample_differs or bool((reconstruction - sampled).abs().max() > _HALF_LEVEL)
         kl.append(kl_per_dimension(mean, logvar).flatten(1).mean(dim=1))
         sigma.append(torch.exp(0.5 * logvar).flatten(1).mean(dim=1))
         means = mean.cpu().double()
@@ -186,7 +186,7 @@ def measure(
         indices=indices,
         latent_shape=tuple(mean.shape[1:]),
         reconstruction=from_mean.result(real),
-        posterior_sample=from_sample.result(real) if differs else None,
+        posterior_sample=from_sample.result(real) if sample_differs else None,
         posterior=posterior,
         active_units=active,
     )
@@ -195,8 +195,8 @@ def measure(
 def bootstrap_means(per_image: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Means over images, with percentile-bootstrap intervals (Efron 1979).
 
-    How often a resample contains each image is multinomial, so its mean is a product of counts and values. The counts
-    depend on the number of images alone: all metrics and all models are resampled alike.
+    A resample is given by how often it contains each image: counts from a multinomial distribution, whose product with
+    the values is the mean. The counts depend only on the number of images, so all metrics and models are paired.
 
     Args:
         per_image: (n,) for each metric.
@@ -206,11 +206,14 @@ def bootstrap_means(per_image: Mapping[str, np.ndarray]) -> dict[str, dict[str, 
     """
     values = np.stack(list(per_image.values()), axis=1).astype(np.float64)
     count = len(values)
-    rng, even = np.random.default_rng(0), np.full(count, 1 / count)
-    resampled = np.stack([rng.multinomial(count, even) @ values / count for _ in range(BOOTSTRAP_SAMPLES)])
+    rng, probabilities = np.random.default_rng(0), np.full(count, 1 / count)
+    resampled = np.stack([rng.multinomial(count, probabilities) @ values / count for _ in range(BOOTSTRAP_SAMPLES)])
     tail = (1 - BOOTSTRAP_LEVEL) / 2
     bounds = (values.mean(axis=0), *np.quantile(resampled, [tail, 1 - tail], axis=0))
-    return {name: dict(zip(("mean", "low", "high"), map(float, row))) for name, row in zip(per_image, zip(*bounds))}
+    return {
+        name: dict(zip(("mean", "low", "high"), map(float, interval)))
+        for name, interval in zip(per_image, zip(*bounds))
+    }
 
 
 def summarize(result: ModelResult, networks: MetricNetworks) -> dict:

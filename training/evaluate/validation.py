@@ -73,7 +73,7 @@ def validate(
     *,
     batch: int,
     loss: ReconstructionLoss,
-    reported: PerceptualTrunk | None = None,
+    lpips_trunk: PerceptualTrunk | None = None,
 ) -> Validation:
     """Measure a model on this process's validation images, and reduce over all processes.
 
@@ -84,7 +84,7 @@ def validate(
         indices: The images' positions in the validation set, which choose their random crops.
         batch: Images in one forward pass.
         loss: The reconstruction terms.
-        reported: Network of the LPIPS that is reported, on full images; None leaves it out.
+        lpips_trunk: Feature network of the LPIPS that is reported, on full images; None leaves it out.
     """
     device, resolution = accelerator.device, images.shape[-1]
     was_training = model.training
@@ -116,7 +116,7 @@ def validate(
         weight = 1.0 if count else 0.0
         sums["images"] += count
         add("reconstruction_loss", parts["reconstruction"] * count)
-        for name, value in image_metrics(reconstruction, pixels, reported).items():
+        for name, value in image_metrics(reconstruction, pixels, lpips_trunk).items():
             add(name, value.sum() * weight)
         add("mean", mean.sum(dim=0) * weight)
         add("mean_square", mean.square().sum(dim=0) * weight)

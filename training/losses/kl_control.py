@@ -20,7 +20,7 @@ clamped to [max(kl_beta_min, minimum beta of the epoch), kl_beta_max], so there 
 is stable for every lag. For r > 1 (posterior collapse: KL falls faster than beta rises) the fraction responds with the
 wrong sign, so below `kl_collapse_nats` beta decreases, whatever the fraction.
 
-**Cycle** (Bowman et al. 2016, arXiv:1511.06349; Fu et al. 2019, arXiv:1903.10145). A low-beta phase (cool-down)
+**Cycle** (Bowman et al. 2016, arXiv:1511.06349; Fu et al. 2019, arXiv:1903.10145). A low-beta phase (`kl_cooldown_*`)
 multiplies beta and its target range by `kl_cooldown_reduction`. The law compares the fraction at the full beta with the
 full range: for small fractions this is the same comparison, without a jump at the switch.
 
@@ -50,7 +50,7 @@ class KLController:
     Args:
         schedule: The settings.
         controlled: False: beta is `kl_beta_init` after the warm-up, without control, cycle and minimum beta; the
-            averages are still updated, for the log.
+            moving averages continue to be updated, for the log.
 
     Attributes:
         log_beta: Natural logarithm of the controlled beta, before warm-up, cycle and minimum beta.
@@ -61,7 +61,7 @@ class KLController:
         self.controlled = controlled
         self.log_beta = math.log(schedule.kl_beta_init)
         self._applied_beta = schedule.kl_beta_init  # beta at the latest observation
-        self._log_kl_sum = 0.0  # exponentially weighted sums; the averages are these over _weight
+        self._log_kl_sum = 0.0  # exponentially weighted sums; divided by _weight, the moving averages
         self._log_ratio_sum = 0.0
         self._weight = 0.0
         self._correcting = False
@@ -82,7 +82,7 @@ class KLController:
         return min(max(ramp * math.exp(self.log_beta) * self._cycle_factor(epoch), low), high)
 
     def observe(self, *, kl: float, reconstruction: float, num_images: int, epoch: int, images_seen: int) -> None:
-        """Update the averages with the losses of the latest images, and log beta by the law.
+        """Update the moving averages with the losses of the latest images, and log beta by the control law.
 
         Invalid observations (not finite, KL below 0 by more than rounding, reconstruction loss or image count not above
         0) are ignored.

@@ -1,7 +1,7 @@
 """The training loss: named, weighted terms that compare a reconstruction with its target, and KL.
 
 By default 0.4 MSE + 0.2 L1 + 0.2 perceptual + 0.2 LPIPS + beta KL. `ReconstructionLoss` owns the feature networks
-(trunks), the sizes of their random crops and the weights; `vae_loss` adds KL and averages over the images.
+(trunks), the sizes of their random crops and the weights; `vae_loss` adds KL and takes the mean over the images.
 
 Images are in [-1, 1], so an MSE of 0.01 is a PSNR of 26 dB. All terms are float32 outside autocast; only the
 convolutions of the feature networks follow it. Each term has one value per image, averaged over the images: the mean over

@@ -95,12 +95,12 @@ def _schedule_rows(run: Run) -> list[Row]:
     text = f"{rate}, minimum {_format(run.preset('min_learning_rate'), '.3g')}"
     rows = _metric(run, "learning rate", "optim/learning_rate", text, log=True)
     for label, name in (("plateau", "plateau"), ("early stopping", "early_stopping")):
-        bad, patience = number(run.status.get(f"{name}_bad_epochs")), run.preset(f"{name}_patience")
+        bad_epochs, patience = number(run.status.get(f"{name}_bad_epochs")), run.preset(f"{name}_patience")
         if patience == 0:
             rows.append(Row(label, f"off ({name}_patience is 0)"))
-        elif bad is not None:
+        elif bad_epochs is not None:
             limit = "" if patience is None else f" of {patience:.0f}"
-            rows.append(Row(label, f"{bad:.0f}{limit} epochs without improvement"))
+            rows.append(Row(label, f"{bad_epochs:.0f}{limit} epochs without improvement"))
     return rows
 
 

@@ -17,7 +17,7 @@ import psutil
 
 from training.run_files import is_run, list_runs, read_json
 
-STALE_SECONDS = 600.0  # a process that cannot be seen counts as dead after so long without an update
+STALE_SECONDS = 600.0  # a process that cannot be seen counts as dead after so long without a new status
 _MAX_POINTS = 2048  # of a curve in memory
 _GRID = re.compile(r"_(?:(samples|reconstructions)_(?:epoch_(\d+)|final)|final_(samples|reconstructions))\.png$")
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"  # last chunk of a complete PNG (RFC 2083, section 4.1.4)
@@ -61,7 +61,7 @@ def process_exists(pid: Any, last_update: float) -> bool:
     """Whether a process of this machine exists and may have written at `last_update` (Unix seconds)."""
     try:
         process = psutil.Process(pid)
-        # Process IDs are reused: a process created long after the last update is another one.
+        # Process IDs are reused: a process created long after the last status is another one.
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= last_update + STALE_SECONDS
     except psutil.AccessDenied:
         return True

@@ -324,7 +324,9 @@ def _fit(arguments: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is on the Hub: download it (`hf download`) and give its folder.")
     if (folder / FaceVAEPipeline.config_name).is_file():
-        raise ValueError(f"{folder} is a saved pipeline: give the exported model's folder, and save the pipeline anew.")
+        raise ValueError(
+            f"{folder} is a saved pipeline: give the exported model's folder, and save the pipeline again."
+        )
     resolution, with_flips = vae.config.sample_size, not arguments.no_flip
     features = _frechet_features(arguments, vae.device, resolution)
 

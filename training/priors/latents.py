@@ -77,7 +77,7 @@ def encode_faces(
 
 
 def thumbnails(pixels: Tensor) -> Tensor:
-    """(n, 3, H, W) to at most 32 x 32 pixels, by area averages."""
+    """(n, 3, H, W) to at most 32 x 32 pixels, by area interpolation."""
     return F.adaptive_avg_pool2d(pixels, min(_THUMBNAIL_SIZE, pixels.shape[-1]))
 
 

@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -25,18 +25,32 @@ _LOCAL_SOURCES = {
     "imagefolder": "a folder of images",
     "parquet": "parquet files",
 }
-# Metrics by their names in training.evaluate: (title, format, meaning, metric type on the Hub). The names of LPIPS and
-# Frechet metrics end with their network.
+
+
+class _MetricText(NamedTuple):
+    """How the card presents a metric."""
+
+    title: str  # with a placeholder for the network
+    value_format: str
+    meaning: str
+    hub_type: str | None  # metric type on the Hub
+
+
+# By the names in training.evaluate, without the network with which those of LPIPS and Frechet metrics end.
 _METRICS = {
-    "psnr": ("PSNR", "{:.2f} dB", "images in [-1, 1], peak 2", "psnr"),
-    "ssim": ("SSIM", "{:.4f}", "Gaussian window of 11 pixels", "ssim"),
-    "mse_-1_1": ("MSE", "{:.5f}", "images in [-1, 1]; a quarter of it in [0, 1]", "mse"),
-    "l1_-1_1": ("L1", "{:.5f}", "images in [-1, 1]", None),
-    "lpips": ("LPIPS ({})", "{:.4f}", "Zhang et al. 2018", "lpips"),
-    "frechet": ("Frechet distance ({})", "{:.3f}", "all reconstructions to all images; not a published FID", None),
-    "kl": ("KL", "{:.3f} nats", "to N(0, I), per latent dimension", None),
-    "active_units": ("active latent dimensions", "{:.0f}", "variance of the mean over images above 0.01", None),
-    "posterior_sigma": ("posterior sigma", "{:.4f}", "mean standard deviation per latent dimension", None),
+    "psnr": _MetricText("PSNR", "{:.2f} dB", "images in [-1, 1], peak 2", "psnr"),
+    "ssim": _MetricText("SSIM", "{:.4f}", "Gaussian window of 11 pixels", "ssim"),
+    "mse_-1_1": _MetricText("MSE", "{:.5f}", "images in [-1, 1]; a quarter of it in [0, 1]", "mse"),
+    "l1_-1_1": _MetricText("L1", "{:.5f}", "images in [-1, 1]", None),
+    "lpips": _MetricText("LPIPS ({})", "{:.4f}", "Zhang et al. 2018", "lpips"),
+    "frechet": _MetricText(
+        "Frechet distance ({})", "{:.3f}", "all reconstructions to all images; not a published FID", None
+    ),
+    "kl": _MetricText("KL", "{:.3f} nats", "to N(0, I), per latent dimension", None),
+    "active_units": _MetricText(
+        "active latent dimensions", "{:.0f}", "variance of the mean over images above 0.01", None
+    ),
+    "posterior_sigma": _MetricText("posterior sigma", "{:.4f}", "mean standard deviation per latent dimension", None),
 }
 _NETWORKS = {"alexnet": "AlexNet", "vgg16": "VGG16", "squeezenet": "SqueezeNet", "dinov2": "DINOv2"}
 
@@ -180,12 +194,12 @@ def _metadata(repo_id: str, record: RunRecord | None) -> ModelCardData:
             dataset_name=_LOCAL_SOURCES.get(images["dataset"], images["dataset"]),
             dataset_split=images["split"],
             dataset_revision=config.data.revision if images["dataset"] == config.data.dataset else None,
-            metric_type=_METRICS[_family(key)][3],
+            metric_type=_METRICS[_family(key)].hub_type,
             metric_name=_title(key),
             metric_value=round(metric.mean, 6),
         )
         for key, metric in record.metrics.items()
-        if _family(key) in _METRICS and _METRICS[_family(key)][3]
+        if _family(key) in _METRICS and _METRICS[_family(key)].hub_type
     ]
     dataset = hub_dataset(config)
     return ModelCardData(**data, datasets=[dataset] if dataset else None, eval_results=results or None)
@@ -198,13 +212,14 @@ def _family(key: str) -> str:
 
 def _title(key: str) -> str:
     network = key.partition("_")[2]
-    return _METRICS[_family(key)][0].format(_NETWORKS.get(network, network))
+    return _METRICS[_family(key)].title.format(_NETWORKS.get(network, network))
 
 
 def _table_row(key: str, metric: Metric) -> str:
-    _, form, meaning, _ = _METRICS[_family(key)]
-    interval = "" if metric.low is None else f"{form.format(metric.low)} to {form.format(metric.high)}"
-    return f"| {_title(key)} | {form.format(metric.mean)} | {interval} | {meaning} |"
+    text = _METRICS[_family(key)]
+    formatted = text.value_format.format
+    interval = "" if metric.low is None else f"{formatted(metric.low)} to {formatted(metric.high)}"
+    return f"| {_title(key)} | {formatted(metric.mean)} | {interval} | {text.meaning} |"
 
 
 def snippet(repo_id: str, size: int, variant: str | None = None) -> str:
@@ -330,7 +345,7 @@ def _license(config: Config) -> str:
         )
     if config.data.dataset == "synthetic_faces":
         return text + "They show nobody; their license is the program's (Apache-2.0)."
-    return text + "This card does not know its license: whoever publishes the weights states it here."
+    return text + "The license of the data is unknown: state it here before you publish the weights."
 
 
 def _limits(config: Config | None) -> str:
@@ -343,7 +358,7 @@ def _limits(config: Config | None) -> str:
     if config is None or config.data.dataset != "synthetic_faces":
         lines.append(
             "Face data sets do not show all people equally often, and errors are larger for those who are rare in them. "
-            "CelebA shows celebrities, mostly adult, light-skinned and made up for the camera (on the balance of face data "
+            "CelebA shows celebrities, mostly adult, light-skinned and wearing makeup (on the balance of face data "
             "sets: Kärkkäinen and Joo 2021, FairFace). The metrics above are means, which hide this: measure on the people "
             "whom your use concerns."
         )

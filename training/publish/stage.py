@@ -62,8 +62,8 @@ def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
     write_card(folder, repo_id, record)
     if "README.md" in files:
         shutil.copyfile(files["README.md"], folder / "README.md")
-    others = (path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file())
-    return sorted(set(others) - set(files))
+    present = (path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file())
+    return sorted(set(present) - set(files))
 
 
 def check_loadable(folder: Path) -> None:
@@ -73,7 +73,7 @@ def check_loadable(folder: Path) -> None:
         folder: Holds `config.json`, weights of any number of variants and shards, and `priors/`.
 
     Raises:
-        ValueError: What is missing, and how to save it again.
+        ValueError: Source or weights are missing or do not match.
     """
     from safetensors import SafetensorError
 
@@ -86,8 +86,7 @@ def check_loadable(folder: Path) -> None:
         *((LatentPrior, path.parent) for path in sorted(folder.glob("priors/*/config.json"))),
     ]:
         name = part.relative_to(folder).as_posix()
-        what = "the model" if name == "." else name
-        remedy = "save it again with save_pretrained"
+        label = "the model" if name == "." else name
         try:
             module, _, class_name = _auto_class(part / "config.json").partition(".")
             tree = ast.parse((part / f"{module}.py").read_bytes())
@@ -101,11 +100,13 @@ def check_loadable(folder: Path) -> None:
                     if keys := info[f"{problem}_keys"]:
                         raise ValueError(f"{len(keys)} {problem} weights, such as {keys[0]}")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SyntaxError, SafetensorError) as error:
-            raise ValueError(f"{what} cannot be loaded from its files ({error}): {remedy}.") from error
+            raise ValueError(
+                f"{label} cannot be loaded from its files ({error}): save it again with save_pretrained."
+            ) from error
 
 
 def _auto_class(config: Path) -> str:
-    """`file.Class` that `AutoModel` is to load, by a model's `config.json`."""
+    """The entry `file.Class` of `auto_map` in a model's `config.json`: the class that `AutoModel` loads."""
     auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map") or {}
     if "AutoModel" not in auto_map:
         raise ValueError("config.json has no auto_map for AutoModel")
@@ -113,11 +114,12 @@ def _auto_class(config: Path) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """A configuration in which only the last part of each path is left."""
+    """A configuration with each path shortened to its last part, so that no folder of this machine is published."""
     if isinstance(value, dict):
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_paths(entry) for entry in value]
+    # Absolute, home, Windows drive or UNC, `./` or `../`, or a file: URL.
     if isinstance(value, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]|file:", value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value

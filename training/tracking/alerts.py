@@ -2,7 +2,7 @@
 
 Spans are counted in images or steps, so that the log interval does not matter. Each warning is logged when its condition
 starts, and again only after it has cleared. The two thresholds differ, so that a metric near one of them does not
-produce a warning in every window. A metric that is missing leaves its warnings as they are; so does one that is not
+produce a warning at every log line. A metric that is missing leaves its warnings as they are; so does one that is not
 finite, except that a warning names it.
 
 | warning | starts |
@@ -30,7 +30,7 @@ from typing import Any
 from training.config import TrainingPresets
 from training.io import restore_fields
 
-# The loss of one image varies by a quarter of its mean (40-image windows of the ultra model: 4 %). This half-life
+# The loss of one image varies by a quarter of its mean (means of 40 images of the ultra model: 4 %). This half-life
 # averages about 24,000 images, which leaves an uncertainty of 0.2 %.
 LOSS_HALF_LIFE_IMAGES = 8192
 # Minimum weight of the average before it is compared (3,400 images; 0.4 %), and before it counts as a minimum.
@@ -76,7 +76,7 @@ def _average() -> Any:
 class AlertState:
     """State between two observations; JSON values."""
 
-    images_seen: int = 0  # at the latest window
+    images_seen: int = 0  # at the latest log line
     step: int = 0
     loss: list[float] = _average()
     clipped: list[float] = _average()
@@ -87,7 +87,7 @@ class AlertState:
     loss_fell: bool = False
     best_loss: float | None = None  # minimum of the average
     start_loss: float | None = None  # validation before training
-    skipped_steps: int | None = None  # of the run, at the latest window
+    skipped_steps: int | None = None  # of the run, at the latest log line
     out_of_range_images: int = 0
     best_validation: float | None = None
     loss_at_best_validation: float = 0.0

@@ -177,7 +177,7 @@ class Tracker:
             os.replace(temporary, path)
 
     def log(self, kind: str, values: dict[str, Any], *, step: int, epoch: int, images_seen: int) -> None:
-        """Append a line to metrics.jsonl and log its numbers as TensorBoard scalars.
+        """Append a line to metrics.jsonl and log its numeric values as TensorBoard scalars.
 
         Args:
             kind: "train", "validation" or "event".

@@ -7,7 +7,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 178, 218
 EYE_X, EYE_Y, EYE_HALF = 89.0, 111.0, 19.0  # CelebA's alignment: eyes at (89 -+ 19, 111)
-# Rendered on a grid of about 1.5 pixels and enlarged: faster, and no softer than photographs that were resized before.
+# Faces are rendered on a grid with cells of about 1.5 pixels and enlarged: faster, and as sharp as resized photographs.
 # All lengths are pixels of the final image; only slices count cells of the grid.
 COLUMNS, ROWS = 119, 146
 CELL = WIDTH / COLUMNS
@@ -21,7 +21,7 @@ def _smooth_noise(noise: np.ndarray, rows: float, columns: float) -> np.ndarray:
     return (smooth / smooth.std()).astype(np.float32)
 
 
-# Textures are read at random offsets; computing new ones for each face would take a quarter of its time.
+# Computed once and read at random offsets; computing new ones for each face would take a quarter of its time.
 NOISE = np.random.default_rng(1).standard_normal((512, 512), dtype=np.float32)
 CLOUDS, PATCHES = _smooth_noise(NOISE, 2.7, 2.7), _smooth_noise(NOISE, 12, 12)
 _STRANDS = _smooth_noise(NOISE[:128].reshape(64, 1024), 2, 1).ravel()  # small enough for a core's cache
@@ -34,7 +34,7 @@ def coverage(distance: np.ndarray, softness: float = 1.0) -> np.ndarray:
     t = distance * (-0.5 / softness)
     t += 0.5
     t.clip(0, 1, out=t)
-    return t * t * (3 - 2 * t) if softness > 2 else t  # a narrow edge shows no difference, and there are many
+    return t * t * (3 - 2 * t) if softness > 2 else t  # smoothstep for wide edges; invisible on narrow ones
 
 
 def ridge(d: np.ndarray) -> np.ndarray:
@@ -53,9 +53,9 @@ def bump(x: np.ndarray, y: np.ndarray, x0: float, y0: float, rx: float, ry: floa
     return q
 
 
-def hills(x: np.ndarray, y: np.ndarray, hills: Sequence[tuple[float, ...]]) -> np.ndarray:
+def hills(x: np.ndarray, y: np.ndarray, parameters: Sequence[tuple[float, ...]]) -> np.ndarray:
     """Sum of hills like `bump`, each given by x0, y0, rx, ry and its height."""
-    x0, y0, rx, ry, height = np.array(hills, np.float32).T[:, :, None, None]
+    x0, y0, rx, ry, height = np.array(parameters, np.float32).T[:, :, None, None]
     return (bump(x, y, x0, y0, rx, ry) * height).sum(axis=0)
 
 
@@ -65,7 +65,7 @@ def rounded_radius(x2: np.ndarray, y2: np.ndarray, square: float) -> np.ndarray:
 
 
 def rgb(color: Iterable[float]) -> np.ndarray:
-    """sRGB triple to the scale in which light is added, (3, 1, 1) float32."""
+    """sRGB triple in [0, 1] to linear light, (3, 1, 1) float32, with gamma 2 as an approximation."""
     return np.array([[[min(max(level, 0.01), 1.0) ** 2]] for level in color], np.float32)
 
 
@@ -78,5 +78,6 @@ def blend(image: np.ndarray, color: np.ndarray, mask: np.ndarray) -> None:
 
 def strand_noise(across: np.ndarray, along: np.ndarray) -> np.ndarray:
     """Oriented noise of about unit variance: varies over 2 pixels of `across`, over 12 of `along`."""
+    # `_STRANDS` has 64 x 1024 values; the masks repeat it periodically.
     row, column = (along * 0.5).astype(np.int32) & 63, (across * 1.4).astype(np.int32) & 1023
     return _STRANDS.take((row << 10) + column)

@@ -13,21 +13,21 @@ class HairStyle(NamedTuple):
 
     top: float  # thickness above the skull
     side: float  # thickness beside it
-    end: float  # where the sides stop
+    end: float  # lower end of the hair at the sides
     line: float  # the hairline in the middle
     arch: float  # how far the hairline falls (negative: recedes) towards the temples
-    slope: float  # slant of the hairline, and how far the parting lies aside
+    slope: float  # slant of the hairline, and distance of the parting from the middle
     gap: float  # half-width of the opening for a face of half-width 50
     flare: float  # widening per pixel below the eyes
     curl: float  # 0 straight .. 1 curls
-    feminine: float  # weight in feminine faces; what is missing to 1 is that in masculine ones
+    feminine: float  # weight in feminine faces; 1 minus it in masculine faces
 
 
 _HAIR_STYLES = (
     HairStyle(2, 1, 4, -47, 4, 0.0, 47, 0.0, 0.0, 0.05),  # cropped
     HairStyle(8, 4, 6, -43, 6, 0.1, 47, 0.0, 0.1, 0.08),  # short
-    HairStyle(13, 4, 8, -47, 5, 0.3, 47, 0.0, 0.1, 0.1),  # swept to a side
-    HairStyle(4, 4, 6, -58, -8, 0.0, 47, 0.0, 0.1, 0.0),  # receding
+    HairStyle(13, 4, 8, -47, 5, 0.3, 47, 0.0, 0.1, 0.1),  # swept sideways
+    HairStyle(4, 4, 6, -58, -8, 0.0, 47, 0.0, 0.1, 0.0),  # receding (_RECEDING)
     HairStyle(10, 7, 12, -43, 8, 0.1, 47, 0.0, 1.0, 0.3),  # short curls
     HairStyle(18, 18, 26, -45, 9, 0.0, 47, 0.1, 1.0, 0.5),  # afro
     HairStyle(8, 6, 12, -25, 2, 0.15, 46, 0.0, 0.1, 0.3),  # short with a fringe
@@ -38,21 +38,22 @@ _HAIR_STYLES = (
     HairStyle(7, 9, 150, -20, 0, 0.0, 41, 0.12, 0.1, 0.97),  # long with a fringe
     HairStyle(12, 13, 105, -45, 15, 0.2, 43, 0.20, 1.0, 0.9),  # long curls
 )
+_RECEDING = 3  # index in _HAIR_STYLES
 
 
 class Hair(NamedTuple):
     region: tuple[slice, slice]  # the part of the grid that the other fields fill
-    front: np.ndarray  # coverage before the face
+    front: np.ndarray  # coverage in front of the face
     back: np.ndarray | None  # coverage behind the neck
-    shade: np.ndarray  # shade cast on the face, on the whole grid
+    shade: np.ndarray  # shade cast on the face, on the full grid
     image: np.ndarray  # lit color, (3, h, w)
 
 
 def render_hair(s: Scene) -> Hair | None:
-    """Hair of a random style; None for the bald."""
+    """Render hair of a random style; None for a bald head."""
     rng = s.rng
     weights = [h.feminine if s.feminine > 0.5 else 1 - h.feminine for h in _HAIR_STYLES]
-    weights[3] *= 3 * s.age
+    weights[_RECEDING] *= 3 * s.age
     (style,) = rng.choices(_HAIR_STYLES, weights)
     if rng.random() < 0.22 * (s.feminine < 0.5) * (0.5 + s.age):
         return None
@@ -64,7 +65,7 @@ def render_hair(s: Scene) -> Hair | None:
     x, y, u, v = s.column[:, w[1]] - s.axis, s.row[w[0]], s.u[w], s.v[w]
     clouds, clouds2 = s.clouds[w], s.clouds[::-1, ::-1][w]
 
-    # Strands leave the parting and turn downwards; `across` is constant along a strand.
+    # Strands leave the parting sideways and bend downwards; `across` is constant along a strand.
     drop = 1 - np.exp(-(y + 88 + top).clip(1) / 45)
     swing = (0.5 + 4 * curl) * np.sin(y * (0.12 + 0.1 * curl))
     across = (x - 40 * slope) / drop + swing + (0.7 + 3.5 * curl) * clouds
@@ -90,10 +91,10 @@ def render_hair(s: Scene) -> Hair | None:
         front *= (0.72 + 0.15 * s.grain[w]).clip(0, 1)
 
     gloss = rng.uniform(0.05, 0.35) * (1 - 0.6 * curl)
-    band = ridge((y + 46 + 6 * locks) * (1 / 12)) + 0.5 * ridge((y - 40 + 8 * locks) * (1 / 24))
+    highlights = ridge((y + 46 + 6 * locks) * (1 / 12)) + 0.5 * ridge((y - 40 + 8 * locks) * (1 / 24))
     roots = 0.5 * ridge(opening * (1 / 9)) * (y * (1 / 30)).clip(0, 1)
     depth = (1 + 0.38 * texture).clip(0.15, 2.2) * (1 - roots)
     diffuse = s.diffuse(nx.clip(-1, 1), (y * (1 / 75)).clip(-1, 0.2))
     image = (s.hair * s.ambient) * depth + (s.hair * s.key) * (depth * diffuse)
-    image += ((0.15 + s.hair) * s.key) * (gloss * band * diffuse * (texture + 0.4).clip(0, 2))
+    image += ((0.15 + s.hair) * s.key) * (gloss * highlights * diffuse * (texture + 0.4).clip(0, 2))
     return Hair(w, front, back, shade, image)

@@ -3,7 +3,7 @@
 A head surface (a rounded solid with a relief of brows, nose, lips and chin) is rotated to a random pose, lit by a key
 light and a sky, and combined with hair, beard, glasses, clothes and a background. Size and alignment are those of
 CelebA's aligned images, so configurations for CelebA apply unchanged. This is not a model of people: metrics measured
-on synthetic faces say nothing about photographs.
+on synthetic faces do not carry over to photographs.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What all parts of one portrait share: head pose, skin, hair and iris colors, and light."""
+"""The properties common to all parts of a portrait: head pose, skin, hair and iris colors, and light."""
 
 import math
 import random
@@ -37,7 +37,7 @@ _IRIS_COLORS = (
 
 
 class Scene:
-    """What all parts of a portrait share: pose, colors, light. Lengths are pixels of the final image."""
+    """Properties common to all parts of a portrait: pose, colors, light. Lengths are pixels of the final image."""
 
     def __init__(self, seed: int):
         self.rng = rng = random.Random(seed)  # numpy's generator takes ten times longer for one number
