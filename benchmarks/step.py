@@ -79,8 +79,7 @@ class Bench:
         optimizer = build_optimizer(config, self.model, self.parameters, self.device)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = EMAWeights(self.parameters, decay=presets.ema_decay) if presets.ema_decay > 0 else None
-        shape = self.model.config
-        self.resolution = shape.sample_size
+        self.resolution = self.model.config.sample_size
         self.step = TrainStep(
             self.accelerator,
             self.prepared,
@@ -89,7 +88,7 @@ class Bench:
             ema=self.ema,
             loss=self.loss,
             seed=presets.seed,
-            latent_shape=(shape.latent_channels, shape.latent_size, shape.latent_size),
+            latent_shape=self.model.latent_shape,
             micro_batch=batch,
             max_grad_norm=presets.max_grad_norm,
         )

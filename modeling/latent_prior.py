@@ -20,6 +20,7 @@ where factor factor^T is the (shrunk) covariance of the training latents. They d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
@@ -112,6 +113,8 @@ class LatentPrior(ModelMixin, ConfigMixin):
         ValueError: An unknown kind, or sizes that do not suit it.
     """
 
+    _auto_class = "AutoModel"  # save_config writes `auto_map`, by which AutoModel finds this file
+
     @register_to_config
     def __init__(
         self,
@@ -163,16 +166,12 @@ class LatentPrior(ModelMixin, ConfigMixin):
             parameter.data = parameter.data.clone()
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As `ModelMixin.save_pretrained`, with this source file beside the weights, named in `config.json`."""
-        if type(self)._auto_class is None:
-            type(self).register_for_auto_class("AutoModel")
+    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As `ConfigMixin.save_config`, with this source file; called by every way of saving the prior."""
         os.makedirs(save_directory, exist_ok=True)
-        source = os.path.abspath(__file__)
-        copy = os.path.join(os.path.abspath(save_directory), os.path.basename(source))
-        if source != copy:
-            shutil.copyfile(source, copy)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(__file__, os.path.join(save_directory, os.path.basename(__file__)))
+        super().save_config(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def sample(

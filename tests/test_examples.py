@@ -17,7 +17,6 @@ from torchvision.transforms.functional import pil_to_tensor
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.data.synthetic_faces.render import render_face
 from training.pca_init import fit_pca_branch
-from training.publish.export import export_model
 
 ROOT = Path(__file__).parent.parent
 SIZE = tiny.SETTINGS["model"]["sample_size"]
@@ -54,7 +53,7 @@ def model(request, images, tmp_path_factory) -> Path:
         latents = vae.encode(pixels_of(images / "validation").float() / 127.5 - 1).latent_dist.sample()
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    export_model(vae, folder)
+    vae.save_pretrained(folder)
     return folder
 
 

@@ -306,7 +306,7 @@ class Trainer:
             source = self.checkpoints.best_model_dir
             model = AutoencoderKLUltra.from_pretrained(source, use_safetensors=True)
             try:
-                export_model(model, model_dir)
+                export_model(source, model_dir)
             except OSError as error:
                 self.report.event(f"cannot export to {model_dir} ({error}); the model is in {source}", "warning")
                 model_dir = source

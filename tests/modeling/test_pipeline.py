@@ -17,10 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_latent_prior import LATENT_DIM, generator, random_priors
 
-from modeling import AutoencoderKLUltra
 from modeling.latent_prior import LatentPrior
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, interpolate_latents, slerp
-from training.publish.export import export_model
 
 SIZE = tiny.SETTINGS["model"]["sample_size"]
 SPATIAL = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_dim": 100}
@@ -41,9 +39,7 @@ def pipe() -> FaceVAEPipeline:
 def exported(pipe, tmp_path_factory) -> Path:
     """An exported VAE with its priors, as `training.fit_prior` leaves it."""
     folder = tmp_path_factory.mktemp("exported") / "model"
-    auto_class = AutoencoderKLUltra._auto_class
-    export_model(pipe.vae, folder)
-    AutoencoderKLUltra._auto_class = auto_class
+    pipe.vae.save_pretrained(folder)
     for name in FITTED_PRIORS:
         getattr(pipe, name).save_pretrained(folder / "priors" / name)
     return folder

@@ -19,7 +19,6 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.data.synthetic_faces.render import render_face
 from training.pca_init import fit_pca_branch
 from training.publish import export_formats
-from training.publish.export import export_model
 
 # Largest allowed differences from float32, in latents (of standard deviation 1) and images (in [-1, 1]). Rounding to 11
 # and 8 bits is 2^-12 and 2^-9 of a value; a handful of layers add up.
@@ -46,7 +45,7 @@ def trained(request, tmp_path_factory, faces_pixels) -> Path:
         for last in (model.encoder.head.out, model.decoder.conv_out):
             last.weight.normal_(0, 0.02)
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    export_model(model, folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -76,7 +75,7 @@ def test_weights_beyond_half_precision_raise(tmp_path, capsys):
     model = AutoencoderKLUltra(**tiny.SETTINGS["model"])
     with torch.no_grad():
         model.pca_branch.encoder.linear.weight[0, 0] = 70_000.0  # above 65,504, the largest value of fp16
-    export_model(model, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     assert export_formats.main([str(tmp_path / "model"), "--variant", "fp16"]) == 2
     assert "pca_branch.encoder.linear.weight has weights that fp16 cannot hold" in capsys.readouterr().err
     assert not list((tmp_path / "model").glob("*fp16*"))
@@ -139,7 +138,7 @@ def test_errors_are_one_line(trained, tmp_path, capsys):
 def test_incomplete_weights_raise(trained, tmp_path, capsys):
     config = json.loads((trained / "config.json").read_text())
     broken = tmp_path / "broken"
-    export_model(AutoencoderKLUltra.from_pretrained(trained), broken)
+    AutoencoderKLUltra.from_pretrained(trained).save_pretrained(broken)
     (broken / "config.json").write_text(json.dumps({**config, "encoder_layers_per_block": [2, 1]}))
     assert export_formats.main([str(broken), "--pth", str(tmp_path / "vae.pth")]) == 2
     assert "do not fit its config.json, such as encoder.stages.0.1" in capsys.readouterr().err

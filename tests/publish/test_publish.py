@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.config import HubConfig
 from training.publish import stage as publish
-from training.publish.export import export_model
 from training.publish.hub import PushError, check_access, files_to_publish, find_secrets, push
 from training.run_files import MODEL_FILE, WEIGHTS, best_checkpoint
 
@@ -45,7 +44,7 @@ def model(tmp_path) -> Path:
     """An exported model with a card, and files beside it that must not be published."""
     torch.manual_seed(0)
     folder = tmp_path / "model"
-    export_model(AutoencoderKLUltra(**tiny.SETTINGS["model"]), folder)
+    AutoencoderKLUltra(**tiny.SETTINGS["model"]).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# Faces\n")
     for name in ("optimizer.bin", "training.log", "trainer_state.json", "notes.py", "run/config.json", ".env"):
         (folder / name).parent.mkdir(exist_ok=True)

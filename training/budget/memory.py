@@ -244,8 +244,7 @@ def _walk(
         else:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter(p.grad, "gradients"))
 
-    shape = model.config
-    resolution = shape.sample_size
+    resolution = model.config.sample_size
     crops = sample_crops(micro_batch, resolution, loss.crop_sizes, torch.Generator())
     saving = "saved activations"
 
@@ -258,7 +257,7 @@ def _walk(
     # As in `training.step.TrainStep.gradients`, where accelerate's wrapper puts the model under autocast of its own.
     with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pixels = normalize(torch.zeros(micro_batch, 3, resolution, resolution, dtype=torch.uint8))
-        noise = torch.zeros(micro_batch, shape.latent_channels, shape.latent_size, shape.latent_size)
+        noise = torch.zeros(micro_batch, *model.latent_shape)
         with autocast:
             output = model(pixels, noise=noise)
         saving = "saved in the losses"

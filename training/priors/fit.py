@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from modeling.latent_prior import LatentPrior, fit_gaussian
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
-from training.cli import add_option, positive_int, run
+from training.cli import add_option, data_source, positive_int, run
 from training.config import DataConfig, config_from_dict, load_config
 from training.data.stream import TrainStream, load_validation
 from training.evaluate.frechet import FrechetFeatures, load_trunks
@@ -272,16 +272,14 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     if arguments.config is not None:
         data = load_config(arguments.config, arguments.overrides).data
     else:
-        kind, _, place = arguments.data.partition(":")
-        values: dict[str, Any] = {"dataset": kind if place else arguments.data, "validation_split": "validation"}
-        if kind == "parquet":
-            files = {"train": place} | ({"validation": arguments.validation} if arguments.validation else {})
-            values["data_files"] = files if place else None
-            values["validation_split"] = "validation" if arguments.validation else None
-        elif kind == "imagefolder":
-            values["data_dir"] = place or None
-            values["validation_split"] = "validation" if (Path(place) / "validation").is_dir() else None
-        data = config_from_dict({"data": values}).data
+        keys = data_source(arguments.data, "train")
+        if arguments.validation:
+            keys["data_files"]["validation"] = arguments.validation
+        elif keys["dataset"] == "parquet":
+            keys["validation_split"] = None
+        elif keys["dataset"] == "imagefolder" and not (Path(keys["data_dir"]).expanduser() / "validation").is_dir():
+            keys["validation_split"] = None
+        data = config_from_dict({"data": keys}).data
     changes = {} if arguments.crop_px is None else {"crop_px": arguments.crop_px}
     return dataclasses.replace(data, horizontal_flip=False, **changes)
 

@@ -1,36 +1,27 @@
-"""Writes a trained model as `from_pretrained` loads it, with its Python source."""
+"""Copies a trained model to the folder that users load with `from_pretrained`."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.io import fsync_folder, write_bytes
 
 
 def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
-    """The files of a model's folder besides its weights: name -> content.
-
-    `config.json` names the source file, so that `AutoModel.from_pretrained(folder, trust_remote_code=True)` works where
-    this project is not installed.
-    """
-    config = json.loads(model.to_json_string())
-    config.pop("_name_or_path", None)  # a path of this machine
+    """The files that `save_pretrained` writes besides the weights: name -> content."""
     source = Path(inspect.getfile(type(model)))
-    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), source.name: source.read_bytes()}
+    return {"config.json": model.to_json_string().encode(), source.name: source.read_bytes()}
 
 
-def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
-    """Write a model to a folder, which is replaced when the new files are complete.
+def export_model(source: Path, folder: Path) -> None:
+    """Copy a model to a folder, which is replaced when the new files are complete.
 
     Args:
-        model: Unwrapped, in float32.
+        source: The model's folder in a checkpoint.
         folder: Destination; an older export there is removed, with the priors that were fitted to it.
 
     Raises:
@@ -40,14 +31,12 @@ def export_model(model: AutoencoderKLUltra, folder: Path) -> None:
     for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
-        model.save_pretrained(temporary, safe_serialization=True)
-        for name, content in model_files(model).items():
-            write_bytes(temporary / name, content)
+        temporary.mkdir(parents=True)
+        for path in source.iterdir():
+            write_bytes(temporary / path.name, path.read_bytes())
         fsync_folder(temporary)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(str(error)) from None
         raise
     if folder.exists():  # two renames, so that a reader never finds an incomplete export
         os.replace(folder, old)

@@ -126,7 +126,7 @@ def write_onnx(folder: Path, destination: Path) -> dict[str, float]:
 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, config.sample_size, config.sample_size, generator=generator) * 2 - 1
-    latents = torch.randn(2, config.latent_channels, config.latent_size, config.latent_size, generator=generator)
+    latents = torch.randn(2, *model.latent_shape, generator=generator)
     destination.mkdir(parents=True, exist_ok=True)
     differences = {}
     for name, module, inputs, outputs in (
