@@ -116,7 +116,7 @@ def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
         os.environ.update({"OMP_NUM_THREADS": "1"} | environment)  # without, accelerate warns where there are several
         torch.set_num_threads(1)  # threads of the parent do not exist here
-        setup.describe_estimate = lambda *_: "(no plan)"  # counting its operations takes longer than the run
+        setup.describe_estimate = lambda *_: "(no estimate)"  # counting its operations takes longer than the run
         with tiny.process_state():
             code = job()
     except BaseException:

@@ -25,7 +25,7 @@ from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import TrainingState
 from training.config import Config
-from training.data.stream import TrainStream, load_validation
+from training.data.stream import TrainStream, first_training_images, load_validation
 from training.distributed import (
     build_accelerator,
     cpu_computes_bf16,
@@ -74,7 +74,7 @@ class Run:
         ema: Their EMA weights, or None.
         learning_rate, kl: Schedule of the learning rate, and controller of beta.
         train_step: One optimizer step.
-        progress, alerts: Counters and metrics of the run, and its warnings.
+        progress: Counters and metrics of the run.
         tracker, report: Logs, metrics, images and status.
         checkpoints: Writes and restores checkpoints.
     """
@@ -96,7 +96,6 @@ class Run:
     kl: KLController
     train_step: TrainStep
     progress: Progress
-    alerts: Alerts
     tracker: Tracker
     report: RunReport
     checkpoints: CheckpointManager
@@ -252,7 +251,6 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         kl=kl,
         train_step=train_step,
         progress=progress,
-        alerts=alerts,
         tracker=tracker,
         report=report,
         checkpoints=checkpoints,
@@ -375,15 +373,7 @@ def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Ac
 def _fit_pca_branch(config: Config, model: AutoencoderKLUltra, device: torch.device) -> None:
     """Fits the PCA branch to the first images of the stream."""
     presets, started = config.training_presets, time.monotonic()
-    stream = TrainStream(
-        config.data,
-        resolution=model.config.sample_size,
-        seed=presets.seed,
-        global_batch=1,  # exactly `pca_init_images`, whatever the batch and the number of processes
-        rank=0,
-        world_size=1,
-    )
-    images = torch.cat([batch.pixels for batch in stream.epoch_batches(0, max_batches=presets.pca_init_images)])
+    images = first_training_images(config.data, model.config.sample_size, presets.seed, presets.pca_init_images)
     if device.type == "cuda":  # MPS has no eigenvalue solver
         model.to(device)
     copies = presets.pca_init_augmented_copies

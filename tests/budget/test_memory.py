@@ -14,10 +14,10 @@ from training.budget.devices import DEVICES, Device, find_device
 from training.budget.memory import (
     CONTEXT_BYTES,
     FRAGMENTED_FRACTION,
-    MemoryPlan,
+    MemoryEstimate,
     Operation,
     largest_micro_batch,
-    plan_memory,
+    trace_memory,
 )
 from training.builders import build_model, build_optimizer, micro_batch_size
 from training.config import Config, config_from_dict
@@ -38,18 +38,18 @@ def small_config(**presets) -> Config:
 
 
 @functools.cache
-def planned(micro_batch: int, keeps_gradients: bool = False, precision: str = "no", **presets) -> MemoryPlan:
-    return plan_memory(small_config(**presets), micro_batch, keeps_gradients=keeps_gradients, precision=precision)
+def estimated(micro_batch: int, keeps_gradients: bool = False, precision: str = "no", **presets) -> MemoryEstimate:
+    return trace_memory(small_config(**presets), micro_batch, keeps_gradients=keeps_gradients, precision=precision)
 
 
-def half_and_accumulated() -> MemoryPlan:
-    return planned(16, keeps_gradients=True, precision="bf16")
+def half_and_accumulated() -> MemoryEstimate:
+    return estimated(16, keeps_gradients=True, precision="bf16")
 
 
-def transient(plan: MemoryPlan) -> int:
+def transient(estimate: MemoryEstimate) -> int:
     """Bytes that a step allocates and frees."""
     persistent = ("weights", "optimizer state", "EMA weights", "trunk weights")
-    return plan.tensor_bytes - sum(plan.parts[name] for name in persistent)
+    return estimate.tensor_bytes - sum(estimate.parts[name] for name in persistent)
 
 
 def allocated(**presets) -> int:
@@ -91,13 +91,13 @@ SCRATCH_BYTES = 2_000_000
 
 @pytest.mark.parametrize("batch_size, tolerance", [(24, SCRATCH_BYTES), (48, 100_000)])
 def test_the_peak_equals_the_allocators(session, batch_size, tolerance):
-    assert allocated(batch_size=batch_size) == pytest.approx(transient(planned(batch_size)), abs=tolerance)
+    assert allocated(batch_size=batch_size) == pytest.approx(transient(estimated(batch_size)), abs=tolerance)
 
 
 def test_the_peak_with_gradient_checkpointing(session):
-    plan = transient(planned(24, gradient_checkpointing=True))
-    assert plan < 0.95 * transient(planned(24))
-    assert allocated(batch_size=24, gradient_checkpointing=True) == pytest.approx(plan, abs=SCRATCH_BYTES)
+    estimate = transient(estimated(24, gradient_checkpointing=True))
+    assert estimate < 0.95 * transient(estimated(24))
+    assert allocated(batch_size=24, gradient_checkpointing=True) == pytest.approx(estimate, abs=SCRATCH_BYTES)
 
 
 def test_persistent_parts_are_four_bytes_per_value():
@@ -113,17 +113,17 @@ def test_persistent_parts_are_four_bytes_per_value():
 
 
 def test_saved_activations_take_about_half_the_bytes_in_half_precision():
-    full, half = planned(16).parts, half_and_accumulated().parts
+    full, half = estimated(16).parts, half_and_accumulated().parts
     # Convolutions, norms and SiLUs keep bf16; pixels, the PCA branch and the losses stay in float32.
     assert 0.5 < half["saved activations"] / full["saved activations"] < 0.75
 
 
-def test_a_walk_without_ema_and_networks_leaves_torch_as_it_was():
+def test_a_step_without_ema_and_networks_leaves_torch_as_it_was():
     values = {section: dict(keys) for section, keys in tiny.SETTINGS.items()}
     values["loss"] |= {"perceptual_weight": 0, "lpips_weight": 0}
     values["training_presets"] |= {"ema_decay": 0}
     before = torch.get_rng_state()
-    parts = plan_memory(config_from_dict(values), 2, keeps_gradients=False).parts
+    parts = trace_memory(config_from_dict(values), 2, keeps_gradients=False).parts
     assert parts["EMA weights"] == parts["trunk weights"] == 0
     assert torch.equal(torch.get_rng_state(), before)
     assert type(torch.empty(1)) is torch.Tensor
@@ -137,25 +137,25 @@ def test_saved_activations_of_one_block_by_hand():
         values = {section: dict(keys) for section, keys in tiny.SETTINGS.items()}
         values["model"] |= model
         values["loss"] |= {"perceptual_weight": 0, "lpips_weight": 0}
-        sizes.append(plan_memory(config_from_dict(values), 4, keeps_gradients=False, precision="no").kept_bytes)
+        sizes.append(trace_memory(config_from_dict(values), 4, keeps_gradients=False, precision="no").kept_bytes)
     map_bytes = 4 * 16 * 10 * 10 * 4  # images x channels x 10 x 10 x float32
     statistics = 2 * 4 * 10 * 10 * 4  # mean and 1 / deviation: images x positions x float32
     assert sizes[1] - sizes[0] == 4 * map_bytes + statistics
 
 
 def test_the_sum_of_parts_and_the_assumed_overhead():
-    plan = planned(16)
-    active = sum(plan.parts[name] for name in ("saved activations", "saved in the losses", "temporary"))
-    assert plan.tensor_bytes == sum(plan.parts.values())
-    assert plan.overhead_bytes == pytest.approx(CONTEXT_BYTES + FRAGMENTED_FRACTION * active, abs=1)
-    assert plan.total_bytes == plan.tensor_bytes + plan.overhead_bytes
+    estimate = estimated(16)
+    active = sum(estimate.parts[name] for name in ("saved activations", "saved in the losses", "temporary"))
+    assert estimate.tensor_bytes == sum(estimate.parts.values())
+    assert estimate.overhead_bytes == pytest.approx(CONTEXT_BYTES + FRAGMENTED_FRACTION * active, abs=1)
+    assert estimate.total_bytes == estimate.tensor_bytes + estimate.overhead_bytes
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
-    limit = planned(24).total_bytes + 100
-    assert largest_micro_batch(planned(8), planned(16), limit) == 24
-    assert largest_micro_batch(planned(8), planned(16), limit - 1000) == 23
-    assert largest_micro_batch(planned(8), planned(16), planned(8).total_bytes // 2) == 0
+    limit = estimated(24).total_bytes + 100
+    assert largest_micro_batch(estimated(8), estimated(16), limit) == 24
+    assert largest_micro_batch(estimated(8), estimated(16), limit - 1000) == 23
+    assert largest_micro_batch(estimated(8), estimated(16), estimated(8).total_bytes // 2) == 0
 
 
 def test_the_roofline_takes_the_slower_of_compute_and_memory():
@@ -166,18 +166,18 @@ def test_the_roofline_takes_the_slower_of_compute_and_memory():
         Operation(flop=4e12, num_bytes=10**9, half=True),  # 2 s of compute, 0.01 s of memory
         Operation(flop=1e9, num_bytes=3 * 10**11, half=False),  # 0.001 s, 3 s
     )
-    plan = MemoryPlan(1, {}, {}, 0, operations, trained=10**9, has_ema=False)
-    seconds, compute = plan.roofline_seconds(device, 2)
+    estimate = MemoryEstimate(1, {}, {}, 0, operations, trained=10**9, has_ema=False)
+    seconds, compute = estimate.roofline_seconds(device, 2)
     optimizer = (3 + 7) * 4e9 / 100e9  # clipping and Adam
     assert seconds == pytest.approx(2 * (2 + 3) + optimizer)
     assert compute == pytest.approx(2 * 2.001)
 
 
-def test_flops_of_the_walk_equal_those_of_the_cost_estimate():
+def test_flops_of_the_step_equal_those_of_the_cost_estimate():
     from training.budget.estimate import count_flops
 
     config = small_config()
-    counted = sum(operation.flop for operation in planned(16).operations) / 16 / 1e9
+    counted = sum(operation.flop for operation in estimated(16).operations) / 16 / 1e9
     assert counted == pytest.approx(count_flops(config)["gflop_training"], rel=1e-9)
 
 

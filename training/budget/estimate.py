@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.devices import DEFAULT_EFFICIENCY, Device, local_device
-from training.budget.memory import GIB, MemoryPlan, largest_micro_batch, plan_memory
+from training.budget.memory import GIB, MemoryEstimate, largest_micro_batch, trace_memory
 from training.builders import micro_batch_size
 from training.config import Config, config_from_dict
 from training.losses.perceptual import PerceptualTrunk
@@ -93,12 +93,12 @@ def _count_parts(config: Config, model: AutoencoderKLUltra, resolution: int) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_memory(settings: str, micro_batch: int, keeps_gradients: bool, precision: str) -> MemoryPlan:
+def _cached_memory(settings: str, micro_batch: int, keeps_gradients: bool, precision: str) -> MemoryEstimate:
     config = config_from_dict(json.loads(settings))
-    return plan_memory(config, micro_batch, keeps_gradients=keeps_gradients, precision=precision)
+    return trace_memory(config, micro_batch, keeps_gradients=keeps_gradients, precision=precision)
 
 
-def estimate_memory(config: Config, micro_batch: int, processes: int) -> MemoryPlan:
+def estimate_memory(config: Config, micro_batch: int, processes: int) -> MemoryEstimate:
     """The memory of one process of a run; cached, because an estimate takes seconds.
 
     Precision is the configuration's; "auto" counts as bf16, which every GPU of the table computes in.
@@ -257,12 +257,11 @@ def describe_estimate(
     num_train_images: int | None,
     *,
     device: Device | None = None,
-    efficiency: float = DEFAULT_EFFICIENCY,
     search: bool = False,
 ) -> str:
     """The cost estimate of a run in a few lines, with its derivation; see `estimate_cost` for the arguments."""
     return format_estimate(
-        estimate_cost(config, num_processes, num_train_images, device=device, efficiency=efficiency, search=search),
+        estimate_cost(config, num_processes, num_train_images, device=device, search=search),
         config.model.get("latent_layout", "vector"),
     )
 

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, by part, from a walk through the step on fake tensors.
+"""How much memory a training step takes, by part, from a step on fake tensors.
 
 The forward and backward pass run on tensors that have shapes, types and storages but no contents, under the same autocast as
 the real ones. Every storage is followed from its creation to its end, so the peak is that of the real sequence of
@@ -35,7 +35,7 @@ from training.randomness import sample_crops
 
 GIB = 2**30
 
-# Assumed, because the walk cannot count it: the CUDA context, cuBLAS and cuDNN with their workspaces; and the fraction that
+# Assumed, because fake tensors cannot show it: the CUDA context, cuBLAS and cuDNN with their workspaces; and the fraction that
 # the allocator loses between blocks of different sizes.
 CONTEXT_BYTES = 0.75 * GIB
 FRAGMENTED_FRACTION = 0.1
@@ -57,7 +57,7 @@ def _overhead(parts: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the walk: FLOPs, bytes read and written, and whether it computes in half precision."""
+    """One operation of the step: FLOPs, bytes read and written, and whether it computes in half precision."""
 
     flop: float
     num_bytes: int
@@ -65,7 +65,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryEstimate:
     """The memory of one process at the peak of a step.
 
     Attributes:
@@ -182,8 +182,8 @@ class _Ledger(TorchDispatchMode):
         return out
 
 
-def plan_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, precision: str = "bf16") -> MemoryPlan:
-    """Walk through a forward and a backward pass of a configuration on fake tensors.
+def trace_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, precision: str = "bf16") -> MemoryEstimate:
+    """Run a forward and a backward pass of a configuration on fake tensors.
 
     Args:
         config: The configuration.
@@ -196,7 +196,7 @@ def plan_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, prec
         ValueError: The model's section cannot be built.
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        return _walk(config, build_model(config), _fake_loss(config), micro_batch, keeps_gradients, precision)
+        return _trace_step(config, build_model(config), _fake_loss(config), micro_batch, keeps_gradients, precision)
 
 
 def _fake_loss(config: Config) -> ReconstructionLoss:
@@ -209,14 +209,14 @@ def _fake_loss(config: Config) -> ReconstructionLoss:
     return loss
 
 
-def _walk(
+def _trace_step(
     config: Config,
     model: AutoencoderKLUltra,
     loss: ReconstructionLoss,
     micro_batch: int,
     keeps_gradients: bool,
     precision: str,
-) -> MemoryPlan:
+) -> MemoryEstimate:
     presets = config.training_presets
     freeze_pca_branch(model, presets.pca_lr_scale)
     if presets.gradient_checkpointing:
@@ -267,7 +267,7 @@ def _walk(
         kept_bytes = ledger.bytes["saved activations"] + ledger.bytes["saved in the losses"]
         saving = "saved activations"  # what gradient checkpointing computes again
         total.backward()
-    return MemoryPlan(
+    return MemoryEstimate(
         micro_batch=micro_batch,
         parts=ledger.peak,
         widest=ledger.widest,
@@ -278,14 +278,14 @@ def _walk(
     )
 
 
-def largest_micro_batch(smaller: MemoryPlan, larger: MemoryPlan, limit_bytes: float) -> int:
+def largest_micro_batch(smaller: MemoryEstimate, larger: MemoryEstimate, limit_bytes: float) -> int:
     """The most images in one forward pass that stay within a limit.
 
     Memory at each point of the step is linear in the batch size. Two points matter: the peak, and the point with the
     most activations, which becomes the peak for large batches.
 
     Args:
-        smaller, larger: Plans of the same configuration for two different batches.
+        smaller, larger: Estimates of the same configuration for two different batches.
         limit_bytes: Memory of the device.
 
     Returns:

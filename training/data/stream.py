@@ -44,12 +44,10 @@ class Batch:
     Attributes:
         pixels: (local batch, 3, resolution, resolution), uint8 in [0, 255], contiguous in channels_last.
         example_ids: Path and content hash of each image, or its path where the data set is a folder.
-        index: Number of the global batch in its epoch, from 0.
     """
 
     pixels: torch.Tensor
     example_ids: list[str]
-    index: int
 
 
 def _decode_pool(config) -> ThreadPoolExecutor:
@@ -124,7 +122,6 @@ class TrainStream:
     Attributes:
         num_examples: Images of an epoch. None where unknown, estimated where a fraction is held out, exact after an epoch.
         identity: What the examples depend on (the commit of a branch, ...), which a resume compares.
-        dropped_examples: Images at the end of the last complete epoch that did not fill a global batch.
         corrupt_examples: Corrupt images of this rank that were replaced, so far.
         wait_seconds: Time that the consumer has waited for batches, so far.
     """
@@ -147,7 +144,7 @@ class TrainStream:
         self._local = range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
         self._examples = open_examples(config, "train")
         self.num_examples = self._examples.num_examples
-        self.dropped_examples = self.corrupt_examples = self._decoded_examples = 0
+        self.corrupt_examples = self._decoded_examples = 0
         self.wait_seconds = 0.0
         self._corrupt_examples: dict[str, str] = {}  # id: reason, in order of appearance
 
@@ -230,7 +227,7 @@ class TrainStream:
             )
 
     def _submit_batches(self, epoch: int, start_batch: int, stop_batch: int | None, pool) -> Iterator[tuple]:
-        """Yields (pixels (local, resolution, resolution, 3), the jobs that fill them, index of the batch)."""
+        """Yields (pixels (local, resolution, resolution, 3), the jobs that fill them)."""
         shape = (len(self._local), self._resolution, self._resolution, 3)
         with contextlib.closing(self._examples.order(self._seed, epoch)) as stream:
             spares = list(itertools.islice(stream, _SPARE_EXAMPLES))
@@ -249,8 +246,8 @@ class TrainStream:
                     candidates = itertools.chain(batch[i:], batch[:i], spares)  # itself first
                     position = index * self._global_batch + i
                     jobs.append(pool.submit(self._fill, slot, candidates, epoch, position))
-                yield pixels, jobs, index
-        self.dropped_examples, self.num_examples = len(batch), index * self._global_batch + len(batch)
+                yield pixels, jobs
+        self.num_examples = index * self._global_batch + len(batch)
         if index == 0 or index < start_batch:
             raise ValueError(
                 f"data: {self.config.dataset!r} holds {self.num_examples} images to train on, {index} batches of "
@@ -304,7 +301,7 @@ class TrainStream:
         finally:
             self.wait_seconds += time.perf_counter() - began
 
-    def _finish(self, pixels: torch.Tensor, jobs: list, index: int) -> Batch:
+    def _finish(self, pixels: torch.Tensor, jobs: list) -> Batch:
         began = time.perf_counter()
         results = [job.result() for job in jobs]
         self.wait_seconds += time.perf_counter() - began
@@ -315,7 +312,7 @@ class TrainStream:
                 self._corrupt_examples[corrupt_id] = reason
                 logger.warning("corrupt image replaced: %s (%s)", corrupt_id, reason)
         self._check_corrupt_fraction(min_examples=_MIN_EXAMPLES_TO_JUDGE)
-        return Batch(pixels.permute(0, 3, 1, 2), [example_id for example_id, _ in results], index)
+        return Batch(pixels.permute(0, 3, 1, 2), [example_id for example_id, _ in results])
 
     def _check_corrupt_fraction(self, min_examples: int) -> None:
         total, limit = self._decoded_examples, self.config.max_corrupt_fraction
@@ -327,3 +324,17 @@ class TrainStream:
                 f"{self.corrupt_examples} of {total} images of {self.config.dataset!r} are corrupt, more than "
                 f"data.max_corrupt_fraction={limit}: {some}"
             )
+
+
+def first_training_images(config, resolution: int, seed: int, count: int) -> torch.Tensor:
+    """The first training images of epoch 0, (n, 3, resolution, resolution) uint8; all where there are fewer than `count`.
+
+    Args:
+        config: The `data` section.
+        resolution: Height and width in pixels.
+        seed: Seed of the shuffle and the flips.
+        count: Number of images.
+    """
+    # A batch size of 1 leaves no incomplete batch to drop.
+    stream = TrainStream(config, resolution=resolution, seed=seed, global_batch=1, rank=0, world_size=1)
+    return torch.cat([batch.pixels for batch in stream.epoch_batches(0, max_batches=count)])

@@ -15,7 +15,7 @@ from training.cli import resolve_model
 from training.config import DataConfig
 from training.data.images import normalize
 from training.data.shards import in_one_line
-from training.data.stream import TrainStream
+from training.data.stream import first_training_images
 from training.pca_init import principal_components
 
 logger = logging.getLogger(__name__)
@@ -167,9 +167,7 @@ def fit_pca_baseline(
         ValueError: No training images, or too few for so many components.
     """
     data = dataclasses.replace(data, horizontal_flip=False)
-    # A batch size of 1 leaves no incomplete batch to drop.
-    stream = TrainStream(data, resolution=resolution, seed=0, global_batch=1, rank=0, world_size=1)
-    images = torch.cat([batch.pixels for batch in stream.epoch_batches(0, max_batches=max_images)])
+    images = first_training_images(data, resolution, 0, max_images)
     if len(images) <= count:
         raise ValueError(
             f"--pca {count}: {len(images)} training images determine at most {len(images) - 1} components; ask for "

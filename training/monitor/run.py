@@ -252,7 +252,7 @@ class Run:
             found.append(f"earlier warnings: {older} (see training.log)")
         return found + [event_text(event) for event in self._warnings]
 
-    def log_tail(self, lines: int = 5) -> list[str]:
+    def log_tail(self, lines: int) -> list[str]:
         """The last lines of `training.log` of a run that failed or died; empty for other runs."""
         if self.state.name not in ("failed", "dead"):
             return []

@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from training.config import TOKEN
-from training.io import printable, write_json
+from training.io import printable, write_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +172,7 @@ class Tracker:
                     continue
                 if not repeated:
                     kept.append(text + "\n")
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_file(path, "".join(kept).encode())
 
     def log(self, kind: str, values: dict[str, Any], *, step: int, epoch: int, images_seen: int) -> None:
         """Append a line to metrics.jsonl and log its numeric values as TensorBoard scalars.
