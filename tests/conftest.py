@@ -1,4 +1,4 @@
-"""What tests share: the rendered faces, and a process that every test leaves as it found it."""
+"""Shared fixtures: the rendered faces, and restored process state after every test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-os.environ["ACCELERATE_USE_CPU"] = "true"  # the same figures on a machine with a GPU
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the same results on a machine with a GPU
 
 
 @pytest.fixture(scope="session")

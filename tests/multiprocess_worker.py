@@ -1,4 +1,4 @@
-"""What each process of tests/test_multiprocess.py runs: one gradient, then a whole training, and a record of both.
+"""What each process of tests/test_multiprocess.py runs: one gradient, then a full training, and a record of both.
 
 torchrun --standalone --nproc_per_node 2 tests/multiprocess_worker.py CONFIG FOLDER
 """

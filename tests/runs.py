@@ -23,7 +23,7 @@ from training.config import Config
 from training.run_files import STATE_FILE, list_checkpoints
 from training.trainer import Trainer
 
-EPOCHS, STEPS = 3, 5  # of the run that tests share, and steps of an epoch
+EPOCHS, STEPS = 3, 5  # epochs of the run shared by tests, and steps per epoch
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Run:
         return json.loads((self.folder / "status.json").read_text())
 
     def lines(self, kind: str, after_step: int = -1) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, without what a clock says."""
+        """Lines of metrics.jsonl, without times and speeds."""
         found = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [
             {name: value for name, value in line.items() if name != "time" and not name.startswith("speed/")}
@@ -54,14 +54,18 @@ class Run:
     def end_state(self) -> dict[str, Any]:
         """All that the next step would depend on."""
         trainer = self.trainer
-        moments = trainer.setup.optimizer.state_dict()
+        optimizer_state = trainer.setup.optimizer.state_dict()
         clocks = ("train_seconds", "window")
         return {
             **{f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()},
             **{f"average.{index}": tensor for index, tensor in enumerate(trainer.ema.shadow_params)},
-            **{f"adam.{i}.{name}": value for i, entry in moments["state"].items() for name, value in entry.items()},
-            "groups": moments["param_groups"],
-            "updates averaged": trainer.ema.optimization_step,
+            **{
+                f"adam.{i}.{name}": value
+                for i, entry in optimizer_state["state"].items()
+                for name, value in entry.items()
+            },
+            "groups": optimizer_state["param_groups"],
+            "EMA steps": trainer.ema.optimization_step,
             "learning rate": trainer.learning_rate.state_dict(),
             "kl": trainer.kl.state_dict(),
             "progress": {name: value for name, value in vars(trainer.progress).items() if name not in clocks},
@@ -188,7 +192,7 @@ def run_ranks(
 
 
 def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Figures of training and validation in metrics.jsonl, without what a clock says."""
+    """Training and validation metrics in metrics.jsonl, without times and speeds."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if name != "time" and not name.startswith("speed/")}
@@ -211,7 +215,7 @@ def _state_without_clocks(checkpoint: Path) -> dict[str, Any]:
 
 
 def differences(run_dir: Path, wanted: Path) -> list[str]:
-    """In what the last checkpoint, the figures and the model of a finished run differ from another's, bit for bit."""
+    """Differences between two finished runs in last checkpoint, metrics and model; empty if bitwise identical."""
     found = []
     last, other = list_checkpoints(run_dir)[-1], list_checkpoints(wanted)[-1]
     if last.name != other.name:

@@ -1,4 +1,4 @@
-"""What all commands share: error lines, exit codes, and finding the model that MODEL means."""
+"""Common behavior of the commands: error lines, exit codes, and the search for MODEL."""
 
 from __future__ import annotations
 

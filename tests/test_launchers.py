@@ -37,7 +37,7 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processe
 
 
 def settings(folder: Path, faces: Path) -> dict:
-    """Two pieces of one image in each process and step; a checkpoint every other step."""
+    """Two micro-batches of one image in each process and step; a checkpoint every other step."""
     return tiny.tiny_settings(
         folder,
         faces,
@@ -89,7 +89,7 @@ class Launched:
         return found
 
     def wait_for_step(self, step: int, seconds: float = 240.0) -> None:
-        """Wait until a step is in the figures of the run."""
+        """Wait until a step is in the metrics of the run."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for file in Path(self.config.output.runs_dir).glob("*/metrics.jsonl"):

@@ -1,4 +1,4 @@
-"""Two processes do what one does with the same batch, and launchers hand on what the configuration says."""
+"""Two processes do what one does with the same batch, and launchers pass the configuration on."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def environment(folder: Path) -> dict[str, str]:
     return own | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
-# Two processes with two pieces of one image each, and with one piece of both, which DDP takes for a static graph.
+# Two processes with two micro-batches of one image, or one micro-batch of two (DDP: static graph).
 @pytest.fixture(scope="module", params=[1, 2])
 def folders(request, tmp_path_factory, faces) -> tuple[Path, Path]:
-    """The records of one process (pieces of 3 and 1 images) and of two."""
+    """The records of one process (micro-batches of 3 and 1 images) and of two."""
     base = tmp_path_factory.mktemp("multiprocess")
     one, two = base / "one", base / "two"
     threads = torch.get_num_threads()
@@ -136,15 +136,15 @@ def test_only_the_main_process_writes(folders):
     (run,) = (folders[1] / "runs").iterdir()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4]
-    said = re.search(r"4 = 2 x 2 processes; (\d) x (\d) images a forward pass", (run / "training.log").read_text())
-    assert int(said[1]) * int(said[2]) == 2
+    logged = re.search(r"4 = 2 x 2 processes; (\d) x (\d) images per forward pass", (run / "training.log").read_text())
+    assert int(logged[1]) * int(logged[2]) == 2
     assert "[0] INFO" in (run / "training.log").read_text() and "[1]" not in (run / "training.log").read_text()
     assert json.loads((run / "status.json").read_text())["reason"] == "no improvement in 3 epochs (early stopping)"
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
 
 
 def test_out_of_memory_on_one_process_is_out_of_memory_on_both(tmp_path):
-    """Both begin the step again with smaller pieces; they end at the weights of a run that had them from the start."""
+    """Both processes repeat the step with smaller micro-batches and end at the weights of a run that started with them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "tests" / "memory_worker.py"), str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=200)
@@ -152,7 +152,7 @@ def test_out_of_memory_on_one_process_is_out_of_memory_on_both(tmp_path):
     short, other, plain = (load_file(tmp_path / f"{name}.safetensors") for name in ("short0", "short1", "plain0"))
     for name, weight in plain.items():
         assert torch.equal(short[name], other[name])
-        # The first step had other pieces, whose sums round differently; Adam makes a rounding error of a gradient near
+        # The first step had other micro-batches, whose sums round differently; Adam makes a rounding error of a gradient near
         # zero a step of up to the learning rate, 1e-3.
         torch.testing.assert_close(short[name], weight, rtol=1e-3, atol=1e-3)
     moved = sum((short[name] - weight).abs().mean() for name, weight in plain.items())

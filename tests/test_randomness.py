@@ -51,8 +51,8 @@ def test_noise_is_standard_normal_and_positions_are_uniform():
     noise = torch.cat([batch.noise for batch in batches]).flatten(1).double()  # (960, 64)
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
     # Neighbors are uncorrelated: correlations of 64 values are about 0 +- 1/8.
-    unit = (noise - noise.mean(dim=1, keepdim=True)) / noise.std(dim=1, keepdim=True, correction=0)
-    correlation = (unit[1:] * unit[:-1]).mean(dim=1)
+    standardized = (noise - noise.mean(dim=1, keepdim=True)) / noise.std(dim=1, keepdim=True, correction=0)
+    correlation = (standardized[1:] * standardized[:-1]).mean(dim=1)
     assert abs(correlation.mean().item()) < 4 / 8 / math.sqrt(959)
     assert correlation.abs().max() < 5 / 8
     for network, count in ((0, 10), (2, 2)):

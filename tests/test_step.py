@@ -159,8 +159,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(session, loss, pixels, be
     step(pixels[:2], step=0, beta=0.01)  # so that optimizer and EMA weights have a state
 
     def state() -> list[torch.Tensor]:
-        moments = [value for entry in step.optimizer.state_dict()["state"].values() for value in entry.values()]
-        tensors = [*step.parameters, *step.ema.shadow_params, *map(torch.as_tensor, moments)]
+        optimizer_state = [value for entry in step.optimizer.state_dict()["state"].values() for value in entry.values()]
+        tensors = [*step.parameters, *step.ema.shadow_params, *map(torch.as_tensor, optimizer_state)]
         return [tensor.detach().clone() for tensor in tensors]
 
     before, count = state(), step.ema.optimization_step

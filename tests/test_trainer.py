@@ -1,4 +1,4 @@
-"""A run from end to end on the tiny configuration: its files, its figures, its model, and what ends it."""
+"""A run from end to end on the tiny configuration: files, metrics, model, and conditions that end it."""
 
 from __future__ import annotations
 
@@ -196,11 +196,11 @@ def test_tensorboard_reads_it_all_back(finished):
     )
 
 
-# ---- the model that is handed over ----
+# ---- the exported model ----
 
 
-def averaged_model(finished: Run) -> AutoencoderKLUltra:
-    """The averaged weights of the best epoch, from its checkpoint."""
+def ema_model(finished: Run) -> AutoencoderKLUltra:
+    """The EMA weights of the best epoch, from its checkpoint."""
     step = finished.trainer.progress.best["step"]
     weights = finished.folder / "checkpoints" / f"step_{step:08d}" / "model" / "diffusion_pytorch_model.safetensors"
     model = AutoencoderKLUltra(**finished.config.model).eval()
@@ -208,20 +208,20 @@ def averaged_model(finished: Run) -> AutoencoderKLUltra:
     return model
 
 
-def test_a_checkpoint_holds_the_averages_as_a_model_and_the_weights_in_training_apart(finished):
+def test_a_checkpoint_has_the_ema_weights_as_a_model_and_the_trained_weights_in_another_file(finished):
     """Of the last step, whose state the trainer still has."""
     trainer, checkpoint = finished.trainer, list_checkpoints(finished.folder)[-1]
-    averages = load_file(checkpoint / "model" / "diffusion_pytorch_model.safetensors")
+    ema_weights = load_file(checkpoint / "model" / "diffusion_pytorch_model.safetensors")
     weights = load_file(checkpoint / "training_state" / "weights.safetensors")
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert averages.keys() == trainer.model.state_dict().keys() and weights.keys() == trained.keys()
+    assert ema_weights.keys() == trainer.model.state_dict().keys() and weights.keys() == trained.keys()
     for (name, weight), average in zip(trained.items(), trainer.ema.shadow_params, strict=True):
-        assert torch.equal(weights[name], weight) and torch.equal(averages[name], average)
+        assert torch.equal(weights[name], weight) and torch.equal(ema_weights[name], average)
         assert weight.numel() < 64 or not torch.equal(weight, average)
     for name, value in trainer.model.state_dict().items():
-        assert name in trained or torch.equal(averages[name], value)
+        assert name in trained or torch.equal(ema_weights[name], value)
     loaded = AutoencoderKLUltra.from_pretrained(checkpoint / "model")
-    assert all(torch.equal(value, averages[name]) for name, value in loaded.state_dict().items())
+    assert all(torch.equal(value, ema_weights[name]) for name, value in loaded.state_dict().items())
     assert loaded.config.scaling_factor == trainer.model.config.scaling_factor
 
 
@@ -251,7 +251,7 @@ save_file(found, out)
 def test_a_fresh_process_reconstructs_as_the_averaged_weights_do(finished, tmp_path, single_thread):
     pixels = normalize(finished.trainer.setup.validation_images).contiguous()
     with torch.no_grad():
-        wanted = averaged_model(finished)(pixels).sample
+        wanted = ema_model(finished)(pixels).sample
         here = AutoencoderKLUltra.from_pretrained(finished.status["model_dir"]).eval()(pixels).sample
     assert torch.equal(here, wanted)
     save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
@@ -289,28 +289,28 @@ def test_the_exported_folder_is_complete_and_the_best_model(finished):
 
 
 def test_scaling_is_measured(finished):
-    """Scaled latents of the validation images have mean 0 and variance 1, over all numbers and for each channel."""
+    """Scaled latents of the validation images have mean 0 and variance 1, over all dimensions and for each channel."""
     model = AutoencoderKLUltra.from_pretrained(finished.status["model_dir"]).eval()
     config = model.config
     with torch.no_grad():
         posterior = model.encode(normalize(finished.trainer.setup.validation_images)).latent_dist
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([posterior.sample(generator=generator) for _ in range(50)])
-    scaled = (draws - config.shift_factor) * config.scaling_factor
+    samples = torch.cat([posterior.sample(generator=generator) for _ in range(50)])
+    scaled = (samples - config.shift_factor) * config.scaling_factor
     assert scaled.mean().item() == pytest.approx(0, abs=0.02)
     assert scaled.var().item() == pytest.approx(1, abs=0.04)
     assert config.scaling_factor != 1 and config.shift_factor != 0
     mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
     assert mean.shape == std.shape == (16,)
-    torch.testing.assert_close(draws.mean(dim=(0, 2, 3)), mean, atol=0.1, rtol=0)
-    torch.testing.assert_close(draws.std(dim=(0, 2, 3)), std, atol=0.1, rtol=0)
+    torch.testing.assert_close(samples.mean(dim=(0, 2, 3)), mean, atol=0.1, rtol=0)
+    torch.testing.assert_close(samples.std(dim=(0, 2, 3)), std, atol=0.1, rtol=0)
 
 
 # ---- what ends a run, and what the validation decides ----
 
 
 def scripted(losses: list[float]) -> Any:
-    """Stands in for `validate`: these reconstruction losses one after the other, and KL figures that run wild."""
+    """A replacement for `validate` that returns these reconstruction losses in turn, and a growing KL."""
 
     def validate(accelerator, model, images, indices, **_: Any) -> Validation:
         number = scripted_calls.pop(0)

@@ -15,8 +15,8 @@ from training.config import Config, config_from_dict
 if TYPE_CHECKING:
     from modeling import AutoencoderKLUltra
 
-# 40 pixels, and a perceptual window of 32 of them: the smallest that the trunk takes, and still a window.
-# 20 faces in batches of 4: 5 steps an epoch, each of a piece of 3 images and one of 1.
+# 40 pixels, and random crops of 32 pixels for the perceptual loss: the smallest size that the trunk takes, and below the image's.
+# 20 faces in batches of 4: 5 steps an epoch, each with micro-batches of 3 images and of 1.
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {
         "sample_size": 40,

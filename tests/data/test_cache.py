@@ -90,7 +90,7 @@ def test_later_epochs_are_permutations_of_the_data_set(tmp_path):
         order = list(examples.order(0, epoch))
         assert len(set(order)) == len(ALL_EXAMPLES)
         starts.append(order[0][0])
-    # The first number comes from any shard: 5 equal chances, 199 draws, 40 +- 5.7 each.
+    # The first number comes from any shard: 5 equal chances, 199 samples, 40 +- 5.7 each.
     assert all(15 < count < 65 for count in np.bincount(starts, minlength=NUM_SHARDS))
 
 

@@ -337,7 +337,7 @@ def test_a_state_of_another_version_loads(caplog):
     ]
 
 
-BAD_SETTINGS = {
+INVALID_SETTINGS = {
     "kl_target_low": [0.0, -0.01],
     "kl_target_high": [0.01, 1.0],
     "kl_beta_min": [0.0],
@@ -357,7 +357,9 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, bad) for key, values in BAD_SETTINGS.items() for bad in values])
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in INVALID_SETTINGS.items() for value in values]
+)
 def test_invalid_settings_are_errors_with_key_and_value(key, value):
     with pytest.raises(ValueError) as caught:
         KLSchedule(**{key: value})

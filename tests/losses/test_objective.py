@@ -1,4 +1,4 @@
-"""Every loss term against torch's own functions, and the sum against its arithmetic."""
+"""Every loss term against torch's own functions, and the weighted sum."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ LAYOUTS = {
     "spatial": {"latent_layout": "spatial", "latent_dim": 96, "latent_channels": 6, "latent_size": 4}
     | {"pca_size": 16, "pca_decode_size": 16},
 }
-KINDS = ["vector", "vector-plain", "spatial", "spatial-plain"]  # plain: without the linear path
+KINDS = ["vector", "vector-plain", "spatial", "spatial-plain"]  # plain: without the PCA branch
 
 
 def settings(kind: str, **changes: object) -> dict:
@@ -130,8 +130,8 @@ def test_a_variant_is_saved_beside_the_float32_weights(tmp_path):
     loaded = AutoencoderKLUltra.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
     pixels = faces().half()
     assert torch.equal(reconstruct(loaded, pixels), reconstruct(half, pixels))
-    whole = AutoencoderKLUltra.from_pretrained(tmp_path)
-    assert torch.equal(reconstruct(whole, faces()), reconstruct(model, faces()))
+    loaded = AutoencoderKLUltra.from_pretrained(tmp_path)
+    assert torch.equal(reconstruct(loaded, faces()), reconstruct(model, faces()))
     weights.unlink()
     with pytest.raises(OSError, match="fp16"):
         AutoencoderKLUltra.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
@@ -145,10 +145,10 @@ def test_loading_in_half_precision(kind, dtype, tolerance, tmp_path):
     half = AutoencoderKLUltra.from_pretrained(tmp_path, torch_dtype=dtype)
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
     with torch.no_grad():
-        output, whole = half(pixels.to(dtype)), model(pixels)
+        output, full = half(pixels.to(dtype)), model(pixels)
     assert output.sample.dtype == output.posterior.mean.dtype == output.posterior.logvar.dtype == dtype
-    assert relative(output.sample, whole.sample) < tolerance
-    assert relative(output.posterior.mean, whole.posterior.mean) < tolerance
+    assert relative(output.sample, full.sample) < tolerance
+    assert relative(output.posterior.mean, full.posterior.mean) < tolerance
     assert torch.isfinite(output.posterior.sample()).all()
 
 
@@ -184,12 +184,12 @@ def test_shapes_determinism_and_plain_tuples(kind):
         assert torch.equal(model(pixels).sample, output.sample)
         assert torch.equal(copy.deepcopy(model)(pixels).sample, output.sample)
 
-        def draw(seed: int) -> torch.Tensor:
+        def sample(seed: int) -> torch.Tensor:
             return model(pixels, sample_posterior=True, generator=torch.Generator().manual_seed(seed)).sample
 
-        assert torch.equal(draw(5), draw(5))
-        assert not torch.equal(draw(5), draw(6))
-        assert not torch.equal(draw(5), output.sample)
+        assert torch.equal(sample(5), sample(5))
+        assert not torch.equal(sample(5), sample(6))
+        assert not torch.equal(sample(5), output.sample)
 
         sample, posterior = model(pixels, return_dict=False)
         assert torch.equal(sample, output.sample)
@@ -262,21 +262,21 @@ def test_channels_last_changes_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_autocast_keeps_the_posterior_in_float32(kind):
     model, pixels = awake(kind), faces()
-    whole = model(pixels)
+    full = model(pixels)
     inside = []
     hook = model.decoder.norm_out.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(pixels)
     hook.remove()
-    assert inside == [torch.bfloat16], "normalisation must not fall back to float32 under autocast"
+    assert inside == [torch.bfloat16], "normalization must not fall back to float32 under autocast"
     assert output.posterior.mean.dtype == output.posterior.logvar.dtype == torch.float32
-    assert relative(output.posterior.mean, whole.posterior.mean) < 0.04
-    assert relative(output.sample, whole.sample) < 0.04
+    assert relative(output.posterior.mean, full.posterior.mean) < 0.04
+    assert relative(output.sample, full.sample) < 0.04
     output.sample.float().square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_the_linear_path_keeps_its_digits_under_autocast():
+def test_the_pca_branch_is_float32_under_autocast():
     model, pixels = fresh("vector"), faces()
     nn.init.normal_(model.pca_branch.encoder.linear.weight)
     nn.init.normal_(model.pca_branch.decoder.linear.weight)
@@ -341,25 +341,25 @@ def test_an_image_that_fits_in_one_tile_is_not_changed_by_tiling():
 
 def test_large_images_in_tiles():
     model, pixels = awake("spatial"), faces(2, 72, 40)
-    whole, latents = reconstruct(model, pixels), model.encode(pixels).latent_dist.mean
-    sides = []
-    hook = model.encoder.register_forward_hook(lambda module, args, out: sides.append(max(args[0].shape[2:])))
+    full, latents = reconstruct(model, pixels), model.encode(pixels).latent_dist.mean
+    sizes = []
+    hook = model.encoder.register_forward_hook(lambda module, args, out: sizes.append(max(args[0].shape[2:])))
     model.enable_tiling()
     tiled = reconstruct(model, pixels)
     hook.remove()
-    assert len(sides) == 6
-    assert max(sides) == 32
+    assert len(sizes) == 6
+    assert max(sizes) == 32
     assert tiled.shape == pixels.shape
-    # A tile has zero padding at its borders, so the result is only near; an image that has nothing to do with the whole
-    # would be at 1.4.
+    # A tile has zero padding at its borders, so the result is approximate; an unrelated image has a
+    # relative error of about 1.4.
     assert 0 < relative(model.encode(pixels).latent_dist.mean, latents) < 0.8
-    assert 0 < relative(tiled, whole) < 0.8
+    assert 0 < relative(tiled, full) < 0.8
     model.disable_tiling()
-    assert torch.equal(reconstruct(model, pixels), whole)
+    assert torch.equal(reconstruct(model, pixels), full)
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(20, 28, 2), (5, 4, 4), (1, 7, 3)])
-def test_the_linear_image_is_enlarged_as_torch_does_it(height, width, factor):
+def test_the_pca_image_is_enlarged_like_interpolate(height, width, factor):
     decoder = PCADecoder(1, factor, 1)
     image = torch.randn(2, 3, height, width)
     expected = torch.nn.functional.interpolate(image, scale_factor=factor, mode="bicubic", align_corners=False)
@@ -390,7 +390,7 @@ def test_gradients_lie_in_memory_as_their_weights_do(layout):
 
 
 @pytest.mark.parametrize("decode_size", [32, 16])
-def test_tiling_the_linear_path_is_exact(decode_size):
+def test_tiling_the_pca_branch_is_exact(decode_size):
     model = fresh("spatial", pca_decode_size=decode_size)
     nn.init.normal_(model.pca_branch.encoder.linear.weight)
     nn.init.normal_(model.pca_branch.decoder.linear.weight)
@@ -402,7 +402,7 @@ def test_tiling_the_linear_path_is_exact(decode_size):
         torch.testing.assert_close(model.encode(pixels).latent_dist.mean, latents, rtol=0, atol=1e-5)
         error = (model.decode(latents).sample - expected).abs()
     if decode_size == 16:
-        # Enlarging reaches two pixels of the linear image, four of the image, across a tile's border. Tiles
+        # Enlarging reaches two pixels of the PCA image, four of the image, across a tile's border. Tiles
         # begin at 0, 24 and 32 and end at 32, 56 and 64.
         near = torch.zeros(64, dtype=torch.bool)
         for border in (24, 32, 56):
@@ -534,7 +534,7 @@ def test_wrong_shapes_are_named():
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 32), (32, 8), (32, 32)])
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_other_depths_and_linear_sizes(sizes, stages):
+def test_other_depths_and_pca_sizes(sizes, stages):
     widths = (16, 32, 64)[:stages]
     model = awake(
         "vector",
@@ -546,7 +546,7 @@ def test_other_depths_and_linear_sizes(sizes, stages):
         decoder_layers_per_block=(0,) * stages,
     )
     assert reconstruct(model, faces()).shape == (2, 3, 32, 32)
-    # The linear image enters the stages that are not finer than it.
+    # The PCA image enters the stages that are not finer than it.
     finer = [4 * 2**index < 32 // sizes[1] for index in range(stages)]
     assert [factor == 0 for factor in model.decoder.pca_factors] == finer
 

@@ -83,8 +83,8 @@ def test_whitened_dimensions_are_ordered_by_what_they_explain_of_the_images():
     latents = torch.randn(4000, 6, generator=generator())
     images = torch.stack([5 * latents[:, 3], 2 * latents[:, 1]], dim=1)[:, None, None, :]
     prior, _ = fit_gaussian(latents, images)
-    unit = prior.factor / prior.factor.norm(dim=0)
-    assert unit[3, 0].abs() > 0.99 and unit[1, 1].abs() > 0.99
+    directions = prior.factor / prior.factor.norm(dim=0)
+    assert directions[3, 0].abs() > 0.99 and directions[1, 1].abs() > 0.99
 
 
 def test_temperature_scales_around_the_mean():

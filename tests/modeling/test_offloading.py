@@ -16,13 +16,15 @@ LAYOUTS = ["vector", "spatial"]
 @pytest.mark.parametrize("kind", ["vector", "vector-plain", "spatial", "spatial-plain"])
 def test_every_weight_is_used_by_the_forward_of_its_module(kind):
     model, called = awake(kind), set()
-    owners = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-    for name in owners:
+    with_parameters = {
+        name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+    }
+    for name in with_parameters:
         assert not list(model.get_submodule(name).children()), f"{name} owns weights and submodules"
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
     with torch.no_grad():
         model.decode(model.encode(faces()).latent_dist.mean)
-    assert called == owners and "logvar_bias" in owners
+    assert called == with_parameters and "logvar_bias" in with_parameters
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

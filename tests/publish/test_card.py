@@ -43,7 +43,7 @@ def staged(finished, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch) -> Path:
-    """A copy of the run that a test may change; plots are drawn in one test only."""
+    """A copy of the run that a test may change; plots are made in one test only."""
     monkeypatch.setattr(model_card, "draw_plots", lambda record, folder: [])
     folder = tmp_path / finished.folder.name
     shutil.copytree(finished.folder, folder, symlinks=True)

@@ -314,7 +314,7 @@ def test_the_command_publishes_a_run(hub, finished, capsys):
 
 
 def test_a_copied_run_is_published_with_its_best_weights_and_their_metrics(hub, finished, tmp_path, capsys):
-    """A copy by `cp -rL` turns the links into folders, which do not follow further training."""
+    """A copy by `cp -rL` replaces the links by folders, which do not follow further training."""
     run_dir = shutil.copytree(finished.folder, tmp_path / finished.folder.name)
     for folder in ("best", "checkpoints/best/model"):
         save_file({"old": torch.zeros(3)}, run_dir / folder / WEIGHTS)
