@@ -121,11 +121,6 @@ def flops_by_shapes(config) -> dict[str, float]:
         forward += cost
         if torch.is_grad_enabled():
             backward += cost * trained
-            if (
-                isinstance(layer, torch.nn.Conv2d) and layer.stride[0] > 1
-            ):  # computed with its kernel padded to full strides
-                kernel_size, stride = layer.kernel_size[0], layer.stride[0]
-                cost *= (-(-kernel_size // stride) * stride / kernel_size) ** 2
             backward += cost * inputs[0].requires_grad
 
     def watch(module):
