@@ -216,12 +216,14 @@ def test_a_flow_that_overfits_stays_the_gaussian():
 
 
 def random_priors() -> dict[str, LatentPrior]:
-    """One of each kind, with random parameters."""
-    priors = {
-        "gaussian": LatentPrior("gaussian", latent_dim=LATENT_DIM),
-        "mixture": LatentPrior("mixture", latent_dim=LATENT_DIM, components=3, component_dims=5),
-        "flow": LatentPrior("flow", latent_dim=LATENT_DIM, width=12, blocks=2, steps=4),
-    }
+    """One of each kind, with random parameters that are the same in every test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        priors = {
+            "gaussian": LatentPrior("gaussian", latent_dim=LATENT_DIM),
+            "mixture": LatentPrior("mixture", latent_dim=LATENT_DIM, components=3, component_dims=5),
+            "flow": LatentPrior("flow", latent_dim=LATENT_DIM, width=12, blocks=2, steps=4),
+        }
     for prior in priors.values():
         for name, parameter in prior.named_parameters():
             if name != "component_weights":
