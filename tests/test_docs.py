@@ -23,8 +23,6 @@ DOCUMENTS = [
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 # Pages that describe the past: their commands and keys may be gone.
 HISTORY = ("docs/lab-notes.md",)
-# Pictures that are still to come.
-TO_COME = re.compile(r"images/synthetic_")
 SECTIONS = ("model", "data", "loss", "training_presets", "output", "hub")
 
 
@@ -51,7 +49,7 @@ def options(command: str) -> set[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_links_lead_to_files(path):
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", without_code(path.read_text(encoding="utf-8"))):
-        if not re.match(r"https?://|mailto:", link) and not TO_COME.search(link):
+        if not re.match(r"https?://|mailto:", link):
             assert (path.parent / link).exists(), link
 
 
