@@ -259,7 +259,7 @@ def test_interruptions_before_and_after_a_change_of_resolution_change_nothing(fa
 
 def test_a_resolution_schedule_that_does_not_suit_the_model_is_refused(faces, tmp_path):
     for model, schedule, message in (
-        ({}, {"32": 1}, "the vector layout takes 40 only"),
+        ({}, {"32": 1}, "the vector layout takes only 40"),
         (
             {
                 "sample_size": 64,

@@ -137,7 +137,7 @@ def test_a_restart_by_the_launcher_resumes_from_the_newest_checkpoint_whatever_t
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert restarted_run(tmp_path / "runs", "tiny") is None  # no holder known
-    (run_dir / LOCK_FILE).write_text(json.dumps({"launcher": run_dir_module.launcher() | {"pid": 1}}))
+    (run_dir / LOCK_FILE).write_text(json.dumps({"launcher": run_dir_module.launcher() | {"pid": -1}}))
     assert restarted_run(tmp_path / "runs", "tiny") is None  # another launcher's
     RunLock(run_dir).release()
     assert restarted_run(tmp_path / "runs", "tiny") == run_dir
