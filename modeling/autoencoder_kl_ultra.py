@@ -67,16 +67,18 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else contextlib.nullcontext()
 
 
-def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
-    """`F.pixel_unshuffle` that keeps the memory format, which torch's own does not do on CUDA."""
-    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return F.pixel_unshuffle(x, factor).contiguous(memory_format=memory_format)
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def pixel_unshuffle(x: Tensor, factor: int, like: Tensor | None = None) -> Tensor:
+    """`F.pixel_unshuffle` in the memory format of `like`, by default of `x`, which torch's own does not keep on CUDA."""
+    return F.pixel_unshuffle(x, factor).contiguous(memory_format=_memory_format(x if like is None else like))
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """`F.pixel_shuffle` that keeps the memory format, which torch's own does not do on CUDA."""
-    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return F.pixel_shuffle(x, factor).contiguous(memory_format=memory_format)
+    return F.pixel_shuffle(x, factor).contiguous(memory_format=_memory_format(x))
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -287,7 +289,7 @@ class Decoder(nn.Module):
         h = self.stem(latents)
         for index in reversed(range(len(self.stages))):
             if self.pca_factors[index]:
-                patches = pixel_unshuffle(pca_image, self.pca_factors[index]).to(h.dtype)
+                patches = pixel_unshuffle(pca_image, self.pca_factors[index], like=h).to(h.dtype)
                 h = h + self.pca_projections[index](patches)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(self.stages[index], h)

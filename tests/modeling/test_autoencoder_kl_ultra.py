@@ -31,6 +31,7 @@ from modeling.autoencoder_kl_ultra import (
     PCADecoder,
     ResBlock,
     Upsample,
+    VectorStem,
 )
 
 SMALL = {
@@ -387,6 +388,26 @@ def test_gradients_lie_in_memory_as_their_weights_do(layout):
     model(faces(2).to(memory_format=layout), sample_posterior=True).sample.sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.stride() == parameter.stride(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_convolution_gets_maps_in_the_memory_format_of_the_model(kind, layout):
+    """Otherwise cuDNN copies the map first. The vector layout's first map is small, and the output of a linear layer."""
+    model = awake(kind).to(memory_format=layout)
+    checked = []
+
+    def check(module, args, out):
+        assert args[0].is_contiguous(memory_format=layout), "input"
+        assert out.is_contiguous(memory_format=layout), "output"
+        checked.append(module)
+
+    small = [module.conv for module in model.modules() if isinstance(module, VectorStem)]
+    convolutions = [each for each in model.modules() if isinstance(each, nn.Conv2d) and each not in small]
+    for module in convolutions:
+        module.register_forward_hook(check)
+    model(faces(2).to(memory_format=layout), sample_posterior=True)
+    assert len(checked) == len(convolutions) > 10
 
 
 @pytest.mark.parametrize("decode_size", [32, 16])
