@@ -713,81 +713,68 @@ def _tile_weight(length: int, ramp: int, like: Tensor) -> Tensor:
     return ((torch.minimum(position, length - 1 - position) + 1) / ramp).clamp(max=1)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_sizes(c: FrozenDict) -> None:
     """Raise a ValueError, with the values and the remedy, if the sizes of a configuration do not fit together."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(message)
+
+    integers = ("sample_size", "latent_channels", "latent_size", "patch_size", "vector_width")
+    for name in integers if c.pca_size is None else (*integers, "pca_size", "pca_decode_size"):
+        require(type(c[name]) is int and c[name] >= 1, f"{name} must be an integer of at least 1, got {c[name]!r}.")
     stages = len(c.encoder_block_out_channels)
-    positive = ("sample_size", "latent_channels", "latent_size", "patch_size", "vector_width")
-    for name in positive if c.pca_size is None else (*positive, "pca_size", "pca_decode_size"):
-        _require(type(c[name]) is int and c[name] >= 1, f"{name} must be an integer of at least 1, got {c[name]!r}.")
-    for name, least in (("block_out_channels", 1), ("layers_per_block", 0)):
-        for values, which in ((c[f"encoder_{name}"], "encoder"), (c[f"decoder_{name}"], "decoder")):
-            _require(
-                bool(values) and all(type(value) is int and value >= least for value in values),
-                f"{which}_{name} must list integers of at least {least}, one for each stage, got {values!r}.",
+    for part in ("encoder", "decoder"):
+        widths = c[f"{part}_block_out_channels"]
+        for name, least in ((f"{part}_block_out_channels", 1), (f"{part}_layers_per_block", 0)):
+            require(
+                len(c[name]) == max(stages, 1) and all(type(value) is int and value >= least for value in c[name]),
+                f"{name} must list integers of at least {least}, one for each of the {stages} stages (the length of "
+                f"encoder_block_out_channels), got {c[name]!r}.",
             )
-            _require(
-                len(values) == stages,
-                f"{which}_{name} has {len(values)} entries and encoder_block_out_channels has {stages}: give both one "
-                "entry for each stage.",
+        for fine, coarse in zip(widths, (*widths[1:], 4)):
+            require(
+                fine % 4 == 0 and 4 * fine % coarse == 0,
+                f"{part}_block_out_channels must be multiples of 4, and 4 times each (the channels after pixel unshuffle) "
+                f"a multiple of the next, got {fine} before {coarse} in {widths!r}.",
             )
-    _require(
+    vector, size = c.latent_layout == "vector", c.sample_size
+    require(
         c.latent_layout in ("vector", "spatial"),
         f"latent_layout must be 'vector' or 'spatial', got {c.latent_layout!r}.",
     )
-    _require(
-        (c.latent_layout == "vector") == (c.latent_size == 1),
-        f"latent_layout {c.latent_layout!r} does not go with latent_size {c.latent_size}: set latent_size to 1 for "
-        "'vector' and to at least 2 for 'spatial'.",
+    require(
+        vector == (c.latent_size == 1),
+        f"latent_size must be 1 for latent_layout 'vector' and at least 2 for 'spatial', got {c.latent_size} for "
+        f"{c.latent_layout!r}.",
     )
-    dimensions = c.latent_channels * c.latent_size**2
-    _require(
-        dimensions == c.latent_dim,
-        f"latent_channels x latent_size x latent_size = {c.latent_channels} x {c.latent_size} x {c.latent_size} = "
-        f"{dimensions}, but latent_dim is {c.latent_dim}: change one of them.",
+    require(
+        c.latent_dim == c.latent_channels * c.latent_size**2,
+        f"latent_dim must be latent_channels x latent_size^2 = {c.latent_channels} x {c.latent_size}^2 = "
+        f"{c.latent_channels * c.latent_size**2}, got {c.latent_dim}.",
     )
-    for name in ("encoder_block_out_channels", "decoder_block_out_channels"):
-        for width, coarser in zip(c[name], (*c[name][1:], 4)):
-            _require(width % 4 == 0, f"{name} must be multiples of 4 (pixel shuffle), got {width}.")
-            _require(
-                4 * width % coarser == 0,
-                f"{name} goes from {width} to {coarser}, but 4 x {width} = {4 * width} (channels after pixel unshuffle) "
-                f"is not a multiple of {coarser}: change one of them.",
-            )
     stride = c.patch_size * 2 ** (stages - 1)
-    _require(
-        c.sample_size % stride == 0,
-        f"sample_size {c.sample_size} is not a multiple of patch_size x 2^(stages - 1) = {c.patch_size} x "
-        f"{2 ** (stages - 1)} = {stride}: change one of them.",
-    )
-    _require(
-        c.latent_layout == "vector" or c.sample_size // stride == c.latent_size,
-        f"sample_size / (patch_size x 2^(stages - 1)) = {c.sample_size} / {stride} = {c.sample_size // stride}, but "
-        f"latent_size is {c.latent_size}: change it, patch_size or the number of stages.",
+    require(
+        size % stride == 0 and (vector or size == stride * c.latent_size),
+        f"sample_size must be {'a multiple of ' if vector else f'latent_size {c.latent_size} x '}patch_size x "
+        f"2^(stages - 1) = {c.patch_size} x {2 ** (stages - 1)} = {stride}, got {size}.",
     )
     if c.pca_size is None:
         return
     for name in ("pca_size", "pca_decode_size"):
-        _require(
-            c.sample_size % c[name] == 0 and c[name] % c.latent_size == 0,
-            f"{name} must divide sample_size {c.sample_size} and be a multiple of latent_size {c.latent_size}, "
-            f"got {c[name]}.",
+        require(
+            size % c[name] == 0 and c[name] % c.latent_size == 0,
+            f"{name} must divide sample_size {size} and be a multiple of latent_size {c.latent_size}, got {c[name]}.",
         )
-    factor = c.sample_size // c.pca_decode_size
-    for scale in (c.patch_size * 2**index for index in range(stages)):
-        _require(
-            scale < factor or scale % factor == 0,
-            f"the decoder stage at 1/{scale} of the resolution cannot take the PCA image at 1/{factor} "
-            f"(sample_size {c.sample_size} / pca_decode_size {c.pca_decode_size}), because {scale} is not a multiple of "
-            f"{factor}: change pca_decode_size or patch_size.",
-        )
-    values = 3 * (c.pca_size // c.latent_size) ** 2
-    _require(
-        c.latent_channels <= values,
-        f"latent_channels {c.latent_channels} exceeds the {values} = 3 x {c.pca_size // c.latent_size}^2 values of a "
-        "patch at pca_size: raise pca_size.",
+    patch_values, factor = 3 * (c.pca_size // c.latent_size) ** 2, size // c.pca_decode_size
+    require(
+        c.latent_channels <= patch_values,
+        f"latent_channels must be at most 3 x (pca_size / latent_size)^2 = {patch_values}, the values of a patch, got "
+        f"{c.latent_channels}: raise pca_size.",
     )
+    for scale in (c.patch_size * 2**index for index in range(stages)):
+        require(
+            scale < factor or scale % factor == 0,
+            f"pca_decode_size {c.pca_decode_size} is 1/{factor} of sample_size {size}, which the decoder stage at 1/{scale} "
+            f"cannot take, because {scale} is not a multiple of {factor}: change pca_decode_size or patch_size.",
+        )
