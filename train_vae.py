@@ -3,6 +3,7 @@
 accelerate launch train_vae.py --config configs/ultra.json
 python train_vae.py --config configs/quickstart.json --set training_presets.num_epochs=2
 python train_vae.py --config configs/ultra.json --resume auto
+python train_vae.py --config configs/quickstart.json --init-from model_weights/vae_quickstart
 python train_vae.py --config configs/ultra.json --dry-run
 python train_vae.py --explain training_presets.kl_gain
 """
@@ -10,12 +11,13 @@ python train_vae.py --explain training_presets.kl_gain
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 
 from training.cli import UserError, run
-from training.config import load_config
+from training.config import Config, load_config
 from training.launch import check_launch_environment
 
 _EXIT_CODES = """\
@@ -45,6 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="resume from the newest checkpoint of this run name, or from the run or checkpoint at PATH",
     )
     parser.add_argument(
+        "--init-from",
+        metavar="MODEL",
+        help="start a new run from a model's weights, sets training_presets.init_from: folder of an exported model, a run "
+        "(its best model) or a checkpoint; or a Hub id",
+    )
+    parser.add_argument(
         "--allow-changed",
         action="append",
         default=[],
@@ -56,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_config(arguments: argparse.Namespace) -> Config:
+    overrides = list(arguments.overrides)
+    if arguments.init_from is not None:
+        overrides.append(f"training_presets.init_from={json.dumps(arguments.init_from)}")
+    return load_config(arguments.config, overrides)
+
+
 def _explain(arguments: argparse.Namespace) -> None:
     from training.config_reference import explain
 
@@ -64,7 +79,7 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 def _dry_run(arguments: argparse.Namespace) -> None:
     num_processes = check_launch_environment()
-    config = load_config(arguments.config, arguments.overrides)
+    config = _load_config(arguments)
 
     from training.budget.estimate import describe_estimate, known_train_images
     from training.builders import build_model, micro_batch_size
@@ -81,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(_explain if arguments.explain else _dry_run, arguments)
     try:
         check_launch_environment()
-        config = load_config(arguments.config, arguments.overrides)
+        config = _load_config(arguments)
 
         # Imported late: --help and a misspelled key do not wait for torch.
         from training.trainer import Trainer

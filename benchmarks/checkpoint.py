@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from training.builders import build_model, build_optimizer
+from training.builders import build_model, build_optimizer, freeze_parameters
 from training.checkpoint.format import Snapshot, write_checkpoint
 from training.checkpoint.state import TrainingState
 from training.config import load_config
 from training.ema import EMAWeights
-from training.pca_init import freeze_pca_branch
 from training.publish.export import model_files
 from training.run_files import verify
 
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(arguments.config)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = build_model(config).to(accelerator.device)
-    freeze_pca_branch(model, config.training_presets.pca_lr_scale)
+    freeze_parameters(model, config.training_presets)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config, model, parameters, accelerator.device)
     for parameter in parameters:

@@ -32,7 +32,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.profiler import ProfilerActivity, profile
 
 from training.budget.estimate import count_flops
-from training.builders import build_model, build_optimizer
+from training.builders import build_model, build_optimizer, freeze_parameters
 from training.config import Config, config_from_dict, load_config
 from training.data.images import normalize
 from training.data.stream import TrainStream
@@ -40,7 +40,6 @@ from training.distributed import resolve_precision
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
-from training.pca_init import freeze_pca_branch
 from training.step import StepResult, TrainStep
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +64,7 @@ class Bench:
         self.device = self.accelerator.device
         self.format = torch.channels_last if presets.channels_last else torch.contiguous_format
         self.model = build_model(config)
-        freeze_pca_branch(self.model, presets.pca_lr_scale)
+        freeze_parameters(self.model, presets)
         if presets.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.to(self.device, memory_format=self.format)

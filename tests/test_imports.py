@@ -22,6 +22,7 @@ LAYERS = [
         "training.budget",
         "training.checkpoint",
         "training.evaluate",
+        "training.initial_weights",
         "training.monitor",
         "training.priors",
         "training.publish",

@@ -16,7 +16,6 @@ from training import pca_init
 from training.pca_init import (
     fit_pca_branch,
     flip_symmetric_components,
-    freeze_pca_branch,
     principal_components,
     split_symmetry,
 )
@@ -370,18 +369,6 @@ def test_a_second_initialization_replaces_the_first():
     fit_pca_branch(again, images, NOISE)
     for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(left, right), name
-
-
-def test_freezing():
-    model = model_for("vector")
-    freeze_pca_branch(model, 0.1)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    freeze_pca_branch(model, 0)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {
-        f"pca_branch.{half}.linear.{kind}" for half in ("encoder", "decoder") for kind in ("weight", "bias")
-    }
-    freeze_pca_branch(model_for("vector", pca_size=None), 0)
 
 
 def test_unusable_images_are_refused():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.config import Config, unknown_key
+from training.config import Config, TrainingPresets, unknown_key
 
 
 def build_model(config: Config) -> AutoencoderKLUltra:
@@ -39,6 +39,19 @@ def build_model(config: Config) -> AutoencoderKLUltra:
                 f"sample_size {sample_size}, divide it, and be multiples of spatial_compression_ratio {ratio}."
             )
     return model
+
+
+def freeze_parameters(model: AutoencoderKLUltra, presets: TrainingPresets) -> None:
+    """Exclude from training the half that `train_only` leaves out, and the PCA branch if `pca_lr_scale` is 0."""
+    encoder: list[nn.Module] = [model.encoder, model.logvar_bias]
+    decoder: list[nn.Module] = [model.decoder]
+    if model.pca_branch is not None:
+        encoder.append(model.pca_branch.encoder)
+        decoder.append(model.pca_branch.decoder)
+        if presets.pca_lr_scale == 0:
+            model.pca_branch.requires_grad_(False)
+    for module in {"all": [], "encoder": decoder, "decoder": encoder}[presets.train_only]:
+        module.requires_grad_(False)
 
 
 def micro_batch_size(config: Config, processes: int) -> int:

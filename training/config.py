@@ -304,6 +304,11 @@ class TrainingPresets(KLSchedule):
     # Squared error that the posterior's noise adds at the start, as a fraction of that of the PCA reconstruction.
     pca_noise_fraction: float = constrained(0.05, gt=0, le=1)
     pca_lr_scale: float = constrained(0.0, ge=0)  # learning rate of the PCA branch over learning_rate; 0: it is frozen
+    # Start from the weights of a trained model of the same architecture: the folder of an exported model, a run or a
+    # checkpoint, or a Hub id (`--init-from`). null: random weights and a PCA initialization.
+    init_from: str | None = None
+    pca_refit: bool = False  # with init_from: repeat the PCA initialization on these images; false: keep the PCA branch
+    train_only: str = constrained("all", choices=("all", "encoder", "decoder"))  # the other half of the model is frozen
     kl_control_enabled: bool = True  # false: beta is kl_beta_init after the warm-up
     max_images_per_epoch: int | None = constrained(None, ge=1)  # shorter epochs; null: all training images
     max_train_minutes: float | None = constrained(None, gt=0)  # stop cleanly after this training time; null: never
@@ -317,6 +322,9 @@ class TrainingPresets(KLSchedule):
             self._require(valid, "resolution_schedule", wanted)
         valid = sum(self.resolution_schedule.values()) < self.num_epochs
         self._require(valid, "resolution_schedule", f"shorter than num_epochs = {self.num_epochs}")
+        if self.pca_refit:
+            valid = self.init_from is not None and self.train_only == "all"
+            self._require(valid, "pca_refit", 'false without init_from, or where train_only is not "all"')
         if self.max_images_per_epoch is not None:
             valid = self.max_images_per_epoch >= self.batch_size
             self._require(valid, "max_images_per_epoch", f"at least batch_size = {self.batch_size}")

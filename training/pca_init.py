@@ -247,9 +247,3 @@ def fit_pca_branch(
         # KL depends on the mean through its square only, so the root mean square gives the average over images.
         "kl_per_dimension": kl_per_dimension((squared_sum / number).sqrt()[None], logvar[None]).mean().item(),
     }
-
-
-def freeze_pca_branch(model: AutoencoderKLUltra, lr_scale: float) -> None:
-    """Exclude the PCA branch from training if its learning rate scale is 0."""
-    if model.pca_branch is not None and lr_scale == 0:
-        model.pca_branch.requires_grad_(False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.estimate import describe_estimate, estimate_micro_batch
-from training.builders import build_model, build_optimizer, micro_batch_size
+from training.builders import build_model, build_optimizer, freeze_parameters, micro_batch_size
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
@@ -35,11 +35,12 @@ from training.distributed import (
     resolve_precision,
 )
 from training.ema import EMAWeights
+from training.initial_weights import load_initial_weights
 from training.learning_rate import LearningRate
 from training.losses.kl_control import KLController
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
-from training.pca_init import fit_pca_branch, freeze_pca_branch
+from training.pca_init import fit_pca_branch
 from training.publish import hub
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
@@ -161,6 +162,10 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     model = build_model(config)
     if saved is not None:
         notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
+    origin = {}
+    if checkpoint is None and presets.init_from is not None:
+        origin = on_main_process(accelerator, lambda: load_initial_weights(model, presets.init_from))
+        notes.append(f"weights   from {presets.init_from}")
     if config.hub.push:
         on_main_process(accelerator, lambda: hub.check_access(config.hub))
     loss, eval_lpips_trunk = _load_networks(config, model, accelerator)
@@ -169,12 +174,13 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         stream.check_resume(saved["data"])
 
     # All checks have passed; from here on files are written.
-    run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint))
+    run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin))
     accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
     setup_logging(accelerator, run_dir / "training.log")
     _log_start(config, accelerator, stream, run_dir, precision, precision_source, [*notes, *claimed])
 
-    _initialize_model(config, model, accelerator, from_images=checkpoint is None)
+    is_new = checkpoint is None
+    _initialize_model(config, model, accelerator, fit_pca=is_new and (presets.init_from is None or presets.pca_refit))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config, model, parameters, accelerator.device)
     # The main process's weights reach the other processes here, before the EMA weights are copied from them.
@@ -354,11 +360,11 @@ def _log_start(
         logger.info(line)
 
 
-def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, from_images: bool) -> None:
+def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, fit_pca: bool) -> None:
     """Initializes the PCA branch, moves the model to the device, sets its memory format and compiles it."""
     presets = config.training_presets
-    freeze_pca_branch(model, presets.pca_lr_scale)
-    if from_images and model.pca_branch is not None:
+    freeze_parameters(model, presets)
+    if fit_pca and model.pca_branch is not None:
         # `prepare` sends the weights to the other processes; an error must reach them here.
         on_main_process(accelerator, lambda: _fit_pca_branch(config, model, accelerator.device))
     if presets.gradient_checkpointing:

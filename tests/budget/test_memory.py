@@ -19,12 +19,11 @@ from training.budget.memory import (
     largest_micro_batch,
     trace_memory,
 )
-from training.builders import build_model, build_optimizer, micro_batch_size
+from training.builders import build_model, build_optimizer, freeze_parameters, micro_batch_size
 from training.config import Config, config_from_dict
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
-from training.pca_init import freeze_pca_branch
 from training.step import TrainStep
 
 RESOLUTION = 64  # large enough for activations to outweigh the weights
@@ -57,7 +56,7 @@ def allocated(**presets) -> int:
     config = small_config(**presets)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     model = build_model(config)
-    freeze_pca_branch(model, 0.0)
+    freeze_parameters(model, config.training_presets)
     if config.training_presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -98,6 +97,13 @@ def test_the_peak_with_gradient_checkpointing(session):
     estimate = transient(estimated(24, gradient_checkpointing=True))
     assert estimate < 0.95 * transient(estimated(24))
     assert allocated(batch_size=24, gradient_checkpointing=True) == pytest.approx(estimate, abs=SCRATCH_BYTES)
+
+
+@pytest.mark.parametrize("train_only", ["encoder", "decoder"])
+def test_the_peak_with_a_frozen_half(session, train_only):
+    estimate = transient(estimated(24, train_only=train_only))
+    assert estimate < transient(estimated(24))
+    assert allocated(batch_size=24, train_only=train_only) == pytest.approx(estimate, abs=SCRATCH_BYTES)
 
 
 def test_persistent_parts_are_four_bytes_per_value():

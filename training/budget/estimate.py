@@ -20,10 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.devices import DEFAULT_EFFICIENCY, Device, local_device
 from training.budget.memory import GIB, MemoryEstimate, largest_micro_batch, trace_memory
-from training.builders import micro_batch_size
+from training.builders import freeze_parameters, micro_batch_size
 from training.config import Config, config_from_dict
 from training.losses.perceptual import PerceptualTrunk
-from training.pca_init import freeze_pca_branch
 
 
 def _count(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -47,7 +46,7 @@ def count_flops(config: Config) -> dict[str, Any]:
     """
     with torch.device("meta"):
         model = AutoencoderKLUltra(**config.model)
-        freeze_pca_branch(model, config.training_presets.pca_lr_scale)
+        freeze_parameters(model, config.training_presets)
         if config.training_presets.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         gflop = _count_parts(config, model, model.config.sample_size)
@@ -73,10 +72,10 @@ def _count_parts(config: Config, model: AutoencoderKLUltra, resolution: int) -> 
     gflop: dict[str, float] = {}
     gflop["encoder"], encoded = _count(lambda: model.encode(pixels).latent_dist.mean)
     # A leaf, so that the two backward passes are counted apart; encoded.mean would join them.
-    latents = encoded.detach().requires_grad_()
+    latents = encoded.detach().requires_grad_(encoded.requires_grad)
     gflop["decoder"], decoded = _count(lambda: model.decode(latents).sample)
-    gflop["encoder backward"], _ = _count(encoded.sum().backward)
-    gflop["decoder backward"], _ = _count(decoded.sum().backward)
+    for name, output in (("encoder backward", encoded), ("decoder backward", decoded)):
+        gflop[name] = _count(output.sum().backward)[0] if output.requires_grad else 0.0
     trunks = [PerceptualTrunk(name, load_weights=False) for name, _ in config.loss.trunks]
     if trunks:
         sizes = [min(crop or resolution, resolution) for _, crop in config.loss.trunks]
@@ -104,7 +103,7 @@ def estimate_memory(config: Config, micro_batch: int, processes: int) -> MemoryE
     Precision is the configuration's; "auto" counts as bf16, which every GPU of the table computes in.
     """
     presets = config.training_presets
-    names = ("ema_decay", "gradient_checkpointing", "pca_lr_scale")
+    names = ("ema_decay", "gradient_checkpointing", "pca_lr_scale", "train_only")
     settings = {
         "model": config.model,
         "loss": asdict(config.loss),

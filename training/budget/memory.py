@@ -26,11 +26,10 @@ from torch.utils.flop_counter import flop_registry
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.devices import Device
-from training.builders import build_model
+from training.builders import build_model, freeze_parameters
 from training.config import Config
 from training.data.images import normalize
 from training.losses.objective import ReconstructionLoss, vae_loss
-from training.pca_init import freeze_pca_branch
 from training.randomness import sample_crops
 
 GIB = 2**30
@@ -218,7 +217,7 @@ def _trace_step(
     precision: str,
 ) -> MemoryEstimate:
     presets = config.training_presets
-    freeze_pca_branch(model, presets.pca_lr_scale)
+    freeze_parameters(model, presets)
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if presets.channels_last:  # Module.to cannot exchange parameters without contents

@@ -33,6 +33,7 @@ FIXED_ON_RESUME = (
     "training_presets.pca_lr_scale",
     "training_presets.optimizer",
     "training_presets.seed",
+    "training_presets.train_only",
 )
 # Exceptions: paths and speeds.
 FREE_ON_RESUME = (

@@ -80,6 +80,12 @@ class RunFolder:
                 notes.append(f"--resume auto: no checkpoint of {output.run_name} in {runs_dir}, starting a new run")
             return {"run_dir": self.path, "checkpoint": None, "state": None, "notes": notes}
         self.path, named = found
+        given, origin = self._config.training_presets.init_from, read_json(self.path / RUN_FILE).get("init_from")
+        if given not in (None, origin):
+            raise ValueError(
+                f"training_presets.init_from is {given}, but the run {self.path} started from "
+                f"{origin or 'random weights'}: leave it out to resume that run, or leave out --resume to start a new one."
+            )
         self._lock = RunLock(self.path)
         notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(self.path)]
         checkpoint, skipped = newest_valid(self.path, named)
@@ -93,8 +99,12 @@ class RunFolder:
             state["progress"]["best"] = None
         return {"run_dir": self.path, "checkpoint": checkpoint, "state": state, "notes": notes + skipped}
 
-    def claim(self, checkpoint: Path | None) -> tuple[Path, list[str]]:
+    def claim(self, checkpoint: Path | None, origin: dict[str, Any]) -> tuple[Path, list[str]]:
         """Create and lock a new run's folder, or make `checkpoint` the newest of a resumed run.
+
+        Args:
+            checkpoint: What a resumed run continues; None for a new run.
+            origin: What `run.json` records about the initial weights of a new run (`load_initial_weights`).
 
         Returns:
             The folder, and lines for the log.
@@ -113,7 +123,8 @@ class RunFolder:
                     self.path = self._new_path()
                 else:  # in UTC: the time in the folder's name is local
                     now = datetime.datetime.now(datetime.timezone.utc)
-                    write_json(self.path / RUN_FILE, {"created": now.isoformat(), "host": socket.gethostname()})
+                    values = {"created": now.isoformat(), "host": socket.gethostname(), **origin}
+                    write_json(self.path / RUN_FILE, values)
             if checkpoint is not None:
                 newer = quarantine_newer(self.path, checkpoint)
                 notes = [

@@ -181,6 +181,8 @@ def _metadata(repo_id: str, record: RunRecord | None) -> ModelCardData:
     if record is None:
         return ModelCardData(**data)
     config = record.config
+    if record.base_model is not None:
+        data |= {"base_model": record.base_model, "base_model_relation": "finetune"}
     if is_celeba(config):
         data |= {"license": "other", "license_name": "celeba-non-commercial", "license_link": CELEBA_PAGE}
     elif config.data.dataset == "synthetic_faces":
@@ -323,6 +325,11 @@ def _training(record: RunRecord) -> str:
         f"{loss.lpips_weight:g} LPIPS ({networks}) + beta x KL, beta {beta}.",
         f"- {hours:.2f} hours ({60 * hours:.1f} minutes) of training steps, without validation.",
     ]
+    if record.init_from is not None:
+        base = record.base_model
+        name = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(record.init_from).name}`"
+        trained = {"all": "", "encoder": "; the decoder was frozen", "decoder": "; the encoder was frozen"}
+        lines.insert(0, f"- Started from the weights of {name}{trained[presets.train_only]}.")
     if hardware := record.status.get("hardware"):
         count = hardware["processes"]
         lines.append(f"- Hardware: {count} x {hardware['device']}, precision {hardware['precision']}.")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from training.config import Config
-from training.run_files import best_checkpoint, saved_config
+from training.run_files import RUN_FILE, best_checkpoint, read_json, saved_config
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class RunRecord:
         grids: Name in the card -> file.
         train_seconds: Duration of all training steps, without validation.
         metrics: Finite metrics of the best model, by the names of `training.evaluate`.
+        init_from: Model whose weights the run started from; None for random weights.
+        base_model: Its id on the Hub, if it came from there.
         evaluated: `dataset`, `split` and `images` of `evaluation.json`; None if the metrics are from the validation.
     """
 
@@ -54,6 +56,8 @@ class RunRecord:
     grids: dict[str, Path] = field(default_factory=dict)
     train_seconds: float = 0.0
     metrics: dict[str, Metric] = field(default_factory=dict)
+    init_from: str | None = None
+    base_model: str | None = None
     evaluated: dict[str, Any] | None = None
 
 
@@ -66,10 +70,13 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("config.json", "status.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: give the folder of a run (runs/<run_name>_<time>).")
+    origin = read_json(folder / RUN_FILE)
     record = RunRecord(
         config=saved_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
         status=json.loads((folder / "status.json").read_text(encoding="utf-8")),
         best=best_checkpoint(folder)[1],
+        init_from=origin.get("init_from"),
+        base_model=origin.get("base_model"),
     )
     lines: dict[str, dict[int, dict]] = {"train": {}, "validation": {}}
     images_seen = 0

@@ -1,0 +1,55 @@
+"""Starts a new run from the weights of a trained model (`training_presets.init_from`)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training.cli import resolve_model
+from training.evaluate.models import load_model
+
+# Keys of `config.json` that do not change the shape of a weight: initial or measured values.
+_VALUES = ("logvar_init", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def load_initial_weights(model: AutoencoderKLUltra, init_from: str) -> dict[str, Any]:
+    """Copy the weights of a trained model into a new one.
+
+    The shapes of all weights must be equal. So a model of the spatial layout may have another `sample_size`.
+
+    Args:
+        model: Changed in place.
+        init_from: Folder of an exported model, a run (its best model) or a checkpoint; or a Hub id.
+
+    Returns:
+        `init_from`, and `base_model`: the Hub id, or None for a folder.
+
+    Raises:
+        ValueError: There is no such model, or it has another architecture.
+    """
+    loaded = load_model(init_from)
+    saved, wanted = loaded.state_dict(), model.state_dict()
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in wanted.items()}:
+        keys = [key for key in inspect.signature(AutoencoderKLUltra.__init__).parameters if key in model.config]
+        values = [(key, _plain(loaded.config[key]), _plain(model.config[key])) for key in keys if key not in _VALUES]
+        differing = [(key, there, here) for key, there, here in values if there != here]
+        shown = ", ".join(
+            f"model.{key} is {json.dumps(there)} there and {json.dumps(here)} here" for key, there, here in differing
+        )
+        options = [f"model.{key}={json.dumps(there, separators=(',', ':'))}" for key, there, _ in differing]
+        raise ValueError(
+            f"training_presets.init_from {init_from} has another architecture ({shown}): take its values with "
+            f"{' '.join(f'--set {shlex.quote(option)}' for option in options)}, or start from another model."
+        )
+    model.load_state_dict(saved)
+    source = resolve_model(init_from).path
+    return {"init_from": init_from, "base_model": None if Path(source).is_dir() else source}
+
+
+def _plain(value: Any) -> Any:
+    """A value as in JSON, where tuples are lists."""
+    return list(value) if isinstance(value, tuple) else value
