@@ -2,9 +2,11 @@
 
     python examples/latent_diffusion.py model_weights/vae_ultra_spatial --images FOLDER --steps 5000 --output samples.png
     python examples/latent_diffusion.py model_weights/vae_ultra_spatial --images FOLDER --steps 300
+    python examples/latent_diffusion.py model_weights/vae_ultra_spatial --latents FOLDER --steps 5000
 
 Needs torch, diffusers and Pillow, not this project: `AutoModel` loads the VAE from a folder or the Hub, with the source
-that is saved with the weights. The images are encoded once; a residual MLP learns the velocity of flow matching (Lipman
+that is saved with the weights. The images are encoded once, or `--latents` names the shards that `python -m
+training.encode` has written; a residual MLP learns the velocity of flow matching (Lipman
 et al. 2022, https://arxiv.org/abs/2210.02747); diffusers' Euler scheduler samples new latents, and the VAE decodes them.
 The second command took 46 s on one CPU core (AMD EPYC, 256 images of 64x64 pixels). For good images, replace `Velocity`
 by one of diffusers' transformers and train for hours.
@@ -25,6 +27,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -70,6 +73,15 @@ def encode_folder(vae: nn.Module, folder: Path, limit: int, batch: int = 16) -> 
     return (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
+def load_latents(folder: Path, limit: int) -> Tensor:
+    """One sample of each posterior in the safetensors shards of a folder, (n, C, h, w); they are scaled already."""
+    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    if not shards:
+        raise ValueError(f"--latents {folder} has no safetensors shards: write them with `python -m training.encode`.")
+    mean, std = (torch.cat([shard[name] for shard in shards])[:limit] for name in ("mean", "std"))
+    return mean + std * torch.randn(mean.shape)
+
+
 def train(network: nn.Module, latents: Tensor, steps: int, batch: int, generator: torch.Generator) -> list[float]:
     """Trains the velocity noise - latents on the straight path between them; returns the loss of each step."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -107,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description="Train a small latent diffusion on an exported model's latents.")
     parser.add_argument("model", metavar="MODEL", help="folder of an exported VAE, or a Hub id")
-    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="training images")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="training images")
+    source.add_argument("--latents", type=Path, metavar="FOLDER", help="latents by `python -m training.encode`")
     parser.add_argument("--max-images", type=int, default=100_000, metavar="N")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="training steps (2,000)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
@@ -125,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(arguments.seed)
     try:
         vae = AutoModel.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
-        latents = encode_folder(vae, arguments.images, arguments.max_images)
+        if arguments.latents is not None:
+            latents = load_latents(arguments.latents, arguments.max_images).to(device)
+        else:
+            latents = encode_folder(vae, arguments.images, arguments.max_images)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -234,7 +234,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             with self.hub.lock:
                 self.hub.requests.pop()
             return self._take("whoami", lambda _: self._send_json(self.hub.user), url)
-        if match := re.fullmatch(r"/api/models/(\w+/[\w.-]+)(?:/(revision|tree)/[^/]+)?", url.path):
+        if match := re.fullmatch(r"/api/(?:models|spaces)/(\w+/[\w.-]+)(?:/(revision|tree)/[^/]+)?", url.path):
             return self._send_model(match[1], match[2] == "tree")
         if match := re.fullmatch(r"/(\w+/[\w.-]+)/resolve/[^/]+/(.+)", url.path):
             return self._send_model_file(match[1], match[2])
@@ -348,8 +348,8 @@ _NAME = r"(\w+/[\w.-]+)"
 _PUSHES = {
     "/api/repos/create": ("create", _Handler._create),
     "/api/validate-yaml": ("validate", _Handler._validate),
-    f"/api/models/{_NAME}/preupload/main": ("preupload", _Handler._preupload),
-    rf"/{_NAME}\.git/info/lfs/objects/batch": ("batch", _Handler._batch),
+    f"/api/(?:models|spaces)/{_NAME}/preupload/main": ("preupload", _Handler._preupload),
+    rf"/(?:spaces/)?{_NAME}\.git/info/lfs/objects/batch": ("batch", _Handler._batch),
     rf"/{_NAME}\.git/info/lfs/objects/verify": ("verify", _Handler._verify),
-    f"/api/models/{_NAME}/commit/main": ("commit", _Handler._commit),
+    f"/api/(?:models|spaces)/{_NAME}/commit/main": ("commit", _Handler._commit),
 }

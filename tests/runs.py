@@ -182,6 +182,11 @@ def run_ranks(
             prepare(trainer)
         return trainer.run()
 
+    return fork_ranks(job, log, ranks)
+
+
+def fork_ranks(job: Callable[[], int], log: Path, ranks: int) -> list[int]:
+    """Run `job` in forked processes, `ranks` of them in one group; returns their exit codes."""
     environments: Sequence[dict[str, str]] = [{}]
     if ranks > 1:
         with contextlib.closing(socket.socket()) as probe:

@@ -112,7 +112,7 @@ def test_the_page_is_up_to_date():
 
 def test_the_page_names_the_files_that_set_a_key():
     files = {row.split("`")[1]: row.split("|")[-2].strip() for row in reference().splitlines() if row.startswith("| `")}
-    assert files["kl_target_low"] == "ultra"
+    assert files["kl_target_low"] == "celebahq, ffhq, own_faces, ultra"
     assert files["synthetic_train_images"] == "quickstart"
     assert files["shuffle_buffer"] == ""
 
@@ -130,6 +130,9 @@ def test_explain():
     assert explain("training_presets.kl_target_low").splitlines() == [
         "training_presets.kl_target_low  (number, greater than 0 and less than 1; default 0.01)",
         "target range of the smoothed KL fraction of the loss",
+        "configs/celebahq.json: 0.03",
+        "configs/ffhq.json: 0.03",
+        "configs/own_faces.json: 0.01",
         "configs/ultra.json: 0.1",
     ]
     assert explain("model.latent_size").startswith("model.latent_size  (integer; default 1)\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,11 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import encode
 from training.data.synthetic_faces.render import render_face
 from training.pca_init import fit_pca_branch
 
@@ -91,6 +96,22 @@ def test_a_folder_is_encoded_with_the_scaling_of_the_vae(example, model, images)
     assert noise.std().item() == pytest.approx(1, abs=0.2) and noise.abs().max() < 6
 
 
+def test_latents_of_the_command_encode_are_those_of_the_example(session, example, model, images, tmp_path, capsys):
+    folder = tmp_path / "latents"
+    arguments = ["--data", f"imagefolder:{images / 'train'}", "--output", str(folder), "--shard-size", "20"]
+    assert encode.main([str(model), *arguments]) == 0
+    vae = AutoencoderKLUltra.from_pretrained(model)
+    latents, expected = example.load_latents(folder, 30), example.encode_folder(vae, images / "train", limit=30)
+    std = load_file(folder / "latents_00000.safetensors")["std"]
+    assert latents.shape == expected.shape and (latents[:20] - expected[:20]).abs().mean() < 2 * std.mean()
+    sizes = ["--steps", "2", "--width", "16", "--sample-steps", "2", "--num-samples", "2"]
+    output = ["--output", str(tmp_path / "grid.png")]
+    assert example.main([str(model), "--latents", str(folder), *sizes, *output]) == 0
+    assert "32 latents" in capsys.readouterr().out
+    assert example.main([str(model), "--latents", str(tmp_path), *output]) == 2
+    assert "training.encode" in capsys.readouterr().err
+
+
 def test_a_folder_without_images_is_a_one_line_error(example, model, tmp_path, capsys):
     assert example.main([str(model), "--images", str(tmp_path)]) == 2
     assert "has no images" in capsys.readouterr().err
@@ -156,3 +177,78 @@ def test_a_diffusers_pipeline_takes_the_vae(model):
     generator = torch.Generator().manual_seed(0)
     images = pipeline([1, 2], num_inference_steps=2, generator=generator, output_type="np").images
     assert images.shape == (2, SIZE, SIZE, 3)
+
+
+# ---- the notebook ----
+
+
+def code_cells() -> list[str]:
+    cells = json.loads((ROOT / "examples" / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_stored_without_outputs():
+    notebook = json.loads((ROOT / "examples" / "walkthrough.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """Every cell in one namespace; an expression at the end of a cell is what Jupyter would show."""
+    monkeypatch.chdir(ROOT)
+    namespace, shown = {}, []
+    for source in code_cells():
+        if "FOLDER, MINUTES" in source:
+            source = f"FOLDER, MINUTES, IMAGES = Path({str(tmp_path)!r}), 0.02, 48"
+        tree = ast.parse(source)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "walkthrough.ipynb", "exec"), namespace)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), "walkthrough.ipynb", "eval"), namespace))
+    assert "grids  " in capsys.readouterr().out
+    images = [image for image in shown if isinstance(image, Image.Image)]
+    assert [image.size for image in images[1:]] == [(8 * 64, rows * 64) for rows in (2, 3, 1)]
+    images[0].close()
+
+
+# ---- rented hardware ----
+
+
+def test_the_dependencies_of_the_job_are_those_of_the_project():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    source = (ROOT / "examples" / "train_job.py").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?m)^# /// script$\n((?:^#(?:| .*)$\n)+)^# ///$", source)  # the expression of PEP 723
+    metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert metadata["dependencies"] == project["dependencies"]
+    assert metadata["requires-python"] == project["requires-python"]
+
+
+def test_the_job_clones_trains_on_every_gpu_and_uploads():
+    """Commands are printed instead of run."""
+    job = ROOT / "examples" / "train_job.py"
+    assert subprocess.run([sys.executable, job, "--help"], capture_output=True).returncode == 0
+    code = (
+        "import runpy, subprocess, sys; real = subprocess.run; sys.argv = sys.argv[1:]\n"
+        "subprocess.run = lambda words, cwd=None: real(['echo', *words[words[0] == sys.executable:], cwd or ''])\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    options = ["--repository", "https://example.com/x.git", "--repo-id", "org/name", "--config", "configs/ultra.json"]
+    done = subprocess.run([sys.executable, "-c", code, job, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    clone, train = done.stdout.splitlines()
+    assert clone.startswith("git clone --depth 1 --branch main https://example.com/x.git /")
+    assert train.startswith("-m torch.distributed.run --standalone --nproc_per_node gpu train_vae.py ")
+    assert "--set hub.push=true --set hub.repo_id=org/name --config configs/ultra.json" in train
+    assert train.split()[-1] == clone.split()[-1]  # in the clone
+
+
+def test_the_dockerfile_has_a_cpu_and_a_gpu_target_and_copies_what_exists():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" AS ")[1] for line in lines if line.startswith("FROM")] == ["base", "cpu", "gpu"]
+    for name in re.findall(r"/app/([\w/.]+)", "\n".join(lines)):
+        assert (ROOT / name).is_file(), name
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert not {"training", "modeling", "configs", "train_vae.py", "pyproject.toml", "README.md"} & set(ignored)

@@ -33,6 +33,11 @@ PAGES = {
 }
 # Beginning of a command -> why it does not run here.
 NOT_RUN = {
+    "pip install gradio": "needs a network",
+    "python -m training.demo $MODEL": "runs until it is stopped; tests/demo starts it",
+    "python -m training.publish $MODEL --repo-id org/name --space #": "needs a network; tests/publish uploads a Space",
+    "hf jobs uv run": "needs an account; tests/test_examples.py reads the script's metadata and runs its command line",
+    "docker": "needs Docker; tests/test_examples.py reads the Dockerfile",
     "accelerate launch": "tests/test_launchers.py and tests/test_machines.py launch tiny trainings",
     "torchrun": "tests/test_launchers.py starts two processes",
     "ACCELERATE_USE_CPU=true": "tests/test_launchers.py starts two processes",
@@ -57,6 +62,7 @@ EXTRA_ARGUMENTS = {
     "--num-processes 8": "--set training_presets.batch_size=8",
     "training.evaluate": "--lpips st_alexnet --frechet st_alexnet --max-images 6",
     "training.fit_prior": "--priors gaussian flow --flow-steps 50 --frechet none --num-samples 4",
+    "training.compare": "--max-images 6",
     "latent_diffusion.py": "--steps 3 --num-samples 4 --width 32 --sample-steps 2",
     "training.kl": "--epochs 9",
 }
@@ -145,8 +151,13 @@ def workplace(tmp_path_factory, faces) -> Iterator[Path]:
     """A folder in which the shipped configurations are tiny ones, with a finished run, its model and its priors."""
     folder = tmp_path_factory.mktemp("guides")
     (folder / "configs").mkdir()
-    for name, run_name, model in (("ultra", "ultra_high_quality", {}), ("ultra_spatial", "ultra_spatial", SPATIAL)):
-        values = tiny.tiny_settings(folder, faces, model=model, training_presets={"num_epochs": 1})
+    own = {"dataset": "imagefolder", "data_dir": "faces", "validation_split": None, "holdout_fraction": 0.3}
+    for name, run_name, model, data in (
+        ("ultra", "ultra_high_quality", {}, {}),
+        ("ultra_spatial", "ultra_spatial", SPATIAL, {}),
+        ("own_faces", "own_faces", {}, own),
+    ):
+        values = tiny.tiny_settings(folder, faces, model=model, data=data, training_presets={"num_epochs": 1})
         values["output"] |= {"run_name": run_name, "runs_dir": "runs", "model_dir": "model_weights"}
         (folder / "configs" / f"{name}.json").write_text(json.dumps(values))
     for name in ("faces", "parquet", "weights"):

@@ -21,18 +21,23 @@ LAYERS = [
     (
         "training.budget",
         "training.checkpoint",
+        "training.demo",
         "training.evaluate",
         "training.initial_weights",
         "training.monitor",
         "training.priors",
         "training.publish",
         "training.tracking",
-        # Commands: they parse and call.
+        # Commands.
+        "training.compare",
         "training.config_reference",
+        "training.encode",
         "training.export_formats",
         "training.fit_prior",
         "training.kl",
+        "training.reconstruct",
         "training.sample",
+        "training.synthetic_faces",
     ),
     (
         "training.builders",

@@ -15,10 +15,15 @@ COMMANDS = {
     "budget": ("training.budget.command", "estimate memory and hours of a configuration before the run"),
     "monitor": ("training.monitor.terminal", "show a run in the terminal or as an HTML page"),
     "evaluate": ("training.evaluate.command", "measure and compare autoencoders on images"),
+    "compare": ("training.compare", "compare two models image by image"),
+    "reconstruct": ("training.reconstruct", "reconstruct and measure photographs"),
+    "encode": ("training.encode", "encode a data set to latents"),
     "fit_prior": ("training.priors.fit", "fit priors to the latents of training images"),
     "sample": ("training.priors.sample", "generate, interpolate and save images of a trained model"),
+    "demo": ("training.demo.command", "show a trained model in the browser"),
     "export_formats": ("training.publish.export_formats", "write a trained model as fp16 safetensors, ONNX or .pth"),
     "publish": ("training.publish.stage", "upload a model and its card to the Hub"),
+    "synthetic_faces": ("training.synthetic_faces", "write synthetic faces as image files"),
     "kl": ("training.losses.kl_simulation", "simulate the KL control of a configuration without training"),
 }
 

@@ -58,6 +58,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "size of the center crop, pixels (default: all, squared)",
     },
+    "--resolution": {
+        "type": positive_int,
+        "metavar": "N",
+        "help": "image size, pixels (default: the model's sample_size)",
+    },
+    "--lpips": {"metavar": "TRUNKS", "help": "feature networks of LPIPS, separated by commas, or none"},
     "--batch-size": {"type": positive_int, "metavar": "N", "help": "images per forward pass"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, ... (default: the accelerator if there is one)"},
     "--json": {"action": "store_true", "help": "print one JSON object instead of text"},
@@ -104,6 +110,11 @@ def data_source(source: str, split: str) -> dict[str, Any]:
     if kind in ("imagefolder", "parquet") and not place:
         raise ValueError(f"--data {source}: write {kind}:{'DIR' if kind == 'imagefolder' else 'GLOB'}.")
     return keys
+
+
+def lpips_trunks(names: str) -> tuple[str, ...]:
+    """The feature networks that `--lpips NAMES` lists."""
+    return () if names == "none" else tuple(names.split(","))
 
 
 def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

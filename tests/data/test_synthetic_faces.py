@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from training.data.synthetic_faces import dataset as synthetic_faces
-from training.data.synthetic_faces.__main__ import main
 from training.data.synthetic_faces.dataset import generate_examples, synthetic_dataset
 from training.data.synthetic_faces.drawing import HEIGHT, WIDTH
 from training.data.synthetic_faces.render import render_face
@@ -129,15 +128,6 @@ def test_disjoint_seeds_share_no_face(tmp_path):
 def test_bad_arguments_are_named(num_images, first_seed, num_shards, named):
     with pytest.raises(ValueError, match=named):
         synthetic_dataset(num_images, first_seed, num_shards=num_shards)
-
-
-def test_contact_sheet(tmp_path, capsys):
-    out = tmp_path / "grid.png"
-    main(["--out", str(out), "--rows", "2", "--columns", "3", "--first-seed", "500"])
-    sheet = np.asarray(Image.open(out))
-    assert sheet.shape == (2 * HEIGHT, 3 * WIDTH, 3)
-    np.testing.assert_array_equal(sheet[HEIGHT:, :WIDTH], render_face(503))
-    assert str(out) in capsys.readouterr().out
 
 
 def test_the_version_names_these_pixels(faces):

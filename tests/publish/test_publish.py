@@ -443,3 +443,20 @@ def test_help_needs_no_torch():
     code = "import sys; from training.publish import stage\ntry: stage.main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "--create-pr" in done.stdout and done.stdout.endswith("False\n"), done
+
+
+def test_a_space_is_listed_and_uploaded_beside_the_model(hub, model, capsys):
+    command = [str(model), "--repo-id", "org/faces-vae", "--space"]
+    assert publish.main([*command, "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert "to the Space org/faces-vae-demo (private" in listed and not hub.models
+    assert publish.main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{hub.endpoint}/org/faces-vae",
+        f"{hub.endpoint}/org/faces-vae-demo",
+    ]
+    space = hub.models["org/faces-vae-demo"]
+    assert space.private and {"app.py", "demo.py", "README.md", "modeling/pipeline.py"} <= set(space.files)
+    assert all(name in listed for name in space.files)
+    assert "FaceVAEPipeline.from_pretrained('org/faces-vae')" in space.files["app.py"].decode()
+    assert ("POST", "/api/spaces/org/faces-vae-demo/commit/main") in hub.requests

@@ -50,7 +50,7 @@ class Batch:
     example_ids: list[str]
 
 
-def _decode_pool(config) -> ThreadPoolExecutor:
+def decode_pool(config) -> ThreadPoolExecutor:
     """Threads, not processes: Pillow and torch release the GIL for most of the work on an image."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
@@ -91,7 +91,7 @@ def load_validation(config, *, resolution: int, rank: int, world_size: int) -> t
             return None
 
     mine = list(itertools.islice(enumerate(examples.first()), rank, None, world_size))
-    with _decode_pool(config) as pool:
+    with decode_pool(config) as pool:
         decoded = zip(mine, pool.map(decode, mine), strict=True)
         readable = {index: pixels for (index, _), pixels in decoded if pixels is not None}
     if not readable and (mine or rank == 0):  # a small split may have none for the last ranks
@@ -165,7 +165,7 @@ class TrainStream:
         """
         handover: queue.Queue = queue.Queue(max(1, self.config.prefetch_batches))
         closing = threading.Event()
-        pool = _decode_pool(self.config)
+        pool = decode_pool(self.config)
         stop_batch = None if max_batches is None else start_batch + max_batches
 
         def read() -> None:

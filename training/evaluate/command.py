@@ -21,16 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.cli import add_option, data_source, positive_int, run, select_device
+from training.cli import add_option, data_source, lpips_trunks, positive_int, run, select_device
 from training.config import Config, DataConfig, load_config
 
 if TYPE_CHECKING:
-    from training.evaluate.measure import ModelResult
+    from torch import Tensor
+
+    from training.evaluate.measure import MetricNetworks, ModelResult
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Compare autoencoders on images.")
-    add_option(parser, "models")
+def add_measurement_options(parser: argparse.ArgumentParser, lpips: str, frechet: str) -> argparse._ArgumentGroup:
+    """Add the options that `measure_models` reads, except those of PCA; returns the group of metrics.
+
+    Args:
+        parser: The parser.
+        lpips, frechet: Defaults.
+    """
     parser.add_argument("--subfolder", metavar="NAME", help="folder inside MODEL to look into first, such as vae")
     data = parser.add_argument_group("images")
     add_option(data, "--data")
@@ -39,26 +45,29 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--split", metavar="NAME", help="default: the one that training validates on")
     data.add_argument("--max-images", type=positive_int, metavar="N", help="first N images of the split (2,048)")
     add_option(data, "--crop-px")
-    data.add_argument(
-        "--resolution", type=positive_int, metavar="N", help="image size, pixels (default: the model's sample_size)"
-    )
+    add_option(data, "--resolution")
     metrics = parser.add_argument_group("metrics")
-    metrics.add_argument(
-        "--lpips", default="alexnet,vgg16", metavar="TRUNKS", help="feature networks of LPIPS (%(default)s), or none"
-    )
+    add_option(metrics, "--lpips", default=lpips)
     metrics.add_argument(
         "--frechet",
-        default="vgg16",
+        default=frechet,
         metavar="NETWORK",
         help="features of the Frechet distance: a trunk (%(default)s), dinov2, dinov2:MODEL, inception, or none",
     )
     add_option(metrics, "--trunk-weights")
+    add_option(metrics, "--batch-size", default=8)
+    add_option(metrics, "--device")
+    return metrics
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Compare autoencoders on images.")
+    add_option(parser, "models")
+    metrics = add_measurement_options(parser, lpips="alexnet,vgg16", frechet="vgg16")
     metrics.add_argument("--pca", type=positive_int, metavar="N", help="add a PCA baseline of N components")
     metrics.add_argument(
         "--pca-images", type=positive_int, default=4096, metavar="N", help="training images of the PCA (%(default)s)"
     )
-    add_option(metrics, "--batch-size", default=8)
-    add_option(metrics, "--device")
     output = parser.add_argument_group("output")
     add_option(output, "--json")
     add_option(
@@ -105,7 +114,17 @@ def data_config(arguments: argparse.Namespace, config: Config) -> DataConfig:
     return data
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def measure_models(
+    arguments: argparse.Namespace,
+) -> tuple[DataConfig, MetricNetworks, dict[int, Tensor], list[ModelResult]]:
+    """Measure the models that the command line names on the images that it names.
+
+    Returns:
+        The section `data`; the networks; the images of each size, (n, 3, size, size), uint8; the result of each model.
+
+    Raises:
+        ValueError: An argument must be changed.
+    """
     if arguments.overrides and arguments.config is None:
         raise ValueError("--set changes a configuration: give --config.")
     config = load_config(arguments.config, arguments.overrides) if arguments.config else Config()
@@ -114,16 +133,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     # Imported late, so that --help and argument errors do not wait for torch.
     from training.data.stream import load_validation
     from training.evaluate.frechet import FrechetFeatures, load_trunks
-    from training.evaluate.measure import MetricNetworks, measure, summarize
+    from training.evaluate.measure import MetricNetworks, measure
     from training.evaluate.models import fit_pca_baseline, load_autoencoder
-    from training.evaluate.report import extremes_grid, page, reading_notes, table_rows
 
     device = select_device(arguments.device)
     models = [load_autoencoder(name, arguments.subfolder, arguments.resolution, device) for name in arguments.models]
     smallest = min(model.resolution for model in models)
     if smallest < 11:
         raise ValueError(f"SSIM needs images of at least 11 pixels, these have {smallest}: raise --resolution.")
-    lpips = () if arguments.lpips == "none" else tuple(arguments.lpips.split(","))
+    lpips = lpips_trunks(arguments.lpips)
     frechet = None if arguments.frechet == "none" else FrechetFeatures(arguments.frechet, device)
     trunk_names = [*lpips, *([frechet.trunk_name] if frechet is not None and frechet.trunk_name else [])]
     weights = arguments.trunk_weights or config.loss.trunk_weights
@@ -145,6 +163,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         logging.info("%s: %d images of %d pixels", model.name, len(pixels), size)
         batch_size = arguments.batch_size
         results.append(measure(model, pixels, indices, networks=networks, batch_size=batch_size, device=device))
+    return data, networks, {size: pixels for size, (pixels, _) in images.items()}, results
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    data, networks, images, results = measure_models(arguments)
+    from training.evaluate.measure import summarize
+    from training.evaluate.report import extremes_grid, page, reading_notes, table_rows
+
     summaries = [summarize(result, networks) for result in results]
     notes = reading_notes(summaries, networks)
     text = json.dumps(
@@ -166,7 +192,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         _write_per_image(folder / "per_image.csv", results)
-        grids = [extremes_grid(result, images[result.model.resolution][0], device) for result in results]
+        device = select_device(arguments.device)
+        grids = [extremes_grid(result, images[result.model.resolution], device) for result in results]
         for i, (result, grid) in enumerate(zip(results, grids)):
             name = re.sub(r"[^\w.-]+", "_", result.model.name).strip("_")[-60:]
             grid.save(folder / f"extremes_{i}_{name}.png")

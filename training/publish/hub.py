@@ -208,8 +208,6 @@ def check_access(config: HubConfig) -> None:
 def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
     """Upload an exported model in one commit; may be repeated.
 
-    Not `HfApi.upload_folder`: with `hf_xet` installed it makes several commits, and a reader can meet a mixed model.
-
     The commit also deletes the files of an older upload that belong to a model but not to this one (another variant, a
     prior). Files of other names are left alone.
 
@@ -225,27 +223,59 @@ def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
         ValueError: The folder holds no model, or a secret, or there is no token; nothing was sent.
         PushError: The Hub refused, or could not be reached; nothing of the upload is visible there.
     """
-    files = files_to_publish(folder)
+    message = "Upload a trained AutoencoderKLUltra"
+    return upload(files_to_publish(folder), config, create_pr, message=message, is_owned=is_published)
+
+
+def upload(
+    files: dict[str, Path],
+    config: HubConfig,
+    create_pr: bool = False,
+    *,
+    message: str,
+    is_owned: Callable[[str], bool],
+    space_sdk: str | None = None,
+) -> str:
+    """Upload files in one commit; see `push`.
+
+    Not `HfApi.upload_folder`: with `hf_xet` installed it makes several commits, and a reader can meet a mixed model.
+
+    Args:
+        files: Name in the repository -> file.
+        config: Section `hub`.
+        create_pr: Open a pull request instead of writing to the main branch.
+        message: Of the commit.
+        is_owned: Whether a file of that name in the repository, which is not among `files`, is deleted.
+        space_sdk: Makes the repository a Space of this kind, such as "gradio"; None for a model.
+    """
     refuse_secrets(files)
     api, repo_id = HfApi(), str(config.repo_id)
+    repo_type = None if space_sdk is None else "space"
     if get_token() is None:
         raise ValueError(f"publishing {repo_id} needs a token and there is none: run `hf auth login`, or set HF_TOKEN.")
+
+    def create() -> str:
+        return str(
+            api.create_repo(repo_id, private=config.private, exist_ok=True, repo_type=repo_type, space_sdk=space_sdk)
+        )
 
     def commit() -> str:
         # New operations in each attempt, which ask the Hub again what it has: a commit whose response was lost is
         # recognized and not repeated.
-        stale = [name for name in _remote_files(api, repo_id) if name not in files and is_published(name)]
+        present = _remote_files(api, repo_id, repo_type)
+        stale = [name for name in present if name not in files and is_owned(name)]
         info = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, str(path)) for name, path in files.items()]
             + [CommitOperationDelete(name) for name in stale],
-            commit_message="Upload a trained AutoencoderKLUltra",
+            commit_message=message,
             create_pr=create_pr,
+            repo_type=repo_type,
         )
         return info.pr_url or url
 
     try:
-        url = str(_retry("create", lambda: api.create_repo(repo_id, private=config.private, exist_ok=True)))
+        url = _retry("create", create)
         # A pull request whose response was lost would be opened twice.
         return _retry("upload", commit, retry_lost=not create_pr)
     except Exception as error:
@@ -259,9 +289,9 @@ def push(folder: Path, config: HubConfig, create_pr: bool = False) -> str:
         raise PushError(f"the upload to {repo_id} failed ({_reason(error)}): {remedy}.") from error
 
 
-def _remote_files(api: HfApi, repo_id: str) -> list[str]:
+def _remote_files(api: HfApi, repo_id: str, repo_type: str | None) -> list[str]:
     try:
-        return api.list_repo_files(repo_id)
+        return api.list_repo_files(repo_id, repo_type=repo_type)
     except EntryNotFoundError:  # an empty repository
         return []
 

@@ -3,6 +3,7 @@
     python -m training.publish runs/quickstart_20250101_120000 --repo-id org/name --dry-run  # list the files; no network
     python -m training.publish runs/quickstart_20250101_120000 --repo-id org/name [--public] [--create-pr]
     python -m training.publish model_weights/vae_quickstart --repo-id org/name  # a card without metrics
+    python -m training.publish MODEL --repo-id org/name --space    # and a Space org/name-demo, the demo in the browser
 
 The files of the repository (weights, `config.json`, source, priors, card, grids, plots, training configuration) are
 gathered in a temporary folder, loaded once as a user would, and uploaded in one commit. A failed upload leaves nothing
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -147,27 +149,53 @@ def publish(source: Path, hub: HubConfig, create_pr: bool = False) -> str:
         return push(Path(folder), hub, create_pr)
 
 
+def publish_space(hub: HubConfig, create_pr: bool = False) -> str:
+    """Upload the Space that shows a published model; see `publish`.
+
+    Args:
+        hub: Of the model, whose visibility the Space gets.
+        create_pr: Open a pull request instead of writing to the main branch.
+
+    Returns:
+        The URL of the Space, or of the pull request.
+    """
+    from training.publish.hub import upload
+    from training.publish.space import space_name, stage_space
+
+    space = dataclasses.replace(hub, repo_id=space_name(str(hub.repo_id)))
+    with tempfile.TemporaryDirectory(prefix="space_") as folder:
+        files = stage_space(Path(folder), str(hub.repo_id))
+        message = f"Show {hub.repo_id}"
+        return upload(files, space, create_pr, message=message, is_owned=lambda name: False, space_sdk="gradio")
+
+
 def publish_command(source: Path, hub: HubConfig) -> str:
     """The command line that does what `publish(source, hub)` does."""
     arguments = ["python", "-m", "training.publish", str(source), "--repo-id", str(hub.repo_id)]
     return shlex.join(arguments + ([] if hub.private else ["--public"]))
 
 
-def _dry_run(source: Path, hub: HubConfig) -> None:
+def _dry_run(source: Path, hub: HubConfig, with_space: bool) -> None:
     """List the files that would be uploaded; needs no network and no token."""
     from training.publish.hub import files_to_publish, refuse_secrets
+    from training.publish.space import space_name, stage_space
+
+    def show(repository: str, files: dict[str, Path]) -> None:
+        refuse_secrets(files)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        print(f"to {repository} ({'private' if hub.private else 'public'}, if it has to be created):")
+        for name, size in sizes.items():
+            print(f"  {size:>14,}  {name}")
+        print(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files, no secrets found")
 
     with tempfile.TemporaryDirectory(prefix="publish_") as folder:
         left_out = stage(source, Path(folder), str(hub.repo_id))
-        files = files_to_publish(Path(folder))
-        refuse_secrets(files)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-    print(f"to {hub.repo_id} ({'private' if hub.private else 'public'}, if it has to be created):")
-    for name, size in sizes.items():
-        print(f"  {size:>14,}  {name}")
-    print(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files, no secrets found")
+        show(str(hub.repo_id), files_to_publish(Path(folder)))
     for name in left_out:
         print(f"  not published: {name}")
+    if with_space:
+        with tempfile.TemporaryDirectory(prefix="space_") as folder:
+            show(f"the Space {space_name(str(hub.repo_id))}", stage_space(Path(folder), str(hub.repo_id)))
     print("dry run: nothing was sent")
 
 
@@ -183,6 +211,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--public", action="store_true", help="create the repository as a public one (default: private)"
     )
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of writing to main")
+    parser.add_argument(
+        "--space", action="store_true", help="also upload the Space ORG/NAME-demo, which shows the model"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the files; needs no network and no token")
     return parser
 
@@ -192,9 +223,11 @@ def _publish(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--repo-id must be organization/name, got {arguments.repo_id}.")
     hub = HubConfig(push=True, repo_id=arguments.repo_id, private=not arguments.public)
     if arguments.dry_run:
-        _dry_run(arguments.source, hub)
-    else:
-        print(publish(arguments.source, hub, arguments.create_pr))
+        _dry_run(arguments.source, hub, arguments.space)
+        return
+    print(publish(arguments.source, hub, arguments.create_pr))
+    if arguments.space:
+        print(publish_space(hub, arguments.create_pr))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,5 @@
+import sys
+
+from training.demo.command import main
+
+sys.exit(main())
