@@ -91,7 +91,7 @@ def page(address, browser, tmp_path):
 
 def choose_example(tab) -> None:
     tab.locator("button.gallery-item").first.click()
-    tab.get_by_role("button", name="Remove Image").or_(tab.get_by_label("Clear")).first.wait_for()
+    tab.get_by_role("button", name="Remove Image").wait_for()
 
 
 def open_tab(page, name: str):
@@ -105,7 +105,7 @@ def open_tab(page, name: str):
 class TestBrowser:
     def test_reconstruct_an_example(self, page):
         tab = open_tab(page, "Reconstruct")
-        tab.locator("button.gallery-item").first.click()
+        choose_example(tab)
         tab.get_by_role("button", name="Reconstruct", exact=True).click()
         page.wait_for_function(
             "[...document.querySelectorAll('textarea')].some(e => /^PSNR [0-9.]+ dB$/.test(e.value))"
@@ -148,19 +148,20 @@ class TestBrowser:
     def test_interpolate_between_seeds_and_move_the_slider(self, page):
         tab = open_tab(page, "Interpolate")
         tab.get_by_role("button", name="Interpolate", exact=True).click()
-        tab.locator(".thumbnail-item").nth(14).wait_for()
-        shown = tab.locator("img[src*='image.png'], img[src*='file=']").first
+        tab.locator(".thumbnail-item").nth(10).wait_for()
+        shown = tab.locator("img[src$='/image.png']:visible").first  # above the strip
+        shown.wait_for()
         before = shown.get_attribute("src")
-        tab.get_by_label("number input for position").fill("15")
+        tab.get_by_label("number input for position").fill("11")
         tab.get_by_label("number input for position").press("Enter")
-        page.wait_for_function("before => ![...document.images].some(i => i.src === before)", arg=before)
+        page.wait_for_function("before => ![...document.images].some(image => image.src === before)", arg=before)
 
     def test_one_latent_dimension(self, page):
         tab = open_tab(page, "Latent")
         assert "of 16 latent dimensions are active" in tab.inner_text()
-        tab.locator("button.gallery-item").first.click()
+        choose_example(tab)
         tab.get_by_role("button", name="Change this dimension").click()
-        tab.locator(".thumbnail-item").nth(6).wait_for()
+        tab.locator(".thumbnail-item").nth(7).wait_for()
         assert "mean" in tab.locator(".caption-label").all_inner_texts()
 
 

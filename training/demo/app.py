@@ -27,7 +27,7 @@ LAUNCH: dict[str, Any] = {
     ),  # the default loads web fonts
 }
 _MAX_PIXELS, _MIN_SIZE_PX = 64_000_000, 16  # of uploads, as in training
-_MAX_SAMPLES, _STEPS = 64, 15  # images in a grid; images of an interpolation
+_MAX_SAMPLES, _STEPS = 64, 11  # images in a grid; images of an interpolation
 _DEVIATIONS = (-3, -2, -1, 0, 1, 2, 3)  # of one latent dimension
 _SHOWN_DIMENSIONS = 64  # in the plot of active dimensions
 _ACTIVE_VARIANCE = 0.01  # of the posterior mean over images (Burda et al. 2016, section 2)
@@ -67,6 +67,11 @@ def psnr(image: Image.Image, other: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(mse, 255**2 * 1e-10))
 
 
+def strong_difference(image: Image.Image, other: Image.Image) -> Image.Image:
+    """The absolute difference of two images, 4 times as strong."""
+    return ImageChops.difference(image, other).point(lambda level: min(255, 4 * level))
+
+
 def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Face VAE") -> gr.Blocks:
     """Build the demo; `launch(**LAUNCH)` starts it.
 
@@ -90,7 +95,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         _require(image)
         original = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         decoded = pipe.reconstruct(original)[0]
-        difference = ImageChops.difference(original, decoded).point(lambda level: min(255, 4 * level))
+        difference = strong_difference(original, decoded)
         pairs = [(original, f"original, {size}x{size}"), (decoded, "reconstruction"), (difference, "difference x 4")]
         return pairs, f"PSNR {psnr(original, decoded):.2f} dB"
 
@@ -105,7 +110,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
     def interpolate(start, end, start_seed: float, end_seed: float, prior: str):
         ends = end_latents(start, start_seed, prior), end_latents(end, end_seed, prior)
         frames = pipe.decode(interpolate_latents(*ends, _STEPS))
-        large = [frame.resize([size * max(1, 256 // size)] * 2, Image.Resampling.NEAREST) for frame in frames]
+        large = [frame.resize([size * max(1, 256 // size)] * 2, Image.Resampling.BICUBIC) for frame in frames]
         return frames, large, gr.Slider(value=_STEPS // 2 + 1), large[_STEPS // 2]
 
     def traverse(image: Image.Image | None, rank: float) -> tuple[list[tuple[Image.Image, str]], str]:
@@ -118,7 +123,9 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         text = (
             f"Latent dimension {dimension}: variance {variances[int(rank) - 1]:.3f}, rank {int(rank)} of {len(order)}"
         )
-        return list(zip(decode_flat(latents), captions)), text
+        images = decode_flat(latents)
+        difference = strong_difference(images[0], images[-1])
+        return [*zip(images, captions), (difference, "first to last, difference x 4")], text
 
     # One queue: one computation at a time for all visitors and tabs.
     queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -161,7 +168,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
             button, frames = gr.Button("Interpolate", variant="primary"), gr.State([])
             position = gr.Slider(1, _STEPS, value=1, step=1, label="position")
             shown = gr.Image(label="image", interactive=False, height=300, format="png")
-            strip = gr.Gallery(label="all images", columns=_STEPS, **gallery)
+            strip = gr.Gallery(label="all images", columns=_STEPS, **gallery | {"height": 140})
             button.click(interpolate, [*ends, *seeds, prior], [strip, frames, position, shown], **queue)
             position.input(lambda frames, place: frames[int(place) - 1] if frames else None, [frames, position], shown)
         with gr.Tab("Latent"):

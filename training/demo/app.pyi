@@ -36,14 +36,14 @@ class ImageUpload(gr.Image):
 
     is_template = True  # the browser shows it as gr.Image
 
-    def preprocess(self, payload: Any) -> Image.Image:
-        """The uploaded image, RGB.
+    def preprocess(self, payload: Any) -> Image.Image | None:
+        """The uploaded image, RGB; None where nothing was uploaded.
 
         Raises:
-            gr.Error: There is none, it cannot be read, or it is too small or too large.
+            gr.Error: It cannot be read, or it is too small or too large.
         """
         if payload is None:
-            raise gr.Error("Upload an image, or choose an example.")
+            return None
         try:
             with Image.open(payload.path) as header:  # decodes nothing
                 width, height = header.size
