@@ -18,14 +18,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
+from tiny_stable_diffusion import stable_diffusion
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 
 TEXT = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(1, 4)
+PROMPT = {"prompt_embeds": TEXT, "guidance_scale": 1.0}
 
 
 def spatial_vae(patch_size: int = 2) -> AutoencoderKLUltra:
@@ -49,36 +49,13 @@ def spatial_vae(patch_size: int = 2) -> AutoencoderKLUltra:
     return vae.eval()
 
 
-def unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=2,
-    )
-
-
-def stable_diffusion(vae, cls=StableDiffusionPipeline):
-    parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    pipe = cls(
-        vae=vae,
-        unet=unet(),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        requires_safety_checker=False,
-        **parts,
-    )
-    return pipe, {"prompt_embeds": TEXT, "guidance_scale": 1.0}
+def text_to_image(vae):
+    return stable_diffusion(vae), PROMPT
 
 
 def image_to_image(vae):
-    pipe, arguments = stable_diffusion(vae, StableDiffusionImg2ImgPipeline)
-    return pipe, arguments | {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    pipe = stable_diffusion(vae, StableDiffusionImg2ImgPipeline)
+    return pipe, PROMPT | {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
 
 
 def stable_diffusion_3(vae):
@@ -166,7 +143,7 @@ def sana(vae):
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-@pytest.mark.parametrize("build", [stable_diffusion, image_to_image, stable_diffusion_3, pixart, flux])
+@pytest.mark.parametrize("build", [text_to_image, image_to_image, stable_diffusion_3, pixart, flux])
 def test_a_pipeline_takes_the_model(build, patch_size):
     vae = spatial_vae(patch_size)
     pipe, arguments = build(vae)

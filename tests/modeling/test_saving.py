@@ -11,9 +11,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from test_autoencoder_kl_ultra import awake, faces, fresh, reconstruct
+from tiny_stable_diffusion import stable_diffusion
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 
@@ -39,30 +40,6 @@ pixels = load_file(folder + "/pixels.safetensors")["pixels"]
 with torch.no_grad():
     save_file({"model": model(pixels).sample, "in_pipe": in_pipe(pixels).sample}, folder + "/samples.safetensors")
 """
-
-
-def stable_diffusion(vae: AutoencoderKLUltra) -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=vae.config.latent_size,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=2,
-    )
-    parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        requires_safety_checker=False,
-        **parts,
-    )
 
 
 @pytest.mark.parametrize("kind", ["vector", "spatial"])
