@@ -20,7 +20,7 @@ quickstart: install
 	$(BIN)/python train_vae.py --config configs/quickstart.json
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

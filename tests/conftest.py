@@ -9,6 +9,8 @@ import pytest
 import tiny
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the same results on a machine with a GPU
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads of several processes wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
