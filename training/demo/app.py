@@ -33,30 +33,31 @@ _SHOWN_DIMENSIONS = 64  # in the plot of active dimensions
 _ACTIVE_VARIANCE = 0.01  # of the posterior mean over images (Burda et al. 2016, section 2)
 
 
-class ImageUpload(gr.Image):
-    """An image to upload, whose errors are sentences."""
+def image_upload(label: str) -> gr.Image:
+    """An image to upload, as RGB or None, whose errors are sentences.
 
-    is_template = True  # the browser shows it as gr.Image
+    Its method is replaced, because Gradio writes a file beside the source of each subclass of a component.
+    """
+    upload = gr.Image(type="pil", label=label, sources=["upload", "clipboard"], height=260)
+    decode = upload.preprocess
 
-    def preprocess(self, payload: Any) -> Image.Image | None:
-        """The uploaded image, RGB; None where nothing was uploaded.
-
-        Raises:
-            gr.Error: It cannot be read, or it is too small or too large.
-        """
+    def preprocess(payload: Any) -> Image.Image | None:
         if payload is None:
             return None
         try:
             with Image.open(payload.path) as header:  # decodes nothing
                 width, height = header.size
             if width * height <= _MAX_PIXELS and min(width, height) >= _MIN_SIZE_PX:
-                return super().preprocess(payload)
+                return decode(payload)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             raise gr.Error("This file is not a readable image: use JPEG, PNG or WebP.") from None
         raise gr.Error(
             f"The image has {width}x{height} pixels: it must have at least {_MIN_SIZE_PX}x{_MIN_SIZE_PX} and at most "
             f"{_MAX_PIXELS // 1_000_000} megapixels."
         )
+
+    upload.preprocess = preprocess
+    return upload
 
 
 def psnr(image: Image.Image, other: Image.Image) -> float:
@@ -131,9 +132,6 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
     queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     gallery: dict[str, Any] = {"object_fit": "contain", "height": "auto", "interactive": False, "format": "png"}
 
-    def upload(label: str) -> ImageUpload:
-        return ImageUpload(type="pil", label=label, sources=["upload", "clipboard"], height=260)
-
     def offer_examples(samples: list, inputs: Any) -> None:
         gr.Examples(samples, inputs, label="synthetic faces", examples_per_page=16)
 
@@ -141,7 +139,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         gr.Markdown(f"# {title}\n{pipe.vae.config.latent_dim} latent dimensions for a face of {size}x{size} pixels.")
         with gr.Tab("Reconstruct"), gr.Row():
             with gr.Column(scale=2):
-                image = upload("face, upright; the center square is used")
+                image = image_upload("face, upright; the center square is used")
                 button = gr.Button("Reconstruct", variant="primary")
                 offer_examples(list(examples), image)
             with gr.Column(scale=3):
@@ -158,7 +156,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         with gr.Tab("Interpolate"):
             gr.Markdown("Between two images; where one is missing, a sample of its seed takes its place.")
             with gr.Row():
-                ends = [upload(label) for label in ("from", "to")]
+                ends = [image_upload(label) for label in ("from", "to")]
             offer_examples([list(pair) for pair in zip(examples[:3], examples[3:])], ends)
             with gr.Row():
                 seeds = [
@@ -181,7 +179,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
             gr.BarPlot(table, x="rank", y="variance", title="variance of the posterior mean, largest first", height=220)
             with gr.Row():
                 with gr.Column(scale=2):
-                    image = upload("face")
+                    image = image_upload("face")
                     offer_examples(list(examples), image)
                 with gr.Column(scale=3):
                     rank = gr.Slider(1, len(order), value=1, step=1, label="dimension, by rank of its variance")
