@@ -14,7 +14,7 @@ WORKDIR /data
 FROM base AS cpu
 RUN pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
 COPY . /app
-RUN pip install --editable /app
+RUN pip install --editable '/app[quickstart]'
 ENTRYPOINT ["python", "/app/train_vae.py"]
 CMD ["--config", "/app/configs/quickstart.json"]
 

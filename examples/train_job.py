@@ -15,7 +15,6 @@
 #     "rich>=13.7",
 #     "safetensors>=0.4.5",
 #     "scikit-learn>=1.3",
-#     "stlpips-pytorch>=0.0.2",
 #     "tensorboard>=2.16",
 #     "torch>=2.8",
 #     "torchmetrics>=1.4",

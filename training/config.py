@@ -194,7 +194,7 @@ class LossConfig(_Section):
     perceptual_weight: float = constrained(0.2, ge=0)  # L1 distance of the trunk's normalized features
     lpips_weight: float = constrained(0.2, ge=0)  # LPIPS (Zhang et al. 2018), which shares the frozen trunk
     # Feature network (trunk): vgg16, alexnet, squeezenet (ImageNet weights, see trunk_weights), st_alexnet or st_vgg16
-    # (weights come with the package).
+    # (weights come with the package stlpips-pytorch, of the extra `quickstart`).
     trunk: str = constrained("vgg16", choices=TRUNKS)
     # Second network for LPIPS: the term is the mean of both distances, each of which sees errors that the other
     # misses. AlexNet costs 1/24 of VGG16's FLOPs per pixel. null: trunk alone.

@@ -17,6 +17,8 @@ from torch import Tensor
 DOWNLOAD_TIMEOUT_S = 15.0
 
 # Installed package and file with the LPIPS heads; for the st_* networks the file has the network's weights too.
+# `lpips` and `stlpips_pytorch` are BSD 2-Clause. Only their weight files are read: `stlpips_pytorch/models_lpf` is
+# CC BY-NC-SA 4.0 and never imported.
 _HEADS = {
     "vgg16": ("lpips", "weights/v0.1/vgg.pth"),
     "alexnet": ("lpips", "weights/v0.1/alex.pth"),
@@ -50,7 +52,7 @@ def load_weights(
     Raises:
         ValueError: Weights that cannot be found, read or matched; the message names the file and the remedy.
     """
-    head_path = _package_file(*_HEADS[name])
+    head_path = _package_file(name, *_HEADS[name])
     state = _read(head_path)
     head_shapes = {f"lin{index}.model.1.weight": (1, size, 1, 1) for index, size in enumerate(channels)}
     _check(state, head_shapes, "lin", head_path)
@@ -111,7 +113,7 @@ def _torchvision_state(name: str, weights_dir: str | os.PathLike | None) -> tupl
     return state, path
 
 
-def _package_file(package: str, file: str) -> Path:
+def _package_file(name: str, package: str, file: str) -> Path:
     """Path of a package's data file, without importing the package, which is slow or needs further packages."""
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -119,7 +121,10 @@ def _package_file(package: str, file: str) -> Path:
         if (Path(folder) / file).exists():
             return Path(folder) / file
     where = f"in {', '.join(folders)}" if folders else "because the package is not installed"
-    raise ValueError(f"cannot find {package}/{file} {where}: run `pip install {package.replace('_', '-')}`")
+    raise ValueError(
+        f"the feature network {name} needs {package}/{file}, which cannot be found {where}: run "
+        f"`pip install {package.replace('_', '-')}`, or use another network."
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -248,7 +248,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="of these samples (default: 1)"
     )
     parser.add_argument(
-        "--frechet", default="st_vgg16", metavar="NETWORK", help="feature network, or none (default: %(default)s)"
+        "--frechet",
+        metavar="NETWORK",
+        help="feature network, or none (default: output.eval_lpips_trunk of --config, else vgg16)",
     )
     add_option(parser, "--trunk-weights")
     add_option(parser, "--batch-size", default=16)
@@ -317,6 +319,9 @@ def _fit(arguments: argparse.Namespace) -> None:
     if not all(0 <= temperature < float("inf") for temperature in arguments.temperature):
         raise ValueError(f"--temperature must be numbers of at least 0, got {arguments.temperature}.")
     data = data_config(arguments)
+    if arguments.frechet is None:
+        trained = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
+        arguments.frechet = "vgg16" if trained is None else trained.output.eval_lpips_trunk
     pipeline = load_pipeline(arguments.model, arguments.device)
     folder, vae = Path(pipeline.name_or_path), pipeline.vae
     if not folder.is_dir():
