@@ -23,7 +23,7 @@ from training.budget.estimate import (
     estimate_micro_batch,
     estimate_step,
 )
-from training.budget.memory import GIB
+from training.budget.memory import GIB, MemoryEstimate, Operation
 from training.builders import freeze_parameters
 from training.config import config_from_dict, load_config
 from training.losses.perceptual import PerceptualTrunk
@@ -200,7 +200,7 @@ def test_every_line_of_the_estimate_adds_up(tmp_path):
     presets = {"num_epochs": 7, "batch_size": 12, "micro_batch_size": 4, "max_images_per_epoch": 90}
     config = tiny.tiny_config(tmp_path, tmp_path, loss=NO_TRUNK, training_presets=presets)
     lines = {line.split()[0]: line for line in describe_estimate(config, 2, 1000, device=RTX_3090).splitlines()}
-    names = "model latent forward training batch memory fits device exchange epoch time roofline"
+    names = "model latent forward training batch memory fits device assumed exchange epoch time host roofline"
     assert list(lines) == names.split()
     assert values(lines["latent"]) == [16, 1, 1, 16]
     encoder, decoder, forward = values(lines["forward"])
@@ -225,29 +225,52 @@ def test_the_reference_configuration_stays_within_its_budget():
     assert estimate["latent_dim"] == 1024
     assert estimate["batch"] == {"batch_size": 64, "processes": 1, "micro_batches": 1, "micro_batch": 64}
     assert estimate["memory"]["total_bytes"] <= 8 * GIB and estimate["memory"]["fits"]
-    # 200 epochs of full batches: half of 71 TFLOP/s, and 13 passes over the weights at 936 GB/s.
-    update = 13 * 4 * estimate["trained_parameters"] / 936e9
-    seconds = 162_770 // 64 * 200 * (64 * estimate["gflop_training"] / (0.5 * 71e3) + update)
-    assert estimate["time"]["hours"] == pytest.approx(seconds / 3600, rel=1e-3)
-    assert estimate["time"]["hours"] <= 12
-    # The roofline is no faster than its FLOPs.
-    assert (
-        estimate["time"]["roofline_hours"] * estimate["time"]["roofline_efficiency"] < estimate["time"]["hours"] * 0.51
+    seconds = estimate["time"]["seconds"]
+    assert estimate["time"]["hours"] == pytest.approx(162_770 // 64 * 200 * seconds["step"] / 3600, rel=1e-9)
+    assert estimate["time"]["hours"] <= 16
+    # Forward and backward pass take longer than their FLOPs, the optimizer as long as 13 passes over the weights.
+    assert seconds["forward"] + seconds["backward"] > 64 * estimate["gflop_training"] / (0.6 * 71e3)
+    assert seconds["optimizer"] == pytest.approx(13 * 4 * estimate["trained_parameters"] / (0.8 * 936e9))
+    assert 0.5 < estimate["time"]["roofline_hours"] / estimate["time"]["hours"] < 0.9
+    assert 500 < seconds["launches"] < 2000 and seconds["host"] == pytest.approx(8e-6 * seconds["launches"])
+
+
+def test_a_step_takes_the_longest_of_compute_memory_and_launches():
+    device = Device(
+        title="paper", half_tflops=2, float32_tflops=1, memory_gib=1, bandwidth_gbps=100, efficiency=0.5,
+        bandwidth_efficiency=1, kernel_us=1e5, launch_us=1e5, link_gbps=8, source="this test",
+    )  # fmt: skip
+    operations = (
+        Operation(flop=4e12, num_bytes=10**9, half=True),  # 4 s of compute, 0.01 s of memory
+        Operation(flop=1e9, num_bytes=3 * 10**11, half=False, backward=True),  # 0.002 s, 3 s
+        Operation(flop=0, num_bytes=4, half=False, launches=3, backward=True),  # 0.3 s of launches
     )
+    memory = MemoryEstimate(1, {}, 0, operations, trained=10**9, has_ema=False)
+    seconds = estimate_step(memory, device, 2, 1)
+    optimizer = (3 + 7) * 4e9 / 100e9  # clipping and Adam
+    wanted = {"forward": 8, "backward": 6.6, "exchange": 0, "optimizer": optimizer, "host": 1, "launches": 10}
+    assert seconds == pytest.approx(wanted | {"step": 14.6 + optimizer})
+    # Slow launches: the device waits for the host.
+    assert estimate_step(memory, replace(device, launch_us=2e6), 2, 1)["step"] == 20
+    # The exchange of two processes, 0.5 s, is hidden behind the last backward pass; a slow link's is not.
+    assert estimate_step(memory, device, 2, 2)["exchange"] == 0.5
+    assert estimate_step(memory, device, 2, 2)["step"] == pytest.approx(14.6 + optimizer)
+    assert estimate_step(memory, replace(device, link_gbps=1), 2, 2)["step"] == pytest.approx(15.3 + optimizer)
 
 
 def test_hours_fall_with_efficiency_and_peak(light):
+    compute_only = {"bandwidth_gbps": 1e9, "kernel_us": 0, "launch_us": 0}
     hours = [
-        estimate_cost(light, 1, 1000, device=replace(DEVICES[name], bandwidth_gbps=1e9), efficiency=efficiency)
+        estimate_cost(light, 1, 1000, device=replace(DEVICES[name], efficiency=efficiency, **compute_only))
         for name, efficiency in (("rtx3090", 0.5), ("rtx3090", 0.25), ("a100", 0.5))
     ]
     hours = [estimate["time"]["hours"] for estimate in hours]
-    assert hours[1] / hours[0] == pytest.approx(2)
-    assert hours[2] / hours[0] == pytest.approx(35.6 / 19.5)  # the tiny configuration computes in float32
+    assert hours[1] / hours[0] == pytest.approx(2, rel=1e-3)
+    assert hours[2] / hours[0] == pytest.approx(35.6 / 19.5, rel=1e-3)  # the tiny configuration computes in float32
 
 
 def test_processes_exchange_gradients():
-    """The case of 8 RTX 3090 with 8 images each, by hand: 190.5 MB through PCIe, longer than the backward pass."""
+    """8 RTX 3090 with 8 images each: 190.5 MB through PCIe, longer than the backward pass."""
     ultra = load_config(ROOT / "configs" / "ultra.json")
     one, eight = (estimate_cost(ultra, processes, 162_770, device=RTX_3090)["time"] for processes in (1, 8))
     seconds = eight["seconds"]
@@ -256,15 +279,6 @@ def test_processes_exchange_gradients():
     assert seconds["backward"] < seconds["exchange"] and seconds["optimizer"] == one["seconds"]["optimizer"]
     assert seconds["step"] == pytest.approx(seconds["forward"] + seconds["exchange"] + seconds["optimizer"])
     assert eight["hours"] == pytest.approx(162_770 // 64 * 200 * seconds["step"] / 3600)
-    assert 4.7 < eight["hours"] < 5.1 and 11.5 < one["hours"] < 12
-    assert eight["roofline_step_seconds"] >= seconds["exchange"]
-    # Hidden behind the backward pass where the link is fast; of the last micro-batch only, where there are several.
-    fast = estimate_cost(ultra, 8, 162_770, device=replace(RTX_3090, link_gbps=200))["time"]["seconds"]
-    assert fast["step"] == pytest.approx(fast["forward"] + fast["backward"] + fast["optimizer"])
-    batch = {"batch_size": 64, "processes": 8, "micro_batches": 4}
-    parts = estimate_step(RTX_3090, 1000, {"encoder": 1.0, "encoder backward": 2.0}, batch, 3_000_000)
-    assert (parts["forward"], parts["backward"]) == pytest.approx((8e-3, 16e-3))
-    assert parts["step"] == pytest.approx(8e-3 + 12e-3 + max(4e-3, 1.75e-3) + parts["optimizer"])
 
 
 def test_the_device_at_hand_is_looked_up_or_measured(monkeypatch):
@@ -278,11 +292,19 @@ def test_the_device_at_hand_is_looked_up_or_measured(monkeypatch):
 
 def test_the_estimate_is_for_the_device_at_hand(light, capsys, tmp_path, monkeypatch):
     slow = Device(
-        title="this CPU", half_tflops=0.01, float32_tflops=0.02, memory_gib=8, bandwidth_gbps=10, source="measured"
+        title="this CPU",
+        half_tflops=0.01,
+        float32_tflops=0.02,
+        memory_gib=8,
+        bandwidth_gbps=10,
+        efficiency=1,
+        launch_us=0,
+        source="measured",
     )
     monkeypatch.setattr(budget, "local_device", lambda: slow)
     text = describe_estimate(light, 1, 1000)
-    assert "device    this CPU (measured): 20 GFLOP/s in this precision" in text and "RTX" not in text
+    assert "device    this CPU (measured): 20 GFLOP/s in this precision" in text
+    assert all(word not in text for word in ("RTX", "assumed  ", "launches", "roofline"))
 
 
 def test_the_remedies_where_memory_is_short():
@@ -307,13 +329,14 @@ def test_the_command_prints_text_and_json(tmp_path, capsys):
     assert main(["--config", str(file), "--device", "rtx3090"]) == 0
     text = capsys.readouterr().out
     assert "20 images / 4 = 5 steps" in text and "all 4 images of a process fit in one forward pass" in text
-    assert "the efficiency is assumed" in text
+    assert "assumed   0.6 of the peak, 0.8 of the memory bandwidth, 2 us for the smallest kernel, 8 us of host" in text
+    assert "kernel launches per step" in text and "the device waits for the host" in text  # the images are tiny
     assert (
         main(["--config", str(file), "--device", "a100", "--efficiency", "0.4", "--num-processes", "2", "--json"]) == 0
     )
     estimate = json.loads(capsys.readouterr().out)
     assert estimate["device"]["title"] == "A100 80 GB SXM" and estimate["batch"]["processes"] == 2
-    assert estimate["time"]["efficiency"] == 0.4
+    assert estimate["device"]["efficiency"] == 0.4
 
 
 @pytest.mark.parametrize(
@@ -362,15 +385,27 @@ def test_both_networks_of_the_loss_are_counted():
     assert both == pytest.approx(one + other)
 
 
-def test_the_estimated_micro_batch_fits_and_one_more_does_not(tmp_path):
-    settings = tiny.tiny_settings(tmp_path, tmp_path, training_presets={"batch_size": 64, "micro_batch_size": "auto"})
-    config = config_from_dict(settings)
+@pytest.mark.parametrize("batch", [4, 16])
+def test_the_estimated_micro_batch_fits_and_one_more_does_not(tmp_path, batch):
+    presets = {"batch_size": batch, "micro_batch_size": "auto"}
+    config = tiny.tiny_config(tmp_path, tmp_path, loss=NO_TRUNK, training_presets=presets)
     for processes in (1, 2):
-        local = 64 // processes
-        sizes = {size: estimate_memory(config, size, processes).total_bytes for size in (1, 20, 21, local)}
-        assert estimate_micro_batch(config, processes, (sizes[20] + sizes[21]) / 2) == 20
-        assert estimate_micro_batch(config, processes, sizes[1] / 2) == 1
-        assert estimate_micro_batch(config, processes, 2 * sizes[local]) == local
+        local = batch // processes
+        sizes = [estimate_memory(config, size, processes).total_bytes for size in range(1, local + 1)]
+        assert estimate_micro_batch(config, processes, sizes[-1]) == local
+        # Micro-batches keep gradients, which one forward pass does not, so a little less can take more.
+        middle = local // 2
+        limit = (sizes[middle - 1] + sizes[middle]) / 2
+        assert estimate_micro_batch(config, processes, limit) == (local if sizes[-1] <= limit else middle)
+        assert estimate_micro_batch(config, processes, sizes[0] / 2) == 0
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_a_small_batch_of_a_large_model_is_not_split_on_a_large_device(batch):
+    presets = {"batch_size": batch, "micro_batch_size": "auto"}
+    overrides = [f"training_presets.{name}={value}" for name, value in presets.items()]
+    config = load_config(ROOT / "configs" / "ultra.json", overrides)
+    assert estimate_micro_batch(config, 1, 24 * GIB) == batch
 
 
 def test_the_benchmarks_page_has_the_estimate_of_today(capsys):

@@ -10,15 +10,8 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from training.budget.devices import DEVICES, Device, find_device
-from training.budget.memory import (
-    CONTEXT_BYTES,
-    FRAGMENTED_FRACTION,
-    MemoryEstimate,
-    Operation,
-    largest_micro_batch,
-    trace_memory,
-)
+from training.budget.devices import DEVICES, find_device
+from training.budget.memory import CONTEXT_BYTES, FRAGMENTED_FRACTION, MemoryEstimate, trace_memory
 from training.builders import build_model, build_optimizer, freeze_parameters, micro_batch_size
 from training.config import Config, config_from_dict
 from training.ema import EMAWeights
@@ -155,28 +148,6 @@ def test_the_sum_of_parts_and_the_assumed_overhead():
     assert estimate.tensor_bytes == sum(estimate.parts.values())
     assert estimate.overhead_bytes == pytest.approx(CONTEXT_BYTES + FRAGMENTED_FRACTION * active, abs=1)
     assert estimate.total_bytes == estimate.tensor_bytes + estimate.overhead_bytes
-
-
-def test_the_largest_batch_fits_and_one_more_does_not():
-    limit = estimated(24).total_bytes + 100
-    assert largest_micro_batch(estimated(8), estimated(16), limit) == 24
-    assert largest_micro_batch(estimated(8), estimated(16), limit - 1000) == 23
-    assert largest_micro_batch(estimated(8), estimated(16), estimated(8).total_bytes // 2) == 0
-
-
-def test_the_roofline_takes_the_slower_of_compute_and_memory():
-    device = Device(
-        title="paper", half_tflops=2, float32_tflops=1, memory_gib=1, bandwidth_gbps=100, source="this test"
-    )
-    operations = (
-        Operation(flop=4e12, num_bytes=10**9, half=True),  # 2 s of compute, 0.01 s of memory
-        Operation(flop=1e9, num_bytes=3 * 10**11, half=False),  # 0.001 s, 3 s
-    )
-    estimate = MemoryEstimate(1, {}, {}, 0, operations, trained=10**9, has_ema=False)
-    seconds, compute = estimate.roofline_seconds(device, 2)
-    optimizer = (3 + 7) * 4e9 / 100e9  # clipping and Adam
-    assert seconds == pytest.approx(2 * (2 + 3) + optimizer)
-    assert compute == pytest.approx(2 * 2.001)
 
 
 def test_flops_of_the_step_equal_those_of_the_cost_estimate():

@@ -1,7 +1,7 @@
 """Peak rates of devices: the denominators of every calculated hour.
 
-Those of GPUs in the table are from their vendor's documents and are not reached in practice; the device at hand is looked
-up by its name, or measured if the table does not have it.
+Those of GPUs in the table are from their vendor's documents and are not reached in practice, so fractions of them are assumed.
+The device at hand is looked up by its name, or measured if the table does not have it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from training.cli import select_device
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_EFFICIENCY = 0.5  # fraction of the peak that forward and backward pass reach; assumed
+# Convolutions that are timed for the rate of a measured device, as in the reference configuration: channels, resolution.
+_LAYERS = ((96, 64), (192, 32), (256, 16))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +29,18 @@ class Device:
     Attributes:
         title: Its name for people.
         cuda_name: What CUDA calls it.
-        half_tflops: Dense bf16 or fp16 matrix products with float32 accumulation, TFLOP/s, without sparsity.
+        half_tflops: Dense bf16 or fp16 matrix products with float32 accumulation, TFLOP/s, without sparsity; of a measured
+            device, convolutions of the reference configuration's sizes.
         float32_tflops: Float32 outside the tensor cores, TFLOP/s (TF32 is off by default).
         memory_gib: Its memory, GiB. Vendors write GB and mean GiB here.
         bandwidth_gbps: Of that memory, GB/s.
         link: How devices of one machine exchange gradients.
         link_gbps: Rate that an all-reduce reaches over that link in each direction, GB/s; an assumption.
+        efficiency: Fraction of the peak that convolutions and matrix products reach. For the table an assumption, as are
+            the next three; a measured device has 1 because its rates are those of convolutions.
+        bandwidth_efficiency: Fraction of the memory bandwidth that the other operations reach.
+        kernel_us: Duration of the smallest operation, microseconds.
+        launch_us: Host time per kernel launch, microseconds; 0 where host and device are the same.
         source: Where the rates come from.
     """
 
@@ -45,6 +52,10 @@ class Device:
     bandwidth_gbps: float
     link: str = "PCIe 4.0"
     link_gbps: float = 12
+    efficiency: float = 0.6
+    bandwidth_efficiency: float = 0.8
+    kernel_us: float = 2
+    launch_us: float = 8
     source: str
 
 
@@ -126,10 +137,11 @@ def local_device(device: torch.device | None = None) -> Device:
 
 
 def measure_device(device: torch.device, title: str, memory_bytes: int) -> Device:
-    """Measure the rates of matrix products and of copies in memory, with the threads that torch has here."""
+    """Measure the rates of convolutions with their gradients and of elementwise operations, with torch's threads here."""
     import torch
+    from torch.nn import functional as F
 
-    size = 512 if device.type == "cpu" else 4096
+    images = 4 if device.type == "cpu" else 64
 
     def seconds(function: Callable[[], Any]) -> float:
         fastest = math.inf
@@ -142,17 +154,40 @@ def measure_device(device: torch.device, title: str, memory_bytes: int) -> Devic
         return fastest
 
     def tflops(dtype: torch.dtype) -> float:
-        matrix = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
-        return 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12
+        total_flop = total_seconds = 0.0
+        for channels, size in _LAYERS:
+            shapes = (images, channels, size, size), (channels, channels, 3, 3)
+            maps, kernel = (torch.ones(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+            maps, kernel = (each.to(memory_format=torch.channels_last) for each in (maps, kernel))
+            output = F.conv2d(maps, kernel, padding=1)
+            gradient = torch.ones_like(output)
 
-    source = torch.ones(64 * size * size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_seconds = seconds(lambda: target.copy_(source))
+            def both() -> None:
+                F.conv2d(maps, kernel, padding=1).backward(gradient)  # noqa: B023 (called at once)
+
+            total_flop += 3 * 2 * 9 * channels * output.numel()
+            total_seconds += seconds(both)
+        return total_flop / total_seconds / 1e12
+
+    maps = torch.ones(images, 3, 256, 256, device=device)
+    calls = 200
+
+    def many() -> None:  # small operations, forward and backward
+        value = small = torch.ones(1, requires_grad=True)
+        for _ in range(calls):
+            value = value * small
+        value.backward()
+
+    on_cpu = device.type == "cpu"
     return Device(
         title=title,
         half_tflops=tflops(torch.bfloat16),
         float32_tflops=tflops(torch.float32),
         memory_gib=memory_bytes / 2**30,
-        bandwidth_gbps=2 * source.nbytes / copy_seconds / 1e9,
-        source="measured by matrix products and copies",
+        bandwidth_gbps=3 * maps.nbytes / seconds(lambda: maps * maps) / 1e9,
+        efficiency=1,
+        bandwidth_efficiency=1,
+        kernel_us=seconds(many) / (2 * calls) * 1e6 if on_cpu else 2,
+        launch_us=0 if on_cpu else 8,
+        source="measured by convolutions and elementwise operations",
     )

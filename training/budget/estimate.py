@@ -1,16 +1,18 @@
 """Estimates what a configuration costs before it runs: parameters, FLOPs, memory, hours.
 
 FLOPs are counted by torch's FlopCounterMode on the meta device (a multiplication and an addition are two), memory by
-`training.budget.memory`; peak rates are in `training.budget.devices`. Hours follow from an efficiency that is assumed
-unless it has been measured (`python -m benchmarks.step`).
+`training.budget.memory`; rates of devices are in `training.budget.devices`. The time of a step is the sum over its operations,
+each as long as its FLOPs, its bytes or its launch take, whichever is longest (Williams et al. 2009, "Roofline"). On a GPU that
+nobody has measured, the fractions of its rates are assumed; `python -m benchmarks.gpu` measures them.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,11 +20,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget.devices import DEFAULT_EFFICIENCY, Device, local_device
-from training.budget.memory import GIB, MemoryEstimate, largest_micro_batch, trace_memory
+from training.budget.devices import Device, local_device
+from training.budget.memory import GIB, MemoryEstimate, Operation, trace_memory
 from training.builders import freeze_parameters, micro_batch_size
 from training.config import Config, config_from_dict
 from training.losses.perceptual import PerceptualTrunk
+
+# Reads and writes of 4 bytes for each trained parameter: clipping reads the gradient twice and writes it; Adam reads weight,
+# gradient and two states and writes all but the gradient; EMA reads both weights and writes one.
+_STEP_PASSES = {"clipping": 3, "optimizer": 7, "ema": 3}
 
 
 def _count(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -123,45 +129,68 @@ def estimate_micro_batch(config: Config, processes: int, limit_bytes: float) -> 
         limit_bytes: Memory of a device.
 
     Returns:
-        Between 1, whether or not that fits, and the batch of one process.
+        At most the batch of one process; 0 if not even one image fits.
     """
+
+    def too_large(size: int) -> bool:
+        return estimate_memory(config, size, processes).total_bytes > limit_bytes
+
     local_batch = config.training_presets.batch_size // processes
-    sizes = sorted({max(1, local_batch // 2), max(2, local_batch)})
-    largest = largest_micro_batch(*(estimate_memory(config, size, processes) for size in sizes), limit_bytes)
-    return min(local_batch, max(1, largest))
+    if not too_large(local_batch):  # first, because gradients of one forward pass need no memory before it
+        return local_batch
+    return bisect.bisect_left(range(1, local_batch), True, key=too_large)
 
 
-def estimate_step(
-    device: Device, gflops_per_second: float, gflop: dict[str, float], batch: dict[str, int], trained_parameters: int
-) -> dict[str, float]:
+def estimate_step(memory: MemoryEstimate, device: Device, micro_batches: float, processes: int) -> dict[str, float]:
     """Seconds of one optimizer step, by part.
 
     Processes all-reduce their float32 gradients in the backward pass of the last micro-batch: a ring of n processes
-    sends and receives 2 (n - 1) / n of the gradients on each device. Clipping, optimizer and EMA pass 13 times over 4
-    bytes per trained parameter.
+    sends and receives 2 (n - 1) / n of the gradients on each device.
 
-        step = forward + max(backward, exchange) + optimizer
+        step = max(forward + max(backward, exchange) + optimizer, host)
 
     Args:
-        device: Its link and memory bandwidth.
-        gflops_per_second: That one device reaches in forward and backward pass.
-        gflop: Part -> GFLOPs per image.
-        batch: `batch_size`, `processes` (one per device) and `micro_batches` (of one process).
-        trained_parameters: How many.
+        memory: Its operations.
+        device: Its rates.
+        micro_batches: Forward passes of a process; a fraction where the last one is smaller.
+        processes: One per device.
 
     Returns:
-        `forward`, `backward`, `exchange`, `optimizer` and `step`, seconds.
+        `forward`, `backward`, `exchange`, `optimizer`, `host` (to launch the operations, beside the device) and `step`,
+        seconds, and the number of `launches`.
     """
-    processes = batch["processes"]
-    images = batch["batch_size"] / processes
-    backward_gflop = sum(value for name, value in gflop.items() if name.endswith("backward"))
-    forward = images * (sum(gflop.values()) - backward_gflop) / gflops_per_second
-    backward = images * backward_gflop / gflops_per_second
-    exchange = 2 * (processes - 1) / processes * 4 * trained_parameters / (device.link_gbps * 1e9)
-    optimizer = 13 * 4 * trained_parameters / (device.bandwidth_gbps * 1e9)
-    hidden = min(exchange, backward / batch["micro_batches"])
-    step = forward + backward + exchange - hidden + optimizer
-    return {"forward": forward, "backward": backward, "exchange": exchange, "optimizer": optimizer, "step": step}
+    peak = {half: 1e12 * device.efficiency * rate for half, rate in _tflops(device).items()}
+    bandwidth = 1e9 * device.bandwidth_efficiency * device.bandwidth_gbps
+
+    def seconds(operations: Iterable[Operation]) -> float:
+        return micro_batches * sum(
+            max(op.flop / peak[op.half], op.num_bytes / bandwidth, 1e-6 * device.kernel_us * op.launches)
+            for op in operations
+        )
+
+    passes = sum(count for name, count in _STEP_PASSES.items() if name != "ema" or memory.has_ema)
+    launches = math.ceil(micro_batches) * sum(op.launches for op in memory.operations)
+    forward = seconds(op for op in memory.operations if not op.backward)
+    backward = seconds(op for op in memory.operations if op.backward)
+    exchange = 2 * (processes - 1) / processes * 4 * memory.trained / (device.link_gbps * 1e9)
+    optimizer = passes * 4 * memory.trained / bandwidth
+    host = 1e-6 * device.launch_us * launches
+    hidden = min(exchange, backward / math.ceil(micro_batches))
+    step = max(forward + backward + exchange - hidden + optimizer, host)
+    return {
+        "forward": forward,
+        "backward": backward,
+        "exchange": exchange,
+        "optimizer": optimizer,
+        "host": host,
+        "step": step,
+        "launches": launches,
+    }
+
+
+def _tflops(device: Device) -> dict[bool, float]:
+    """The peak in half precision and in float32."""
+    return {True: device.half_tflops, False: device.float32_tflops}
 
 
 def estimate_cost(
@@ -170,7 +199,6 @@ def estimate_cost(
     num_train_images: int | None,
     *,
     device: Device | None = None,
-    efficiency: float = DEFAULT_EFFICIENCY,
     search: bool = False,
 ) -> dict[str, Any]:
     """Everything that can be estimated before a run; plain values, as `--json` prints them.
@@ -179,22 +207,19 @@ def estimate_cost(
         config: The configuration.
         num_processes: Processes of the run, one per device.
         num_train_images: Training images per epoch if known.
-        device: Peak rates; None for the device at hand.
-        efficiency: Fraction of the device's peak that forward and backward pass reach.
-        search: Look for the largest micro-batch that fits, which takes as long again.
+        device: Its rates; None for the device at hand.
+        search: Look for the largest micro-batch that fits, which takes seconds where the batch of a process does not.
 
     Raises:
-        ValueError: An efficiency outside (0, 1], or a batch that cannot be divided over the processes.
+        ValueError: A batch that cannot be divided over the processes.
     """
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"--efficiency must be above 0 and at most 1, got {efficiency:g}.")
     device = device or local_device()
     cost, presets = count_flops(config), config.training_presets
     # "auto" is bf16 where that is faster, as on every GPU of the table.
     half = presets.mixed_precision != "no" and (
         presets.mixed_precision != "auto" or device.half_tflops > device.float32_tflops
     )
-    tflops = device.half_tflops if half else device.float32_tflops
+    tflops = _tflops(device)[half]
     micro_batch = micro_batch_size(config, num_processes)
     local_batch = presets.batch_size // num_processes
     batch = {
@@ -205,12 +230,11 @@ def estimate_cost(
     }
     memory = estimate_memory(config, micro_batch, num_processes)
     limit = device.memory_gib * GIB
-    reached, trained = tflops * 1e3 * efficiency, cost["trained_parameters"]
-    seconds = estimate_step(device, reached, cost["gflop"], batch, trained)
-    roofline_seconds, compute_seconds = memory.roofline_seconds(
-        replace(device, half_tflops=tflops), local_batch / micro_batch
+    timed = replace(device, half_tflops=tflops)
+    roofline = replace(timed, efficiency=1, bandwidth_efficiency=1, kernel_us=0, launch_us=0)
+    seconds, roofline_seconds = (
+        estimate_step(memory, each, local_batch / micro_batch, num_processes) for each in (timed, roofline)
     )
-    roofline_seconds = max(roofline_seconds, seconds["exchange"])
     estimate = {
         **cost,
         "latent_dim": config.model.get("latent_dim", cost["latent_shape"][0] * cost["latent_shape"][1] ** 2),
@@ -224,29 +248,19 @@ def estimate_cost(
             "total_bytes": memory.total_bytes,
             "fits": memory.total_bytes <= limit,
         },
-        "time": {
-            "efficiency": efficiency,
-            "seconds": seconds,
-            "roofline_step_seconds": roofline_seconds,
-            "roofline_efficiency": compute_seconds / roofline_seconds,
-        },
+        "time": {"seconds": seconds, "roofline_step_seconds": roofline_seconds["step"]},
     }
     if search:
-        other = estimate_memory(config, micro_batch // 2 if micro_batch > 1 else 2, num_processes)
-        pair = sorted((memory, other), key=lambda each: each.micro_batch)
-        # More images than a process has in a step are never in one forward pass.
-        estimate["memory"]["largest_micro_batch"] = min(local_batch, largest_micro_batch(*pair, limit))
+        estimate["memory"]["largest_micro_batch"] = estimate_micro_batch(config, num_processes, limit)
     if num_train_images is not None:
         images = min(num_train_images, presets.max_images_per_epoch or num_train_images)
         steps = images // presets.batch_size
         flop = cost["gflop_average"] * 1e9 * steps * presets.batch_size * presets.num_epochs
         estimate["epoch"] = {"images": images, "steps": steps, "epochs": presets.num_epochs, "total_flop": flop}
         # Smaller images of the resolution schedule need fewer FLOPs and, in proportion, less memory traffic.
-        fraction = cost["gflop_average"] / cost["gflop_training"]
-        scheduled = {name: fraction * value for name, value in cost["gflop"].items()}
-        step_seconds = estimate_step(device, reached, scheduled, batch, trained)["step"]
-        estimate["time"]["hours"] = step_seconds * steps * presets.num_epochs / 3600
-        estimate["time"]["roofline_hours"] = fraction * roofline_seconds * steps * presets.num_epochs / 3600
+        scale = cost["gflop_average"] / cost["gflop_training"] * steps * presets.num_epochs / 3600
+        estimate["time"]["hours"] = scale * seconds["step"]
+        estimate["time"]["roofline_hours"] = scale * roofline_seconds["step"]
     return estimate
 
 
@@ -289,6 +303,11 @@ def format_estimate(estimate: dict[str, Any], layout: str) -> str:
         f"device    {device['title']} ({device['source']}): {_rate(device['tflops'])} in this precision, memory "
         f"{device['bandwidth_gbps']:.3g} GB/s",
     ]
+    if device["efficiency"] < 1 or device["launch_us"]:
+        lines.append(
+            f"assumed   {device['efficiency']:g} of the peak, {device['bandwidth_efficiency']:g} of the memory bandwidth, "
+            f"{device['kernel_us']:g} us for the smallest kernel, {device['launch_us']:g} us of host time per launch"
+        )
     if processes > 1:
         size = 4 * estimate["trained_parameters"] / 1e6
         lines.append(
@@ -310,22 +329,31 @@ def format_estimate(estimate: dict[str, Any], layout: str) -> str:
         lines.append(
             f"schedule  {estimate['gflop_average']:.2f} GFLOPs per image, averaged over the resolution schedule"
         )
-    within = (
-        "below this estimate"
-        if time["roofline_hours"] <= time["hours"]
-        else "ABOVE this estimate: out of reach unfused"
+    lines.append(
+        f"time      {_duration(time['hours'])} (estimated) on {processes} x {device['title']}, {_milliseconds(seconds['step'])} "
+        f"per full-size step: {_milliseconds(seconds['forward'])} forward, {_milliseconds(seconds['backward'])} backward, "
+        f"{_milliseconds(seconds['optimizer'])} optimizer"
     )
-    lines += [
-        f"time      {_duration(time['hours'])} on {processes} x {device['title']} at {time['efficiency']:g} of the peak "
-        f"(estimated; the efficiency is assumed unless it was measured), {1e3 * seconds['step']:.3g} ms per full-size step",
-        f"roofline  {_duration(time['roofline_hours'])} if every operation reads and writes memory once at that bandwidth, "
-        f"{time['roofline_efficiency']:.2f} of the peak: {within}",
-    ]
+    if device["launch_us"]:
+        waits = "the device waits for the host" if seconds["host"] == seconds["step"] else "hidden behind the device"
+        lines.append(
+            f"host      {seconds['launches']} kernel launches per step without torch.compile take "
+            f"{_milliseconds(seconds['host'])}: {waits}"
+        )
+    if device["efficiency"] < 1:
+        lines.append(
+            f"roofline  {_duration(time['roofline_hours'])} at the full peak and memory bandwidth: no run is faster unless "
+            "torch.compile fuses operations"
+        )
     return "\n".join(lines)
 
 
 def _rate(tflops: float) -> str:
     return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:.0f} ms"
 
 
 def _duration(hours: float) -> str:

@@ -3,8 +3,7 @@
 The forward and backward pass run on tensors that have shapes, types and storages but no contents, under the same autocast as
 the real ones. Every storage is followed from its creation to its end, so the peak is that of the real sequence of
 allocations; saved activations are those that autograd passes to `torch.autograd.graph.saved_tensors_hooks`. Each operation's
-FLOPs and bytes are counted too, which gives the shortest time that a device's compute and memory bandwidth allow (Williams et
-al. 2009, "Roofline").
+FLOPs, bytes and kernel launches are counted too, for `training.budget.estimate.estimate_step`.
 
 Memory outside PyTorch's tensors (driver context, workspaces of convolutions, fragmentation) is an assumption,
 `overhead_bytes`.
@@ -12,7 +11,6 @@ Memory outside PyTorch's tensors (driver context, workspaces of convolutions, fr
 
 from __future__ import annotations
 
-import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.budget.devices import Device
 from training.builders import build_model, freeze_parameters
 from training.config import Config
 from training.data.images import normalize
@@ -39,10 +36,6 @@ GIB = 2**30
 CONTEXT_BYTES = 0.75 * GIB
 FRAGMENTED_FRACTION = 0.1
 
-# Reads and writes of 4 bytes for each trained parameter: clipping reads the gradient twice and writes it; Adam reads weight,
-# gradient and two states and writes all but the gradient; EMA reads both weights and writes one.
-_STEP_PASSES = {"clipping": 3, "optimizer": 7, "ema": 3}
-
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,17 +43,27 @@ _PERSISTENT = ("weights", "gradients", "optimizer state", "EMA weights", "trunk 
 _TRANSIENT = ("saved activations", "saved in the losses", "temporary")  # grow with the batch
 
 
-def _overhead(parts: dict[str, int]) -> int:
-    return round(CONTEXT_BYTES + FRAGMENTED_FRACTION * sum(parts[name] for name in _TRANSIENT))
+# Kernels of an operation on CUDA, where they are more than one: a bias or its gradient has its own.
+_LAUNCHES = {"convolution": 2, "convolution_backward": 3, "native_layer_norm_backward": 3, "slice_backward": 2}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the step: FLOPs, bytes read and written, and whether it computes in half precision."""
+    """One operation of the step.
+
+    Attributes:
+        flop: FLOPs of convolutions and matrix products.
+        num_bytes: Read and written.
+        half: It computes in half precision.
+        launches: Kernels that it starts on CUDA.
+        backward: It belongs to the backward pass.
+    """
 
     flop: float
     num_bytes: int
     half: bool
+    launches: int = 1
+    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,6 @@ class MemoryEstimate:
         micro_batch: Images in the forward pass.
         parts: Name -> bytes at the peak: weights, gradients, optimizer state, EMA weights, saved activations, saved in
             the losses (features too), trunk weights (of the feature networks), temporary.
-        widest: The same at the point with the most activations, features and temporary tensors.
         kept_bytes: Activations and features that autograd keeps when the forward pass ends, bytes.
         operations: Of the forward and backward pass.
         trained: Number of trained parameters.
@@ -80,7 +82,6 @@ class MemoryEstimate:
 
     micro_batch: int
     parts: dict[str, int]
-    widest: dict[str, int]
     kept_bytes: int
     operations: tuple[Operation, ...]
     trained: int
@@ -94,36 +95,12 @@ class MemoryEstimate:
     @property
     def overhead_bytes(self) -> int:
         """Assumed beyond tensors: see `CONTEXT_BYTES` and `FRAGMENTED_FRACTION`."""
-        return _overhead(self.parts)
+        return round(CONTEXT_BYTES + FRAGMENTED_FRACTION * sum(self.parts[name] for name in _TRANSIENT))
 
     @property
     def total_bytes(self) -> int:
         """Tensors and the assumed overhead."""
         return self.tensor_bytes + self.overhead_bytes
-
-    @property
-    def widest_bytes(self) -> int:
-        """The same at the point with the most activations."""
-        return sum(self.widest.values()) + _overhead(self.widest)
-
-    def roofline_seconds(self, device: Device, micro_batches: int) -> tuple[float, float]:
-        """Shortest time of a step on a device, if each operation runs alone and reads and writes its tensors once.
-
-        A fusing compiler needs fewer passes over memory, so this bounds eager execution only.
-
-        Args:
-            device: Its peaks.
-            micro_batches: Forward passes of a step; a fraction where the last one is smaller.
-
-        Returns:
-            Seconds of the step, and the seconds that its FLOPs alone would take.
-        """
-        peak = {True: device.half_tflops * 1e12, False: device.float32_tflops * 1e12}
-        compute = micro_batches * sum(op.flop / peak[op.half] for op in self.operations)
-        bandwidth = device.bandwidth_gbps * 1e9
-        bound = micro_batches * sum(max(op.flop / peak[op.half], op.num_bytes / bandwidth) for op in self.operations)
-        passes = sum(count for name, count in _STEP_PASSES.items() if name != "ema" or self.has_ema)
-        return bound + passes * 4 * self.trained / bandwidth, compute
 
 
 class _Ledger(TorchDispatchMode):
@@ -132,8 +109,9 @@ class _Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = dict.fromkeys((*_PERSISTENT, *_TRANSIENT), 0)
-        self.peak, self.widest = dict(self.bytes), dict(self.bytes)
+        self.peak = dict(self.bytes)
         self.operations: list[Operation] = []
+        self.in_backward = False
         self._part_of: dict[int, tuple[str, int]] = {}  # storage -> its part and bytes
 
     def enter(self, tensor: Tensor, part: str) -> None:
@@ -150,8 +128,6 @@ class _Ledger(TorchDispatchMode):
         self.bytes[part] += size
         if sum(self.bytes.values()) > sum(self.peak.values()):
             self.peak = dict(self.bytes)
-        if sum(self.bytes[name] for name in _TRANSIENT) > sum(self.widest[name] for name in _TRANSIENT):
-            self.widest = dict(self.bytes)
 
     def _leave(self, key: int) -> None:
         part, size = self._part_of.pop(key)
@@ -171,13 +147,15 @@ class _Ledger(TorchDispatchMode):
         for tensor in new:
             if self.part(tensor) is None:
                 self.enter(tensor, "temporary")
-        if new or func._schema.is_mutable:  # the others are views
+        name = func._schema.name.removeprefix("aten::")
+        if (new or func._schema.is_mutable) and not name.startswith(("empty", "new_empty")):  # the others are views
             count = flop_registry.get(func.overloadpacket)
             flop = 0 if count is None else count(*args, **(kwargs or {}), out_val=out)
             written = new or outputs
             traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *written))
             half = bool(outputs) and outputs[0].dtype in _HALF.values()
-            self.operations.append(Operation(float(flop), traffic, half))
+            launches = _LAUNCHES.get(name, 1)
+            self.operations.append(Operation(float(flop), traffic, half, launches, self.in_backward))
         return out
 
 
@@ -265,35 +243,13 @@ def _trace_step(
             total, _ = vae_loss(loss, output.sample, pixels, mean, logvar, beta=1.0, crops=crops)
         kept_bytes = ledger.bytes["saved activations"] + ledger.bytes["saved in the losses"]
         saving = "saved activations"  # what gradient checkpointing computes again
+        ledger.in_backward = True
         total.backward()
     return MemoryEstimate(
         micro_batch=micro_batch,
         parts=ledger.peak,
-        widest=ledger.widest,
         kept_bytes=kept_bytes,
         operations=tuple(ledger.operations),
         trained=sum(parameter.numel() for parameter in trained),
         has_ema=has_ema,
     )
-
-
-def largest_micro_batch(smaller: MemoryEstimate, larger: MemoryEstimate, limit_bytes: float) -> int:
-    """The most images in one forward pass that stay within a limit.
-
-    Memory at each point of the step is linear in the batch size. Two points matter: the peak, and the point with the
-    most activations, which becomes the peak for large batches.
-
-    Args:
-        smaller, larger: Estimates of the same configuration for two different batches.
-        limit_bytes: Memory of the device.
-
-    Returns:
-        The batch; 0 if not even one image fits.
-    """
-    images = larger.micro_batch - smaller.micro_batch
-    most = []
-    for name in ("total_bytes", "widest_bytes"):
-        small, large = getattr(smaller, name), getattr(larger, name)
-        slope = (large - small) / images
-        most.append(larger.micro_batch + math.floor((limit_bytes - large) / slope))
-    return max(0, min(most))
