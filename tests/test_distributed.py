@@ -10,10 +10,17 @@ from collections.abc import Callable
 
 import pytest
 import tiny
+import torch
 from runs import fork, run_ranks, wait_for_all
 
 from training.data.images import DataError
-from training.distributed import join_processes, main_process_first, on_main_process
+from training.distributed import (
+    is_out_of_memory,
+    join_processes,
+    main_process_first,
+    on_main_process,
+    with_smaller_batches,
+)
 from training.trainer import Trainer
 
 
@@ -93,3 +100,58 @@ def test_a_process_that_fails_takes_the_others_down_at_once_and_logs_why(faces, 
     assert all(codes) and time.monotonic() - started < 60, log
     errors = [line for line in log.splitlines() if "failed: " in line]
     assert "[1] ERROR failed: OSError: the disk of the second process fails" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.69 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.",
+    ],
+)
+def test_messages_of_missing_memory(message):
+    assert is_out_of_memory(RuntimeError(message)) and is_out_of_memory(torch.OutOfMemoryError(message))
+    assert not is_out_of_memory(ValueError(message))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+        "mat1 and mat2 shapes cannot be multiplied (8x16 and 8x16)",
+    ],
+)
+def test_other_messages_are_not_of_missing_memory(message):
+    assert not is_out_of_memory(RuntimeError(message))
+
+
+def test_a_batch_is_halved_until_it_fits():
+    tried = []
+
+    def fits(limit: int, message: str = "CUDA error: out of memory"):
+        def function(batch: int) -> int:
+            tried.append(batch)
+            if batch > limit:
+                raise RuntimeError(message)
+            return batch
+
+        return function
+
+    assert with_smaller_batches(fits(2), 9) == 2 and tried == [9, 5, 3, 2]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with_smaller_batches(fits(0), 2)
+    tried.clear()
+    with pytest.raises(RuntimeError, match="shapes"):
+        with_smaller_batches(fits(1, "shapes differ"), 8)
+    assert tried == [8]

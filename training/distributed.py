@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,8 @@ from accelerate import (
     InitProcessGroupKwargs,
     PartialState,
 )
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -25,6 +28,14 @@ from torch.distributed.rendezvous import rendezvous
 from training.config import COLLECTIVE_TIMEOUT_S
 
 T = TypeVar("T")
+
+# What CUDA's libraries raise when they get no memory, besides the messages that accelerate knows. cuDNN finds no engine if
+# the workspace of none fits.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|STATUS_ALLOC_FAILED|ALLOCATION_FAILED|CUDNN_STATUS_(NOT_SUPPORTED|INTERNAL_ERROR|NOT_INITIALIZED)"
+    r"|CU(BLAS|SOLVER)_STATUS_NOT_INITIALIZED|unable to find an engine",
+    re.IGNORECASE,
+)
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # not supported
 
@@ -141,6 +152,44 @@ def cpu_computes_bf16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch may avoid an error: the device, or a library that needs a workspace, got no memory."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and (should_reduce_batch_size(error) or _OUT_OF_MEMORY.search(str(error)) is not None)
+    )
+
+
+def with_smaller_batches(function: Callable[[int], T], batch: int) -> T:
+    """Calls a function with a batch size, which is halved and tried again while memory runs out.
+
+    Args:
+        function: Communicates with no other process, because each process decides for itself.
+        batch: First size.
+
+    Raises:
+        RuntimeError: Not even one image fits, or an error that is not of missing memory.
+    """
+    while True:
+        try:
+            return function(batch)
+        except RuntimeError as error:
+            if batch == 1 or not is_out_of_memory(error):
+                raise
+        batch = -(-batch // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@functools.cache
+def _host_group() -> torch.distributed.ProcessGroup:
+    """A group on the host for work of the main process alone: the others wait without occupying their GPUs.
+
+    NCCL ends a process that waits too long; this group waits as long as the main process lives.
+    """
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
+
+
 def on_main_process(state: Accelerator | PartialState, function: Callable[[], T]) -> T:
     """Runs a function on the main process and broadcasts its result or its exception; every process must call this.
 
@@ -154,6 +203,7 @@ def on_main_process(state: Accelerator | PartialState, function: Callable[[], T]
     """
     if state.num_processes == 1:
         return function()
+    group = _host_group()
     result, error = None, None
     if state.is_main_process:
         try:
@@ -161,7 +211,7 @@ def on_main_process(state: Accelerator | PartialState, function: Callable[[], T]
         except Exception as raised:  # an exception that stays here leaves the others waiting in a collective
             error = raised
     box = [result, error if error is None or _is_picklable(error) else RuntimeError(f"{type(error).__name__}: {error}")]
-    broadcast_object_list(box, from_process=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=group)
     if error is not None:
         raise error
     if box[1] is not None:

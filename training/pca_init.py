@@ -145,6 +145,9 @@ def fit_pca_branch(
 ) -> dict[str, float]:
     """Set the PCA branch and the first posterior variances from images.
 
+    Memory, on the model's device, float32: all patches, n (1 + copies) (latent_size)^2 x 3 p^2 values of patches of p x p,
+    and for the eigenvalue problem about four matrices of d x d, d the smaller of half a patch, 3 p^2 / 2, and their number.
+
     Args:
         model: A model with a PCA branch; changed in place.
         images: (n, 3, sample_size, sample_size), uint8.

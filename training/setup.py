@@ -408,9 +408,11 @@ def _build_ema(config: Config, parameters: list[nn.Parameter], accelerator: Acce
 def _find_micro_batch(run: Run) -> None:
     """Sets the largest micro-batch that fits: on CUDA from the memory estimate, then by trial."""
     presets, accelerator = run.config.training_presets, run.accelerator
+    run.checkpoints.state.create_optimizer_state()
     if accelerator.device.type == "cuda":  # starts closer than halving the full batch
-        memory = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
-        limit = accelerator.gather(memory).min().item()
-        run.train_step.micro_batch = estimate_micro_batch(run.config, accelerator.num_processes, limit)
+        # What other programs on the device leave, and what this one has reserved already, for the weights and Adam.
+        available = torch.cuda.mem_get_info(accelerator.device)[0] + torch.cuda.memory_reserved(accelerator.device)
+        limit = accelerator.gather(torch.tensor([available], device=accelerator.device)).min().item()
+        run.train_step.micro_batch = max(1, estimate_micro_batch(run.config, accelerator.num_processes, limit))
     run.train_step.find_micro_batch(presets.batch_size // accelerator.num_processes, run.model.config.sample_size)
     logger.info("micro_batch_size auto: %d images per forward pass", run.train_step.micro_batch)

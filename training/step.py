@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data.images import normalize, random_affine
+from training.distributed import is_out_of_memory
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss, vae_loss
 from training.randomness import sample_step_noise
@@ -171,7 +171,7 @@ class TrainStep:
             try:
                 parts = self.gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 shortage = str(error)  # and not the error, whose traceback holds on to the tensors
             if not self._any_process(shortage is not None):

@@ -16,7 +16,7 @@ from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.config import Config
-from training.distributed import reduce_step
+from training.distributed import on_main_process, reduce_step
 from training.evaluate.grids import image_grids
 from training.evaluate.validation import Validation, validate
 from training.publish.export import export_model
@@ -120,13 +120,14 @@ class Trainer:
             is_best = self._end_epoch(self._validate(f"epoch {progress.epoch}"))
             if is_last or progress.epoch % self.config.output.sample_every_epochs == 0:
                 with self._ema_applied():
-                    self._save_grids(self.model, f"epoch_{progress.epoch:04d}")
+                    label = f"epoch_{progress.epoch:04d}"
+                    on_main_process(self.accelerator, lambda label=label: self._save_grids(self.model, label))
             if self.checkpoints.is_due_at_epoch(is_best, is_last):
                 self.checkpoints.save()
             push_every = self.config.hub.push_every_epochs
             if push_every is not None and not is_last and progress.epoch % push_every == 0:
                 self.checkpoints.wait()  # the best checkpoint's model is uploaded
-                self._publish()
+                on_main_process(self.accelerator, self._publish)
         return f"{presets.num_epochs} epochs"
 
     def _train_epoch(self, stop: StopSignal) -> str | None:
@@ -277,8 +278,6 @@ class Trainer:
 
     def _save_grids(self, model: nn.Module, label: str) -> None:
         """Saves grids of samples and reconstructions of a model."""
-        if not self.accelerator.is_main_process:
-            return
         with self.tracker.guard("image grids"):
             grids = image_grids(
                 self.accelerator,
@@ -321,12 +320,11 @@ class Trainer:
         logger.info("model        %s", model_dir)
         logger.info("grids        %s", self.run_dir / "samples")
         logger.info("TensorBoard  tensorboard --logdir %s", output.runs_dir)
-        self._publish()
-        self.accelerator.wait_for_everyone()
+        on_main_process(self.accelerator, self._publish)
 
     def _publish(self) -> None:
         """Uploads the model and its card if `hub.push` is set; a failure is logged and the run continues."""
-        if not self.config.hub.push or not self.accelerator.is_main_process:
+        if not self.config.hub.push:
             return
         try:
             logger.info("published    %s", publish(self.run_dir, self.config.hub))

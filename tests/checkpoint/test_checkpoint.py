@@ -14,9 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import safetensors
+import safetensors.torch
 import tiny
 import torch
+from accelerate import Accelerator
 from faults import watched_calls
 from runs import EPOCHS, differences, run
 
@@ -25,7 +26,6 @@ from training.checkpoint.format import (
     CheckpointWriter,
     Snapshot,
     copy_into,
-    host_copy,
     quarantine_newer,
     read_tensors,
     sweep,
@@ -241,12 +241,35 @@ def test_the_writer_reports_an_error_and_continues(two, monkeypatch):
 
 
 def test_host_copies_are_independent_of_training():
-    parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
-    copied = host_copy(parameter)
+    model = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters())
+    state = TrainingState(Accelerator(cpu=True), model, optimizer, None, {})
+    state.create_optimizer_state()
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copies = state.host_tensors()
     with torch.no_grad():
-        parameter.zero_()
-    assert torch.equal(copied, torch.arange(6.0).reshape(2, 3).t()) and copied.is_contiguous()
-    assert not copied.requires_grad
+        model.weight.zero_()
+    assert copies[OPTIMIZER_FILE].keys() == {
+        f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in wanted
+    }
+    for name, copied in copies[MODEL_FILE].items():
+        assert torch.equal(copied, wanted[name]) and copied.is_contiguous() and not copied.requires_grad
+    assert safetensors.torch.load(safetensors.torch.save(copies[MODEL_FILE])).keys() == wanted.keys()
+
+
+def test_the_state_created_before_the_first_step_changes_nothing():
+    def weights_after_a_step(created: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(2, 3, 3)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        if created:
+            TrainingState(Accelerator(cpu=True), model, optimizer, None, {}).create_optimizer_state()
+            assert len(optimizer.state) == 2
+        model(torch.ones(1, 2, 3, 3)).sum().backward()
+        optimizer.step()
+        return model.weight.detach()
+
+    assert torch.equal(weights_after_a_step(True), weights_after_a_step(False))
 
 
 def test_newer_checkpoints_are_quarantined(two):
@@ -427,7 +450,7 @@ def test_the_fp16_gradient_scaler_is_restored():
     def state() -> TrainingState:
         model = torch.nn.Linear(2, 1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-        accelerator = SimpleNamespace(scaler=scaler, is_main_process=True, num_processes=1)
+        accelerator = SimpleNamespace(scaler=scaler, is_main_process=True, num_processes=1, device=torch.device("cpu"))
         return TrainingState(accelerator, model, torch.optim.Adam(model.parameters()), None, {})
 
     def update(each: TrainingState, factor: float) -> None:

@@ -69,11 +69,6 @@ class Snapshot:
         return _EXTRA_BYTES + sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
-def host_copy(tensor: Tensor) -> Tensor:
-    """A contiguous copy in host memory."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
-
-
 def sweep(run_dir: Path) -> list[str]:
     """Remove what an interrupted write or removal left behind, and restore what it was about to replace.
 

@@ -5,6 +5,7 @@ Random state is not part of it: all randomness of a step is a function of the se
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.checkpoint.format import copy_into, host_copy, read_tensors
+from training.checkpoint.format import copy_into, read_tensors
 from training.ema import EMAWeights
 from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
+_ALIGNMENT = 64  # bytes, of each tensor in the buffer of the copies
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
 
 
@@ -54,6 +56,7 @@ class TrainingState:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.components = components
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._staging: Tensor | None = None
 
     def live_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Returns the tensors themselves, not copies, by file of a checkpoint and name.
@@ -72,11 +75,32 @@ class TrainingState:
         return files
 
     def host_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Returns `live_tensors` as copies in host memory, which further training does not change."""
-        return {
-            file: {name: host_copy(tensor) for name, tensor in tensors.items()}
-            for file, tensors in self.live_tensors().items()
-        }
+        """Returns `live_tensors` as contiguous copies in host memory, which are valid until the next call.
+
+        All of them lie in one buffer; that of a GPU's copies is page-locked and kept, so that the host waits only once.
+        """
+        files = self.live_tensors()
+        on_gpu = self.accelerator.device.type == "cuda"
+        offsets = itertools.accumulate(
+            (-(-each.nbytes // _ALIGNMENT) * _ALIGNMENT for tensors in files.values() for each in tensors.values()),
+            initial=0,
+        )
+        *starts, size = offsets
+        staging = self._staging
+        if staging is None or staging.nbytes != size:
+            staging = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+            self._staging = staging if on_gpu else None
+        places = iter(starts)
+
+        def copy(tensor: Tensor) -> Tensor:
+            start = next(places)
+            place = staging[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            return place.copy_(tensor.detach(), non_blocking=True)
+
+        copies = {file: {name: copy(each) for name, each in tensors.items()} for file, tensors in files.items()}
+        if on_gpu:
+            torch.cuda.synchronize(self.accelerator.device)
+        return copies
 
     def values(self) -> dict[str, Any]:
         """Returns everything else, as JSON values."""
@@ -99,7 +123,7 @@ class TrainingState:
             ValueError: The checkpoint belongs to another model.
         """
         if values["optimizer_has_state"]:
-            self._create_optimizer_state()
+            self.create_optimizer_state()
         for file, tensors in self.live_tensors().items():
             if self.accelerator.is_main_process:
                 copy_into(tensors, read_tensors(checkpoint, file), file)
@@ -122,8 +146,11 @@ class TrainingState:
             else:  # written by an earlier version
                 logger.warning("resume: the checkpoint has no state of %s, which starts from its defaults", name)
 
-    def _create_optimizer_state(self) -> None:
-        """Creates Adam's state as after a first step, with zeros, in the strides of the parameters."""
+    def create_optimizer_state(self) -> None:
+        """Creates Adam's state before the first step, as the optimizer does in it: zeros in the strides of the parameters.
+
+        So the trial of a micro-batch, which is before the first step, shares the device's memory with it.
+        """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         zeros = {
             index: {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import LOGVAR_MAX, LOGVAR_MIN, AutoencoderKLUltra
 from training.data.images import normalize
+from training.distributed import with_smaller_batches
 from training.evaluate.metrics import image_metrics
 from training.losses.objective import ReconstructionLoss, kl_per_dimension, vae_loss
 from training.losses.perceptual import PerceptualTrunk
@@ -82,7 +83,7 @@ def validate(
         model: Unwrapped; its training mode is restored.
         images: (n, 3, H, W), uint8, on the host; n may differ between processes.
         indices: The images' positions in the validation set, which choose their random crops.
-        batch: Images in one forward pass.
+        batch: Most images in one forward pass; halved where memory runs out.
         loss: The reconstruction terms.
         lpips_trunk: Feature network of the LPIPS that is reported, on full images; None leaves it out.
     """
@@ -91,40 +92,45 @@ def validate(
     model.eval()
     # Sums over images; in float64 where there is one, so that the order of images does not change the result.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    sums: dict[str, Tensor] = {"images": torch.zeros((), dtype=dtype, device=device)}
-
-    def add(name: str, value: Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + value.to(dtype)
-
     own_size = torch.tensor([max(indices, default=0) + 1], device=device)
     set_size = int(accelerator.gather(own_size).max())
     crops = sample_crops(set_size, resolution, loss.crop_sizes, keyed_generator(_CROP_SEED))
-    for start in range(0, max(len(images), 1), batch):
-        pixels_uint8, positions = images[start : start + batch], indices[start : start + batch]
-        count = len(positions)
-        if not count:  # fewer images than processes: this one takes part in the reduction with zeros
-            pixels_uint8, positions = images.new_zeros(1, 3, resolution, resolution), [0]
-        pixels = normalize(pixels_uint8.to(device))
-        own_crops = [crop if crop is None else crop.to(device) for crop in take_crops(crops, positions)]
-        with accelerator.autocast():
-            output = model(pixels)
-            reconstruction, posterior = output.sample.float(), output.posterior
-            _, parts = vae_loss(
-                loss, reconstruction, pixels, posterior.mean, posterior.logvar, beta=0.0, crops=own_crops
-            )
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        weight = 1.0 if count else 0.0
-        sums["images"] += count
-        add("reconstruction_loss", parts["reconstruction"] * count)
-        for name, value in image_metrics(reconstruction, pixels, lpips_trunk).items():
-            add(name, value.sum() * weight)
-        add("mean", mean.sum(dim=0) * weight)
-        add("mean_square", mean.square().sum(dim=0) * weight)
-        add("variance", logvar.exp().sum(dim=0) * weight)
-        add("kl", kl_per_dimension(mean, logvar).sum(dim=0) * weight)
-        add("sigma", torch.exp(0.5 * logvar).mean() * count)
-        at_bound = (logvar <= LOGVAR_MIN + 1e-3) | (logvar >= LOGVAR_MAX - 1e-3)
-        add("at_bound", at_bound.to(dtype).mean() * count)
+
+    def measure(batch: int) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {"images": torch.zeros((), dtype=dtype, device=device)}
+
+        def add(name: str, value: Tensor) -> None:
+            sums[name] = sums.get(name, 0.0) + value.to(dtype)
+
+        for start in range(0, max(len(images), 1), batch):
+            pixels_uint8, positions = images[start : start + batch], indices[start : start + batch]
+            count = len(positions)
+            if not count:  # fewer images than processes: this one takes part in the reduction with zeros
+                pixels_uint8, positions = images.new_zeros(1, 3, resolution, resolution), [0]
+            pixels = normalize(pixels_uint8.to(device))
+            own_crops = [crop if crop is None else crop.to(device) for crop in take_crops(crops, positions)]
+            with accelerator.autocast():
+                output = model(pixels)
+                reconstruction, posterior = output.sample.float(), output.posterior
+                _, parts = vae_loss(
+                    loss, reconstruction, pixels, posterior.mean, posterior.logvar, beta=0.0, crops=own_crops
+                )
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            weight = 1.0 if count else 0.0
+            sums["images"] += count
+            add("reconstruction_loss", parts["reconstruction"] * count)
+            for name, value in image_metrics(reconstruction, pixels, lpips_trunk).items():
+                add(name, value.sum() * weight)
+            add("mean", mean.sum(dim=0) * weight)
+            add("mean_square", mean.square().sum(dim=0) * weight)
+            add("variance", logvar.exp().sum(dim=0) * weight)
+            add("kl", kl_per_dimension(mean, logvar).sum(dim=0) * weight)
+            add("sigma", torch.exp(0.5 * logvar).mean() * count)
+            at_bound = (logvar <= LOGVAR_MIN + 1e-3) | (logvar >= LOGVAR_MAX - 1e-3)
+            add("at_bound", at_bound.to(dtype).mean() * count)
+        return sums
+
+    sums = with_smaller_batches(measure, batch)
     model.train(was_training)
 
     sums = accelerator.reduce(sums, reduction="sum")
