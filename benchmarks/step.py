@@ -52,11 +52,12 @@ class Bench:
         config: The configuration; its precision, memory format and optimizer are used.
         batch: Images of a step, in one forward pass.
         trunk_weights: Folder of feature network weights, or None for random ones.
+        cpu: Use the CPU even if there is an accelerator.
     """
 
-    def __init__(self, config: Config, batch: int, trunk_weights: str | None) -> None:
+    def __init__(self, config: Config, batch: int, trunk_weights: str | None, cpu: bool = False) -> None:
         presets = config.training_presets
-        cpu = not torch.accelerator.is_available()
+        cpu = cpu or not torch.accelerator.is_available()
         device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
         self.config, self.batch, self.trunk_weights = config, batch, trunk_weights
         self.precision, _ = resolve_precision(presets.mixed_precision, device)

@@ -157,3 +157,35 @@ def test_a_baseline_is_trained_and_saved_at_the_given_times(benchmark, config_fi
     assert sum(moved) > 0.9 * len(moved)
     assert train_baseline.main([*arguments, "--minutes", "0"]) == 2
     assert capsys.readouterr().err == "error: --minutes [0.0]: use numbers above 0.\n"
+
+
+def test_a_device_is_measured_in_one_command(benchmark, config_file, session, tmp_path, capsys):
+    gpu = benchmark("gpu")
+    file = tmp_path / "gpu.json"
+    arguments = ["--config", config_file, "--small-config", config_file, "--batch", "2", "--steps", "1"]
+    arguments += ["--loop-steps", "2", "--loss-steps", "2", "--loader-seconds", "0.1", "--no-compile"]
+    assert gpu.main([*arguments, "--output", str(file)]) == 0
+    table, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert list(result["steps"]) == ["bf16 eager", "no eager"]
+    for name, row in result["steps"].items():
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+        assert 0 < row["fraction_of_roofline"] and 0.7 < row["estimated_memory_gib"] < 1
+        assert f"| {name} |" in table
+    assert result["loader"]["images_per_second"]["1"] > 0
+    assert result["resume"] == {"bitwise_equal": True, "files": 3, "different": []}
+    assert len(result["losses"]["bf16"]) == len(result["losses"]["cpu"]) == 2
+    assert result["losses"]["largest_relative_difference"]["bf16"] < 0.05
+    assert "resume   bitwise equal" in table and "losses   within tolerance" in table
+
+
+def test_a_part_that_fails_does_not_end_the_measurement(benchmark, session):
+    gpu = benchmark("gpu")
+
+    def fail() -> dict:
+        raise RuntimeError("CUDA out of memory.\nmore")
+
+    assert gpu.isolated(fail) == {"error": "RuntimeError: CUDA out of memory."}
+    others = {name: {} for name in ("loader", "loop", "resume", "losses")}
+    assert gpu.is_ok({"steps": {"bf16 eager": {"seconds": 0.1}}, **others})
+    assert not gpu.is_ok({"steps": {"bf16 eager": gpu.isolated(fail)}, **others})
+    assert not gpu.is_ok({"steps": {}, **others, "resume": {"bitwise_equal": False}})
