@@ -144,6 +144,7 @@ def test_help_is_the_same_both_ways_and_does_not_wait_for_torch(name):
         ("compare", ["nowhere", "elsewhere", "--data", "synthetic_faces"], "there is no folder nowhere"),
         ("reconstruct", ["nowhere", "nothing.jpg"], "nothing.jpg does not exist"),
         ("encode", ["nowhere", "--data", "synthetic_faces", "--output", "x"], "there is no folder nowhere"),
+        ("align", ["nowhere", "faces"], "nowhere does not exist"),
         ("synthetic_faces", ["--output", "x", "--num-images", "2", "--first-seed", "-1"], "--first-seed must be"),
         ("fit_prior", ["nowhere", "--data", "synthetic_faces"], "nowhere"),
         ("sample", ["nowhere"], "nowhere"),

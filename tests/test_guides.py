@@ -33,7 +33,8 @@ PAGES = {
 }
 # Beginning of a command -> why it does not run here.
 NOT_RUN = {
-    "pip install gradio": "needs a network",
+    "pip install": "needs a network",
+    "python -m training.align": "needs a detector; tests/test_align.py",
     "python -m training.demo $MODEL": "runs until it is stopped; tests/demo starts it",
     "python -m training.publish $MODEL --repo-id org/name --space #": "needs a network; tests/publish uploads a Space",
     "hf jobs uv run": "needs an account; tests/test_examples.py reads the script's metadata and runs its command line",

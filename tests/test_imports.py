@@ -29,6 +29,7 @@ LAYERS = [
         "training.publish",
         "training.tracking",
         # Commands.
+        "training.align",
         "training.compare",
         "training.config_reference",
         "training.encode",

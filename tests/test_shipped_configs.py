@@ -66,7 +66,7 @@ def test_it_trains_ten_steps(path, images, tmp_path, session):
     values["loss"] = loss | {"trunk": "st_alexnet", "perceptual_crop_px": 32}
     presets = values["training_presets"]
     presets |= {"num_epochs": 1, "batch_size": BATCH, "pca_init_images": 18, "mixed_precision": "no"}
-    presets |= {"max_images_per_epoch": STEPS * BATCH, "resolution_schedule": None, "pca_init_augmented_copies": 1}
+    presets |= {"max_images_per_epoch": STEPS * BATCH, "resolution_schedule": {}, "pca_init_augmented_copies": 1}
     values["output"] |= {"runs_dir": str(tmp_path / "runs"), "model_dir": str(tmp_path / "models")}
     values["output"] |= {"eval_lpips_trunk": "st_alexnet", "num_samples": 4}
     result = run(config_from_dict(values))

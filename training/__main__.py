@@ -23,7 +23,8 @@ COMMANDS = {
     "demo": ("training.demo.command", "show a trained model in the browser"),
     "export_formats": ("training.publish.export_formats", "write a trained model as fp16 safetensors, ONNX or .pth"),
     "publish": ("training.publish.stage", "upload a model and its card to the Hub"),
-    "synthetic_faces": ("training.synthetic_faces", "write synthetic faces as image files"),
+    "align": ("training.align", "align photographs like CelebA"),
+    "synthetic_faces": ("training.synthetic_faces", "write synthetic faces to files"),
     "kl": ("training.losses.kl_simulation", "simulate the KL control of a configuration without training"),
 }
 
