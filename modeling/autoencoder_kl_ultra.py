@@ -67,18 +67,23 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else contextlib.nullcontext()
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
-
-
 def pixel_unshuffle(x: Tensor, factor: int, like: Tensor | None = None) -> Tensor:
-    """`F.pixel_unshuffle` in the memory format of `like`, by default of `x`, which torch's own does not keep on CUDA."""
-    return F.pixel_unshuffle(x, factor).contiguous(memory_format=_memory_format(x if like is None else like))
+    """`F.pixel_unshuffle` in the memory format of `like`, by default of `x`.
+
+    channels_last takes one copy forward and one backward on every device; torch's own returns and sends back NCHW on CUDA.
+    """
+    if (x if like is None else like).is_contiguous():
+        return F.pixel_unshuffle(x, factor).contiguous()
+    patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, factor)).unflatten(1, (-1, factor))  # (N, h, f, w, f, C)
+    return patches.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
-    """`F.pixel_shuffle` that keeps the memory format, which torch's own does not do on CUDA."""
-    return F.pixel_shuffle(x, factor).contiguous(memory_format=_memory_format(x))
+    """`F.pixel_shuffle` in the memory format of `x`: see `pixel_unshuffle`."""
+    if x.is_contiguous():
+        return F.pixel_shuffle(x, factor)
+    patches = x.permute(0, 2, 3, 1).unflatten(3, (-1, factor, factor))  # (N, h, w, C, f, f)
+    return patches.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -360,7 +365,9 @@ class PCADecoder(nn.Module):
         if self.factor == 1:
             return pca_image
         with _no_autocast(pca_image):
-            rows, columns = (_bicubic(size, self.factor, pca_image) for size in pca_image.shape[-2:])
+            height, width = pca_image.shape[-2:]
+            rows = _bicubic(height, self.factor, pca_image)
+            columns = rows if width == height else _bicubic(width, self.factor, pca_image)
             return rows @ pca_image @ columns.T
 
 
