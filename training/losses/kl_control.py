@@ -20,6 +20,9 @@ clamped to [max(kl_beta_min, minimum beta of the epoch), kl_beta_max], so there 
 is stable for every lag. For r > 1 (posterior collapse: KL falls faster than beta rises) the fraction responds with the
 wrong sign, so below `kl_collapse_nats` beta decreases, whatever the fraction.
 
+**Delay.** The trainer reads the values of a step while the next one runs, so beta follows them one step late; against a
+half-life of many steps this is another small lag.
+
 **Cycle** (Bowman et al. 2016, arXiv:1511.06349; Fu et al. 2019, arXiv:1903.10145). A low-beta phase (`kl_cooldown_*`)
 multiplies beta and its target range by `kl_cooldown_reduction`. The law compares the fraction at the full beta with the
 full range: for small fractions this is the same comparison, without a jump at the switch.
@@ -66,12 +69,13 @@ class KLController:
         self._weight = 0.0
         self._correcting = False
 
-    def beta(self, epoch: int, images_seen: int) -> float:
+    def beta(self, epoch: int, images_seen: int, log_beta: float | None = None) -> float:
         """The beta of the loss.
 
         Args:
             epoch: Counts from 0.
             images_seen: Images trained on since the start of the run, over all processes and resumes.
+            log_beta: An earlier value of `log_beta` to use instead of the current one.
 
         Returns:
             Controlled beta x warm-up ramp x cycle factor, clamped to the limits of the epoch.
@@ -79,7 +83,8 @@ class KLController:
         warmup = self.schedule.kl_warmup_images
         ramp = min(1.0, images_seen / warmup) if warmup else 1.0
         low, high = self._limits(epoch)
-        return min(max(ramp * math.exp(self.log_beta) * self._cycle_factor(epoch), low), high)
+        log_beta = self.log_beta if log_beta is None else log_beta
+        return min(max(ramp * math.exp(log_beta) * self._cycle_factor(epoch), low), high)
 
     def observe(self, *, kl: float, reconstruction: float, num_images: int, epoch: int, images_seen: int) -> None:
         """Update the moving averages with the losses of the latest images, and log beta by the control law.

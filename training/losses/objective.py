@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from training.config import LossConfig
-from training.losses.perceptual import PerceptualTrunk, full_precision, recompute
+from training.losses.perceptual import PerceptualTrunk, absolute_difference, full_precision
 
 _RESERVED = ("kl", "reconstruction", "total")  # other parts of `vae_loss`
 
@@ -69,12 +70,6 @@ def random_crops(images: Tensor, positions: Tensor, size: int) -> Tensor:
     return crops.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 
-def _pixel_distances(reconstruction: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared and mean absolute difference of images (N, C, H, W): (N,) and (N,), float32."""
-    difference = reconstruction.float() - pixels.float()
-    return difference.square().mean(dim=(1, 2, 3)), difference.abs().mean(dim=(1, 2, 3))
-
-
 class ReconstructionLoss:
     """Weighted reconstruction terms, with everything that they read.
 
@@ -124,6 +119,7 @@ class ReconstructionLoss:
         device: torch.device | str,
         *,
         memory_format: torch.memory_format = torch.contiguous_format,
+        dtype: torch.dtype | None = None,
         load_weights: bool = True,
         networks: Mapping[str, PerceptualTrunk] | None = None,
     ) -> ReconstructionLoss:
@@ -133,6 +129,8 @@ class ReconstructionLoss:
             config: The `loss` section.
             device: Of the networks.
             memory_format: Of the networks' weights.
+            dtype: Of the weights of the layers, default float32. With that of autocast they are cast once and not in
+                every pass, with the same results.
             load_weights: False gives random weights, see `PerceptualTrunk`.
             networks: Networks that are loaded already, by name; they are used as they are.
 
@@ -143,6 +141,7 @@ class ReconstructionLoss:
         for name, _ in config.trunks:
             if name not in loaded:
                 network = PerceptualTrunk(name, config.trunk_weights, load_weights=load_weights)
+                network.layers.to(dtype)
                 loaded[name] = network.to(device, memory_format=memory_format)
         return cls(
             [loaded[name] for name, _ in config.trunks],
@@ -208,14 +207,17 @@ class ReconstructionLoss:
             )
         terms: dict[str, Tensor] = {}
         with full_precision(pixels.device):
-            terms["mse"], terms["l1"] = recompute(_pixel_distances, reconstruction, pixels)
+            both = reconstruction.float(), pixels.float()
+            # The gradient of a sum is a view, that of a mean would be written for every pixel.
+            terms["mse"] = F.mse_loss(*both, reduction="none").sum(dim=(1, 2, 3)) / pixels[0].numel()
+            terms["l1"] = absolute_difference(*both).sum(dim=(1, 2, 3)) / pixels[0].numel()
         if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
             lpips = []
             crops = [None] * len(self.networks) if crops is None else crops
             for network, size, positions in zip(self.networks, self.crop_sizes, crops, strict=True):
                 images, targets = reconstruction, pixels
                 if positions is not None:
-                    images, targets = (recompute(random_crops, each, positions, size) for each in (images, targets))
+                    images, targets = (random_crops(each, positions, size) for each in (images, targets))
                 with torch.no_grad():
                     target_features = network.features(targets)
                 features = network.features(images)
@@ -244,7 +246,7 @@ def vae_loss(
     posterior_mean: Tensor,
     posterior_logvar: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     crops: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one batch, and its parts for the log.
@@ -269,10 +271,8 @@ def vae_loss(
         parts = {name: term.mean() for name, term in terms.items()}
         weighted = {name: loss.weights[name] * value for name, value in parts.items()}
         # A term of weight 0 stays out of the sum: 0 times infinity would be NaN.
-        reconstruction_loss = torch.zeros((), device=pixels.device)
-        for name, value in weighted.items():
-            if loss.weights[name] > 0:
-                reconstruction_loss = reconstruction_loss + value
+        summed = [value for name, value in weighted.items() if loss.weights[name] > 0]
+        reconstruction_loss = sum(summed[1:], summed[0]) if summed else torch.zeros((), device=pixels.device)
         parts["kl"] = kl_per_dimension(posterior_mean, posterior_logvar).mean()
         weighted["kl"] = beta * parts["kl"]
         total = reconstruction_loss + weighted["kl"]

@@ -12,12 +12,10 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from training.losses.perceptual_weights import load_weights as load_trained_weights
 
@@ -221,42 +219,41 @@ class PerceptualTrunk(nn.Module):
         Returns:
             Perceptual term and LPIPS, (N,) each, float32, at least 0 with trained heads; no unit.
         """
-        perceptual, lpips = [], []
         with full_precision(features_a[0].device):
-            for index, (a, b) in enumerate(zip(features_a, features_b, strict=True)):
-                head = getattr(self, f"head{index}").float()
-                absolute, squared = recompute(_layer_distances, a, b, head)
-                perceptual.append(absolute)
-                lpips.append(squared)
-            return torch.stack(perceptual).mean(dim=0), torch.stack(lpips).sum(dim=0)
+            pairs = [(_unit_variance(a), _unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
+            perceptual = [
+                absolute_difference(a, b).sum(dim=(1, 2, 3)) / (a[0].numel() * a.shape[-1] ** 0.5) for a, b in pairs
+            ]
+            return torch.stack(perceptual).mean(dim=0), self._lpips(pairs)
 
     def lpips(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> Tensor:
         """LPIPS alone, (N,): see `distances`."""
-        return self.distances(features_a, features_b)[1]
+        with full_precision(features_a[0].device):
+            return self._lpips(
+                [(_unit_variance(a), _unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
+            )
+
+    def _lpips(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        layers = [
+            (F.mse_loss(a, b, reduction="none") @ getattr(self, f"head{index}")).sum(dim=(1, 2)) / a[0].numel()
+            for index, (a, b) in enumerate(pairs)
+        ]
+        return torch.stack(layers).sum(dim=0)
 
 
-def _layer_distances(a: Tensor, b: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute and head-weighted squared difference of unit vectors: two maps (N, C, h, w) to (N,) and (N,)."""
-    # Channels as the last axis, where vectors are contiguous in memory, so that gradients stay channels_last.
-    target = _unit_length(b.movedim(1, -1))  # first, so that its float32 copy is free when the one of `a` is made
-    difference = _unit_length(a.movedim(1, -1)).sub_(target)
-    return difference.abs().mean(dim=(1, 2, 3)), (difference.square() @ head).mean(dim=(1, 2))
+def _unit_variance(features: Tensor) -> Tensor:
+    """Scale the channel vectors of a map (N, C, h, w) to a mean square of 1: (N, h, w, C), float32.
 
-
-def _unit_length(features: Tensor) -> Tensor:
-    """Scale vectors along the last axis to length 1, in float32."""
-    features = features.float()
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return features * torch.rsqrt(norm.square() + NORM_EPS)
-
-
-def recompute(function: Callable, *args: Any) -> Any:
-    """Call a function without random numbers, and call it again in the backward pass instead of keeping its tensors.
-
-    For the distances of the loss: autograd would keep a dozen float32 copies of the feature maps, at full resolution more
-    than all activations of the model.
+    These are the unit vectors times the root of C, and one fused kernel on CUDA. Channels are the last axis, where vectors
+    are contiguous in memory, so that gradients stay channels_last.
     """
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    channels = features.shape[1]
+    return F.rms_norm(features.movedim(1, -1).float(), (channels,), eps=NORM_EPS / channels)
+
+
+def absolute_difference(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| of float32 tensors, in one fused kernel forward and one backward, which `abs` does not have."""
+    return F.smooth_l1_loss(a, b, reduction="none", beta=1e-12)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
