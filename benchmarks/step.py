@@ -36,7 +36,7 @@ from training.builders import build_model, build_optimizer, freeze_parameters
 from training.config import Config, config_from_dict, load_config
 from training.data.images import normalize
 from training.data.stream import TrainStream
-from training.distributed import resolve_precision
+from training.distributed import AUTOCAST_DTYPES, resolve_precision, set_backend_options
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
@@ -61,6 +61,7 @@ class Bench:
         device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
         self.config, self.batch, self.trunk_weights = config, batch, trunk_weights
         self.precision, _ = resolve_precision(presets.mixed_precision, device)
+        set_backend_options(presets.allow_tf32, presets.deterministic)
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=self.precision)
         self.device = self.accelerator.device
         self.format = torch.channels_last if presets.channels_last else torch.contiguous_format
@@ -69,11 +70,13 @@ class Bench:
         if presets.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.to(self.device, memory_format=self.format)
-        if presets.compile:
-            self.model.compile()
         loss = dataclasses.replace(config.loss, trunk_weights=trunk_weights)
         self.loss = ReconstructionLoss.from_config(
-            loss, self.device, memory_format=self.format, load_weights=trunk_weights is not None
+            loss,
+            self.device,
+            memory_format=self.format,
+            dtype=AUTOCAST_DTYPES[self.precision],
+            load_weights=trunk_weights is not None,
         )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(config, self.model, self.parameters, self.device)
@@ -90,6 +93,7 @@ class Bench:
             seed=presets.seed,
             latent_shape=self.model.latent_shape,
             micro_batch=batch,
+            compile=presets.compile,
             max_grad_norm=presets.max_grad_norm,
         )
         self.pixels = random_pixels(batch, self.resolution)

@@ -115,8 +115,8 @@ def train(config: Config, name: str, minutes: Sequence[float], output: Path) -> 
     while remaining:
         for batch in stream.epoch_batches(epoch):
             began = time.perf_counter()
-            result = step(batch.pixels, step=num_steps, beta=presets.kl_beta_init)
-            loss = float(result.parts["reconstruction"])
+            step(batch.pixels, step=num_steps, beta=presets.kl_beta_init)
+            loss = step.finish().terms["reconstruction"]
             seconds += time.perf_counter() - began
             num_steps += 1
             if seconds >= 60 * remaining[0]:

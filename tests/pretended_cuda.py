@@ -245,6 +245,8 @@ def _patch_cuda(torch: Any) -> None:
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
     torch.cuda.device = lambda *args: contextlib.nullcontext()
+    # Of the latest copy of a step's values: the step after it has been launched by then, so nothing is idle.
+    torch.cuda.Event = lambda: types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     torch.accelerator.is_available = lambda: True
     torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
     torch.accelerator.synchronize = torch.cuda.synchronize = lambda *args: _count_wait("synchronize")

@@ -35,8 +35,8 @@ def test_the_results_are_those_of_the_cpu(walks, case):
     found, wanted = walks[case], walks[f"{layout} cpu"]
     assert found["device"] == "cuda:0"
     tolerance = 1e-5 if precision == "no" else 0.02
-    for name, value in wanted["parts"].items():
-        assert found["parts"][name] == pytest.approx(value, rel=tolerance), name
+    for name, value in wanted["terms"].items():
+        assert found["terms"][name] == pytest.approx(value, rel=tolerance), name
     assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=tolerance)
     assert found["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=tolerance)
 
@@ -46,7 +46,7 @@ def test_the_host_waits_for_the_device_at_few_places(walks, case):
     found = walks[case]
     # The random pixels of the benchmark are in pageable memory; those of the stream are pinned.
     waits = {place: count for place, count in found["step"]["waits"].items() if "copy to the device" not in place}
-    assert sum(waits.values()) <= 1, waits  # the norm of the gradient
+    assert not waits
     # Of the metrics, which are few, and not of the images.
     assert sum(found["validation"]["waits"].values()) <= 15, found["validation"]["waits"]
     assert sum(found["grids"]["waits"].values()) <= 10, found["grids"]["waits"]

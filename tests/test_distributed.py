@@ -15,10 +15,12 @@ from runs import fork, run_ranks, wait_for_all
 
 from training.data.images import DataError
 from training.distributed import (
+    float32_without_tf32,
     is_out_of_memory,
     join_processes,
     main_process_first,
     on_main_process,
+    set_backend_options,
     with_smaller_batches,
 )
 from training.trainer import Trainer
@@ -67,6 +69,23 @@ def test_an_exception_on_the_main_process_reaches_every_process(session, tmp_pat
         return 0
 
     assert run_on_two(job, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+
+
+def test_tf32_is_an_option_of_training_and_off_where_results_are_compared():
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    try:
+        for allowed, deterministic in ((True, True), (False, False)):
+            set_backend_options(allowed, deterministic)
+            assert (cudnn.allow_tf32, cudnn.benchmark) == (allowed, not deterministic)
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert not torch.backends.cuda.matmul.allow_tf32
+            with float32_without_tf32():
+                assert not cudnn.allow_tf32
+            assert cudnn.allow_tf32 == allowed
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.multiprocess

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import step as step_module
@@ -16,7 +20,7 @@ from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss, kl_per_dimension
 from training.losses.perceptual import PerceptualTrunk
 from training.randomness import sample_step_noise
-from training.step import OutOfMemory, TrainStep
+from training.step import OutOfMemory, StepResult, TrainStep
 
 RESOLUTION, CROP = 40, 32
 LATENT = (16, 1, 1)
@@ -59,6 +63,12 @@ def make_step(loss, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=False
     settings = {"loss": loss, "seed": SEED, "latent_shape": LATENT, "micro_batch": 8, "max_grad_norm": 1e9}
     ema_weights = EMAWeights(parameters, decay=0.9, use_ema_warmup=True, power=0.75) if ema else None
     return TrainStep(accelerator, *prepared, parameters, ema=ema_weights, **(settings | changes))
+
+
+def complete(train_step: TrainStep, pixels: torch.Tensor, **settings) -> StepResult:
+    """One step and its result."""
+    assert train_step(pixels, **settings) is None
+    return train_step.finish()
 
 
 def gradient(step: TrainStep, pixels: torch.Tensor, number: int = 5) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -154,9 +164,10 @@ def test_the_gradient_equals_that_of_the_plain_formula(session, loss, pixels):
 
 
 @pytest.mark.parametrize("beta", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(session, loss, pixels, beta):
-    step = make_step(loss, ema=True)
-    step(pixels[:2], step=0, beta=0.01)  # so that optimizer and EMA weights have a state
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.AdamW, fused=True)])
+def test_a_gradient_that_is_not_finite_changes_nothing(session, loss, pixels, beta, optimizer):
+    step = make_step(loss, ema=True, optimizer=optimizer)
+    complete(step, pixels[:2], step=0, beta=0.01)  # so that optimizer and EMA weights have a state
 
     def state() -> list[torch.Tensor]:
         optimizer_state = [value for entry in step.optimizer.state_dict()["state"].values() for value in entry.values()]
@@ -164,14 +175,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(session, loss, pixels, be
         return [tensor.detach().clone() for tensor in tensors]
 
     before, count = state(), step.ema.optimization_step
-    result = step(pixels[:2], step=1, beta=beta)
+    result = complete(step, pixels[:2], step=1, beta=beta)
     assert result.skipped
     assert not math.isfinite(result.grad_norm)
     assert all(torch.equal(old, new) for old, new in zip(before, state(), strict=True))
     assert step.ema.optimization_step == count
     assert all(parameter.grad is None for parameter in step.parameters)
 
-    result = step(pixels[:2], step=2, beta=0.01)  # the next finite step counts
+    result = complete(step, pixels[:2], step=2, beta=0.01)  # the next finite step counts
     assert not result.skipped and math.isfinite(result.grad_norm)
     assert not any(torch.equal(old, new) for old, new in zip(before, state(), strict=True))
 
@@ -182,7 +193,7 @@ def test_clipping(session, loss, pixels, fraction):
     norm = unclipped.norm().item()
     step = make_step(loss, optimizer=torch.optim.SGD, learning_rate=1.0, max_grad_norm=fraction * norm)
     before = torch.cat([parameter.detach().flatten().double() for parameter in step.parameters])
-    result = step(pixels[:2], step=0, beta=0.01)
+    result = complete(step, pixels[:2], step=0, beta=0.01)
     after = torch.cat([parameter.detach().flatten().double() for parameter in step.parameters])
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)  # as it was before
     assert relative(before - after, unclipped * min(1.0, fraction)) < 1e-4
@@ -192,7 +203,7 @@ def test_ema_weights_follow_the_documented_decay(session, loss, pixels):
     step = make_step(loss, ema=True, learning_rate=1e-2)
     average = None
     for number in range(4):
-        step(pixels[:1], step=number, beta=0.01)
+        complete(step, pixels[:1], step=number, beta=0.01)
         now = torch.cat([parameter.detach().flatten().double() for parameter in step.parameters])
         # decay = 1 - (1 + step)^-0.75, at most 0.9; the first step copies the weights.
         decay = min(0.9, 1 - (1 + number) ** -0.75)
@@ -253,8 +264,92 @@ def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is_finit
 
     monkeypatch.setattr(step_module, "vae_loss", shifted)
     before = [parameter.detach().clone() for parameter in step.parameters]
-    assert step(pixels, step=0, beta=0.01).skipped
+    assert complete(step, pixels, step=0, beta=0.01).skipped
     assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
+
+
+def test_a_step_returns_the_result_of_the_one_before(session, loss, pixels):
+    """Late results and EMA updates are those of steps that are completed one by one."""
+    late, at_once = (make_step(loss, ema=True, optimizer=partial(torch.optim.Adam, fused=True)) for _ in range(2))
+    betas = [0.01, 0.02, math.nan, 0.04]
+    wanted = [complete(at_once, pixels[:2], step=step, beta=beta) for step, beta in enumerate(betas)]
+    flags = [{"stop": False, "save": step == 1} for step in range(4)]
+    results = [
+        late(pixels[:2], step=step, beta=beta, flags=lambda: flags[step])  # noqa: B023
+        for step, beta in enumerate(betas)
+    ]
+    results = [*results[1:], late.finish()]
+    assert late.finish() is None
+    for result, other, flag in zip(results, wanted, flags, strict=True):
+        assert result.flags == flag
+        assert (result.skipped, math.isnan(result.beta)) == (other.skipped, other.skipped)
+        if not result.skipped:
+            assert (result.terms, result.grad_norm, result.beta) == (other.terms, other.grad_norm, other.beta)
+    assert [result.skipped for result in results] == [False, False, True, False]
+    assert late.ema.optimization_step == at_once.ema.optimization_step == 3
+    for one, other in ((late.parameters, at_once.parameters), (late.ema.shadow_params, at_once.ema.shadow_params)):
+        assert all(map(torch.equal, one, other))
+
+
+def test_float16_overflow_skips_the_step_and_lowers_the_scale(session, loss, pixels, monkeypatch):
+    """With a GradScaler, whose scale is part of a checkpoint; clipping sees gradients without the scale."""
+    plain = complete(make_step(loss), pixels[:2], step=0, beta=0.01)
+    step = make_step(loss, ema=True, optimizer=partial(torch.optim.Adam, fused=True))
+    accelerator = step.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    step.optimizer = AcceleratedOptimizer(step.optimizer.optimizer, scaler=accelerator.scaler)
+    accelerator.native_amp = True  # as on CUDA
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    scaled = complete(step, pixels[:2], step=0, beta=0.01)
+    assert scaled.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3) and not scaled.skipped
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 2.0**127})  # the loss becomes inf
+    result = complete(step, pixels[:2], step=1, beta=0.01)
+    assert result.skipped and accelerator.scaler.get_scale() == 2.0**126
+    assert all(map(torch.equal, before, step.parameters)) and step.ema.optimization_step == 1
+
+
+@inductor_config.patch({"cpp.simdlen": 1})  # compiles faster
+@pytest.mark.parametrize(
+    ("backend", "resolutions"),
+    [("aot_eager", [8, 8, None, None, 8]), pytest.param("inductor", [None, None], marks=pytest.mark.slow)],
+)
+def test_a_compiled_step_equals_the_eager_one_and_only_a_new_resolution_compiles_again(
+    session, monkeypatch, backend, resolutions
+):
+    """As graphs of the backward pass too; the default backend, inductor, compiles C++ besides."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    settings = {"sample_size": 16, "latent_layout": "spatial", "latent_channels": 4, "latent_size": 4, "latent_dim": 64}
+    settings |= {f"{part}_block_out_channels": [8] for part in ("encoder", "decoder")}
+    settings |= {f"{part}_layers_per_block": [1] for part in ("encoder", "decoder")}
+    loss = ReconstructionLoss(perceptual=0, lpips=0)
+    steps = []
+    for compiled in (False, True):
+        torch.manual_seed(5)
+        model = AutoencoderKLUltra(**settings, patch_size=4, pca_size=None).to(memory_format=torch.channels_last)
+        accelerator, parameters = Accelerator(cpu=True), list(model.parameters())
+        prepared = accelerator.prepare(model, torch.optim.Adam(parameters, fused=True))
+        more = {
+            "ema": None,
+            "loss": loss,
+            "seed": SEED,
+            "latent_shape": (4, 4, 4),
+            "micro_batch": 4,
+            "max_grad_norm": 1,
+        }
+        steps.append(TrainStep(accelerator, *prepared, parameters, **more, compile=compiled))
+    counters.clear()
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    for number, resolution in enumerate(resolutions):
+        eager, traced = (
+            complete(step, pixels, step=number, beta=0.01 + number, resolution=resolution) for step in steps
+        )
+        assert traced.grad_norm == pytest.approx(eager.grad_norm, rel=1e-4)
+        assert traced.terms == pytest.approx(eager.terms, rel=1e-4)
+        with torch.no_grad():  # as a validation: another batch, another resolution, a changed configuration
+            steps[1].model(torch.zeros(3, 3, 32, 32))
+        steps[1].model.register_to_config(scaling_factor=2.0 + number)
+    assert counters["stats"]["unique_graphs"] == len(set(resolutions)) and not counters["graph_break"]
 
 
 # ---- out of memory ----
@@ -279,11 +374,11 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(session, 
     tried = limit_memory(step, fits=3)
     reference = make_step(loss, micro_batch=2)
     for number in (0, 1):
-        result = step(pixels, step=number, beta=0.01)
-        wanted = reference(pixels, step=number, beta=0.01)
+        result = complete(step, pixels, step=number, beta=0.01)
+        wanted = complete(reference, pixels, step=number, beta=0.01)
         assert (result.halved, result.skipped, wanted.halved) == (number == 0, False, False)
         assert result.grad_norm == wanted.grad_norm
-        assert all(torch.equal(value, wanted.parts[name]) for name, value in result.parts.items())
+        assert result.terms == wanted.terms
     assert tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     assert all(torch.equal(one, other) for one, other in zip(step.parameters, reference.parameters, strict=True))
 
@@ -299,8 +394,8 @@ def test_out_of_memory_in_the_last_micro_batch_restarts_the_step(session, loss, 
         backward(total)
 
     step.accelerator.backward = failing
-    result = step(pixels, step=0, beta=0.01)
-    wanted = make_step(loss, micro_batch=2)(pixels, step=0, beta=0.01)
+    result = complete(step, pixels, step=0, beta=0.01)
+    wanted = complete(make_step(loss, micro_batch=2), pixels, step=0, beta=0.01)
     assert (step.micro_batch, result.halved, result.grad_norm) == (2, True, wanted.grad_norm)
 
 

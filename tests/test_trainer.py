@@ -372,9 +372,9 @@ def test_the_time_limit_ends_a_run_cleanly(faces, tmp_path):
     config = tiny.tiny_config(tmp_path, faces, training_presets={"max_train_minutes": 1e-6})
     ended = run(config)
     assert ended.code == 0
-    assert (ended.status["state"], ended.status["step"]) == ("finished", 1)
+    assert (ended.status["state"], ended.status["step"]) == ("finished", 2)  # noticed while the second step runs
     assert ended.status["reason"] == "the limit of 1e-06 minutes of training"
-    assert [path.name for path in list_checkpoints(ended.folder)] == ["step_00000001"]
+    assert [path.name for path in list_checkpoints(ended.folder)] == ["step_00000002"]
     AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
 
 
@@ -387,14 +387,14 @@ def test_the_time_limit_in_mid_epoch_is_no_epoch_without_improvement(finished, f
     ended = run(config, "auto")
     assert (ended.code, ended.status["step"], ended.status["reason"]) == (
         0,
-        11,
+        12,
         "the limit of 1e-06 minutes of training",
     )
-    after = json.loads((folder / "checkpoints" / "step_00000011" / STATE_FILE).read_text())
+    after = json.loads((folder / "checkpoints" / "step_00000012" / STATE_FILE).read_text())
     assert after["learning_rate"] == before["learning_rate"]
     for name in ("best", "early_stopping_bad_epochs"):
         assert after["progress"][name] == before["progress"][name]
-    assert after["progress"]["batch"] == 1
+    assert after["progress"]["batch"] == 2
 
 
 def test_gradients_that_stay_infinite_roll_a_run_back_once_then_end_it(finished, faces, tmp_path):
@@ -405,7 +405,7 @@ def test_gradients_that_stay_infinite_roll_a_run_back_once_then_end_it(finished,
     with tiny.process_state():
         trainer = Trainer(config, "auto")
         weights = [parameter.detach().clone() for parameter in trainer.setup.parameters]
-        trainer.kl.beta = lambda epoch, images_seen: math.nan
+        trainer.kl.beta = lambda *_: math.nan
         with pytest.raises(RuntimeError, match="3 steps in a row had no finite gradient, again, after a roll-back"):
             trainer.run()
     status = json.loads((folder / "status.json").read_text())
@@ -459,6 +459,6 @@ def test_infinite_gradients_before_the_first_checkpoint_end_the_run(faces, tmp_p
     config = tiny.tiny_config(tmp_path, faces, training_presets={"max_skipped_in_a_row": 2})
     with tiny.process_state():
         trainer = Trainer(config)
-        trainer.kl.beta = lambda epoch, images_seen: math.nan
+        trainer.kl.beta = lambda *_: math.nan
         with pytest.raises(RuntimeError, match="2 steps in a row had no finite gradient, before the first checkpoint"):
             trainer.run()

@@ -293,7 +293,10 @@ class TrainingPresets(KLSchedule):
     # "auto": bf16 where the hardware supports it, else fp16 on CUDA, else float32 ("no").
     mixed_precision: str = constrained("auto", choices=("auto", "no", "bf16", "fp16"))
     channels_last: bool = True  # channels-last memory format of the model and its images
-    compile: bool = False  # torch.compile the model in place
+    compile: bool = False  # torch.compile the forward and backward pass of the training step
+    allow_tf32: bool = True  # CUDA: float32 convolutions of the training step in TF32, as PyTorch does by default
+    # CUDA: deterministic kernels where there are any (not for reflection padding in the st_* networks), else the fastest.
+    deterministic: bool = False
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     # Resolution in pixels -> epochs: the first epochs train on downsampled images and the rest at sample_size, such as
     # {"128": 100}. Spatial layout only; a quarter of the pixels costs a quarter of the FLOPs.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ _OUT_OF_MEMORY = re.compile(
     r"|CU(BLAS|SOLVER)_STATUS_NOT_INITIALIZED|unable to find an engine",
     re.IGNORECASE,
 )
+
+AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by mixed precision
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # not supported
 
@@ -113,6 +116,33 @@ def build_accelerator(precision: str, run_dir: Path, static_graph: bool) -> Acce
             "every device (distributed_type: MULTI_GPU); sharding would only add communication."
         )
     return accelerator
+
+
+def set_backend_options(allow_tf32: bool, deterministic: bool) -> None:
+    """Sets how CUDA's libraries compute, for this process.
+
+    Args:
+        allow_tf32: Whether float32 convolutions may use TF32; matrix products never do.
+        deterministic: Use deterministic kernels where there are any, and warn where not; otherwise cuDNN tries which
+            kernel is the fastest for each shape.
+    """
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+@contextlib.contextmanager
+def float32_without_tf32() -> Iterator[None]:
+    """A context, or decorator, in which float32 convolutions are computed in float32, for results that are compared."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def resolve_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -238,22 +268,36 @@ def _is_picklable(error: Exception) -> bool:
         return False
 
 
-def reduce_step(
-    accelerator: Accelerator, terms: dict[str, Tensor], flags: dict[str, bool]
-) -> tuple[dict[str, float], dict[str, bool]]:
-    """Takes the mean of loss terms over all processes and combines flags, in one collective and one transfer to the host.
+def read_later(
+    accelerator: Accelerator, values: dict[str, Tensor], flags: dict[str, bool]
+) -> Callable[[], tuple[dict[str, float], dict[str, bool]]]:
+    """Takes means over all processes and combines flags, in one collective and one copy to the host, without waiting.
 
     Args:
         accelerator: The processes.
-        terms: Scalars on the device, means over equally many images on every process.
+        values: Scalars on the device, means over equally many images on every process.
         flags: Conditions of this process.
 
     Returns:
-        The means, and for each flag whether any process raises it.
+        A function that waits for the copy and returns the means, and for each flag whether any process raises it.
     """
-    raised = torch.tensor([float(flag) for flag in flags.values()], device=accelerator.device)
-    vector = torch.cat([torch.stack(list(terms.values())), raised])
+    on_cuda = accelerator.device.type == "cuda"
+    raised = torch.tensor([float(flag) for flag in flags.values()])
+    if on_cuda:
+        raised = raised.pin_memory()
+    vector = torch.stack([*values.values(), *raised.to(accelerator.device, non_blocking=on_cuda).unbind()])
     if accelerator.num_processes > 1:
         vector = accelerator.reduce(vector, reduction="mean")
-    values = vector.tolist()
-    return dict(zip(terms, values)), {name: value > 0 for name, value in zip(flags, values[len(terms) :])}
+    on_host = torch.empty(len(vector), pin_memory=on_cuda)
+    on_host.copy_(vector, non_blocking=on_cuda)
+    copied = torch.cuda.Event() if on_cuda else None
+    if copied is not None:
+        copied.record()
+
+    def read() -> tuple[dict[str, float], dict[str, bool]]:
+        if copied is not None:
+            copied.synchronize()
+        means = on_host.tolist()
+        return dict(zip(values, means)), {name: mean > 0 for name, mean in zip(flags, means[len(values) :])}
+
+    return read

@@ -22,10 +22,14 @@ class EMAWeights(EMAModel):
 
     @contextlib.contextmanager
     def applied(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """A context in which the parameters hold the EMA weights; afterwards they hold the trained weights again."""
-        self.store(parameters)
-        self.copy_to(parameters)
+        """A context in which the parameters hold the EMA weights; afterwards they hold the trained weights again.
+
+        The trained weights wait on the device. `EMAModel.store` copies them to the host one by one.
+        """
+        parameters = [parameter.detach() for parameter in parameters]
+        trained = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, self.shadow_params)
         try:
             yield
         finally:
-            self.restore(parameters)
+            torch._foreach_copy_(parameters, trained)

@@ -27,12 +27,15 @@ from training.checkpoint.state import TrainingState
 from training.config import Config
 from training.data.stream import TrainStream, first_training_images, load_validation
 from training.distributed import (
+    AUTOCAST_DTYPES,
     build_accelerator,
     cpu_computes_bf16,
+    float32_without_tf32,
     join_processes,
     main_process_first,
     on_main_process,
     resolve_precision,
+    set_backend_options,
 )
 from training.ema import EMAWeights
 from training.initial_weights import load_initial_weights
@@ -157,6 +160,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     opened = on_main_process(processes, lambda: folder.open(resume))
     checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
     accelerator = _build_accelerator(config, processes, precision, opened["run_dir"])
+    set_backend_options(presets.allow_tf32, presets.deterministic)
     setup_logging(accelerator, None)
 
     model = build_model(config)
@@ -198,6 +202,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         micro_batch=micro_batch_size(config, accelerator.num_processes),
         adapt_micro_batch=presets.micro_batch_size == "auto",
         augment=presets.augment,
+        compile=presets.compile,
         max_grad_norm=presets.max_grad_norm,
     )
     learning_rate = LearningRate(optimizer, presets)
@@ -293,7 +298,7 @@ def _build_accelerator(config: Config, processes: PartialState, precision: str, 
 def _load_networks(
     config: Config, model: AutoencoderKLUltra, accelerator: Accelerator
 ) -> tuple[ReconstructionLoss, PerceptualTrunk]:
-    """Loads the feature networks of the loss and of the reported LPIPS, each once."""
+    """Loads the feature networks of the loss, in the dtype of autocast, and of the reported LPIPS, in float32."""
     resolution = model.config.sample_size
     memory_format = torch.channels_last if config.training_presets.channels_last else torch.contiguous_format
     name = config.output.eval_lpips_trunk
@@ -301,8 +306,13 @@ def _load_networks(
     def load() -> tuple[ReconstructionLoss, PerceptualTrunk]:
         eval_lpips_trunk = PerceptualTrunk(name, config.loss.trunk_weights)
         eval_lpips_trunk.to(accelerator.device, memory_format=memory_format)
+        dtype = AUTOCAST_DTYPES[accelerator.mixed_precision]
         loss = ReconstructionLoss.from_config(
-            config.loss, accelerator.device, memory_format=memory_format, networks={name: eval_lpips_trunk}
+            config.loss,
+            accelerator.device,
+            memory_format=memory_format,
+            dtype=dtype,
+            networks={name: eval_lpips_trunk} if dtype is None else None,
         )
         return loss, eval_lpips_trunk
 
@@ -351,6 +361,11 @@ def _log_start(
 ) -> None:
     logger.info("run       %s", run_dir)
     logger.info("device    %s, precision %s (from %s)", accelerator.device, precision, precision_source)
+    if accelerator.device.type == "cuda":
+        presets = config.training_presets
+        logger.info(
+            "backends  TF32 in float32 convolutions %s, deterministic %s", presets.allow_tf32, presets.deterministic
+        )
     if precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
         logger.warning(
             "this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)"
@@ -361,7 +376,7 @@ def _log_start(
 
 
 def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, fit_pca: bool) -> None:
-    """Initializes the PCA branch, moves the model to the device, sets its memory format and compiles it."""
+    """Initializes the PCA branch, moves the model to the device and sets its memory format."""
     presets = config.training_presets
     freeze_parameters(model, presets)
     if fit_pca and model.pca_branch is not None:
@@ -372,10 +387,9 @@ def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Ac
     if presets.channels_last:
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
-    if presets.compile:
-        model.compile()  # in place: the names in checkpoints stay those of the eager model
 
 
+@float32_without_tf32()
 def _fit_pca_branch(config: Config, model: AutoencoderKLUltra, device: torch.device) -> None:
     """Fits the PCA branch to the first images of the stream."""
     presets, started = config.training_presets, time.monotonic()

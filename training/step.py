@@ -2,11 +2,15 @@
 
 Everything random is a pure function of the seed, the step and the position in the global batch (randomness.py), so a step
 does not depend on how its batch is split into processes and micro-batches, and a resume needs no random state.
+
+No step waits for the device: a gradient that is not finite is detected and skipped there, and the values of a step are read
+while the next one is computed.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data.images import normalize, random_affine
-from training.distributed import is_out_of_memory
+from training.distributed import is_out_of_memory, read_later
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss, vae_loss
 from training.randomness import sample_step_noise
@@ -23,16 +27,20 @@ from training.randomness import sample_step_noise
 
 @dataclass
 class StepResult:
-    """What a step leaves for the log.
+    """What is known on the host after a step.
 
     Attributes:
-        parts: Means over this process's images of the loss terms (`vae_loss`), on the device.
+        terms: Loss terms (`vae_loss`), means over the global batch.
+        flags: For each condition that `TrainStep.__call__` was given, whether any process raised it.
+        beta: Weight of KL.
         grad_norm: Norm of the global batch's gradient before clipping.
         skipped: The gradient was not finite, so nothing was updated.
         halved: The micro-batch did not fit into memory, and is smaller from this step on.
     """
 
-    parts: dict[str, Tensor]
+    terms: dict[str, float]
+    flags: dict[str, bool]
+    beta: float
     grad_norm: float
     skipped: bool
     halved: bool
@@ -60,6 +68,8 @@ class TrainStep:
             first agree that all of them got there.
         max_grad_norm: Gradients are clipped to this norm.
         augment: Apply `training.data.images.random_affine` to each image.
+        compile: Compile the forward pass with the loss, for each shape anew. The model itself stays eager, so other calls
+            (validation, sampling) do not compile anything.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class TrainStep:
         max_grad_norm: float,
         adapt_micro_batch: bool = False,
         augment: bool = False,
+        compile: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -90,6 +101,8 @@ class TrainStep:
         self.adapt_micro_batch = adapt_micro_batch
         self.max_grad_norm = max_grad_norm
         self.augment = augment
+        self._forward = torch.compile(self._eager_forward, dynamic=False) if compile else self._eager_forward
+        self._pending: Callable[[], StepResult] | None = None  # reads the values of the latest step
 
     def gradients(
         self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None
@@ -119,7 +132,8 @@ class TrainStep:
         )
         first = accelerator.process_index * count
         noise = noise[first : first + count].to(accelerator.device)
-        means: dict[str, Tensor] = {}
+        beta = torch.full((), beta, device=accelerator.device)
+        means = torch.zeros((), device=accelerator.device)
         for start in range(0, count, self.micro_batch):
             images = slice(start, start + self.micro_batch)
             pixels = normalize(pixels_uint8[images].to(accelerator.device, non_blocking=True))
@@ -131,22 +145,20 @@ class TrainStep:
             # DDP reduces gradients once, during the last backward pass.
             reduce_now = start + self.micro_batch >= count and not self.adapt_micro_batch
             with contextlib.nullcontext() if reduce_now else accelerator.no_sync(self.model):
-                output = self.model(pixels, noise=micro_noise.noise)
-                with accelerator.autocast():  # for the convolutions of the feature networks; the terms are float32
-                    loss, parts = vae_loss(
-                        self.loss,
-                        output.sample,
-                        pixels,
-                        output.posterior.mean,
-                        output.posterior.logvar,
-                        beta=beta,
-                        crops=micro_noise.crops,
-                    )
+                loss, parts = self._forward(pixels, micro_noise.noise, micro_noise.crops, beta)
                 # `0 * loss` propagates a non-finite loss to every gradient, so all processes skip this step.
                 accelerator.backward(loss * (fraction + 0.0 * loss.detach()))
-            for name, value in parts.items():
-                means[name] = means.get(name, 0.0) + value * fraction
-        return means
+            means = means + torch.stack(list(parts.values())) * fraction
+        return dict(zip(parts, means.unbind()))
+
+    def _eager_forward(
+        self, pixels: Tensor, noise: Tensor, crops: tuple[Tensor | None, ...], beta: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass and loss of a micro-batch: see `vae_loss`."""
+        output = self.model(pixels, noise=noise)
+        with self.accelerator.autocast():  # for the convolutions of the feature networks; the terms are float32
+            mean, logvar = output.posterior.mean, output.posterior.logvar
+            return vae_loss(self.loss, output.sample, pixels, mean, logvar, beta=beta, crops=crops)
 
     def find_micro_batch(self, local_batch: int, resolution: int) -> None:
         """Halve the micro batch until a forward and backward pass fits on every process.
@@ -210,24 +222,69 @@ class TrainStep:
         for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients])):
             gradient.copy_(mean.view(gradient.shape))
 
-    def __call__(self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None) -> StepResult:
-        """Perform one optimizer step.
+    def __call__(
+        self,
+        pixels_uint8: Tensor,
+        *,
+        step: int,
+        beta: float,
+        resolution: int | None = None,
+        flags: Callable[[], dict[str, bool]] = dict,
+    ) -> StepResult | None:
+        """Launch one optimizer step, and return the result of the one before.
 
         Args:
             pixels_uint8, step, beta, resolution: See `gradients`.
+            flags: Returns conditions of this process, to share with the others; called after the backward pass.
+
+        Returns:
+            The result of the step before, unless there is none or `finish` has returned it.
 
         Raises:
             OutOfMemory: The micro-batches do not fit, and may not or cannot be smaller.
         """
         micro_batch = self.micro_batch
         parts = self._fitting_gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)
+        previous = self.finish()  # before the parameters change: its EMA update reads them
         # The gradient is the mean over processes, so its norm, and every decision on it, is the same on all of them.
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
-        finite = grad_norm < float("inf")  # False for NaN
-        if finite or self.accelerator.scaler is not None:
-            self.optimizer.step()  # with fp16 the scaler itself skips overflowing steps and lowers its scale
-        skipped = not finite or self.accelerator.optimizer_step_was_skipped
+        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        skipped = 1.0 - grad_norm.isfinite().float()
+        self._update(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None and not skipped:
+        read = read_later(self.accelerator, {**parts, "grad_norm": grad_norm, "skipped": skipped}, flags())
+        halved = self.micro_batch < micro_batch
+
+        def result() -> StepResult:
+            terms, raised = read()
+            grad_norm, skipped = terms.pop("grad_norm"), terms.pop("skipped") > 0
+            return StepResult(terms, raised, beta, grad_norm, skipped, halved)
+
+        self._pending = result
+        return previous
+
+    def _update(self, skipped: Tensor) -> None:
+        """Perform the optimizer's step unless `skipped` is 1."""
+        optimizer = self.optimizer.optimizer
+        if self.accelerator.scaler is not None:  # finds an overflow by itself, and lowers its scale
+            self.optimizer.step()
+        elif getattr(
+            optimizer, "_step_supports_amp_scaling", False
+        ):  # fused: the kernel reads it, as from a GradScaler
+            optimizer.found_inf = skipped
+            self.optimizer.step()
+            del optimizer.found_inf
+        elif not skipped.item():
+            self.optimizer.step()
+
+    def finish(self) -> StepResult | None:
+        """Complete the latest step: wait for its values and update the EMA weights.
+
+        Returns:
+            Its result; None if there is no step that has not been completed yet.
+        """
+        if self._pending is None:
+            return None
+        result, self._pending = self._pending(), None
+        if self.ema is not None and not result.skipped:
             self.ema.step(self.parameters)
-        return StepResult(parts, grad_norm, skipped, halved=self.micro_batch < micro_batch)
+        return result

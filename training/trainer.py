@@ -16,7 +16,7 @@ from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.config import Config
-from training.distributed import on_main_process, reduce_step
+from training.distributed import float32_without_tf32, on_main_process
 from training.evaluate.grids import image_grids
 from training.evaluate.validation import Validation, validate
 from training.publish.export import export_model
@@ -82,6 +82,7 @@ class Trainer:
             return 0
         except OutOfMemory as error:
             if self.accelerator.num_processes == 1:  # several may be at different steps; they have the last checkpoint
+                self._complete_step(self.train_step.finish(), stop)
                 self.checkpoints.save()
                 self.checkpoints.wait()
             self.report.failed(str(error))
@@ -131,70 +132,98 @@ class Trainer:
         return f"{presets.num_epochs} epochs"
 
     def _train_epoch(self, stop: StopSignal) -> str | None:
-        """Trains the rest of the current epoch; returns None at its end, else what ends the run."""
+        """Trains the rest of the current epoch; returns None at its end, else what ends the run.
+
+        The device computes a step while the host reads the values of the step before and launches the next one.
+        """
         presets, progress, max_batches = self.config.training_presets, self.progress, self.setup.max_batches
         remaining = None if max_batches is None else max_batches - progress.batch
         if remaining == 0:
             return None
         batches = self.stream.epoch_batches(progress.epoch, start_batch=progress.batch, max_batches=remaining)
+        self._clock, self._waited, self._save_due = time.monotonic(), self.stream.wait_seconds, False
         with contextlib.closing(batches):
-            clock, waited, save_due = time.monotonic(), self.stream.wait_seconds, False
             for batch in batches:
-                if save_due:  # not right after the step: at the end of an epoch the epoch's own checkpoint is enough
-                    self.checkpoints.save()
-                    clock = time.monotonic()
+                # Not right after a step: at the end of an epoch the epoch's own checkpoint is enough.
+                if self._save_due or self.checkpoints.images_due:
+                    if reason := self._complete_step(self.train_step.finish(), stop):
+                        return reason
+                    if progress.skipped_in_a_row == 0:  # never return to a series of skipped steps
+                        self.checkpoints.save()
+                        self._clock, self._save_due = time.monotonic(), False
                 self.learning_rate.before_step(progress.step)
-                beta = self.kl.beta(progress.epoch, progress.images_seen)
-                result = self.train_step(
-                    batch.pixels, step=progress.step, beta=beta, resolution=presets.resolution(progress.epoch)
+                previous = self.train_step(
+                    batch.pixels,
+                    step=progress.step,
+                    beta=self.kl.beta(progress.epoch, progress.images_seen, progress.log_beta),
+                    resolution=presets.resolution(progress.epoch),
+                    flags=lambda: self._flags(stop),
                 )
+                reason = self._complete_step(previous, stop)
+                progress.log_beta = self.kl.log_beta  # of the next step: known without waiting for this one
                 progress.step += 1
                 progress.batch += 1
                 progress.images_seen += presets.batch_size
-                now = time.monotonic()
-                limit = presets.max_train_minutes
-                terms, flags = reduce_step(
-                    self.accelerator,
-                    result.parts,
-                    {
-                        "stopping": stop.received is not None,
-                        "out_of_time": limit is not None and progress.train_seconds + now - clock > 60 * limit,
-                        "save_due": self.checkpoints.is_due(),
-                        "written": self.checkpoints.is_written,
-                    },
-                )
-                if flags["written"]:
-                    self.checkpoints.wait()
-                self._check_step(result, batch.example_ids)
-                save_due = flags["save_due"] and not result.skipped  # never return to a series of skipped steps
-                if not result.skipped:
-                    self.kl.observe(
-                        kl=terms["kl"],
-                        reconstruction=terms["reconstruction"],
-                        num_images=presets.batch_size,
-                        epoch=progress.epoch,
-                        images_seen=progress.images_seen,
-                    )
-                progress.add_step(
-                    terms,
-                    beta=beta,
-                    grad_norm=result.grad_norm,
-                    max_grad_norm=presets.max_grad_norm,
-                    seconds=now - clock,
-                    waited=self.stream.wait_seconds - waited,
-                )
-                clock, waited = now, self.stream.wait_seconds
-                if progress.step % self.config.output.log_every_steps == 0:
+                self._example_ids = batch.example_ids
+                log_due = progress.step % self.config.output.log_every_steps == 0
+                if log_due or reason is not None:
+                    reason = self._complete_step(self.train_step.finish(), stop) or reason
+                if log_due:
                     self.report.step_metrics()
-                    clock = time.monotonic()
-                if flags["stopping"]:
-                    stop.received = stop.received or "a signal to another process"
-                    return STOPPED
-                if flags["out_of_time"]:
-                    return f"the limit of {limit:g} minutes of training"
+                    self._clock = time.monotonic()
+                if reason is not None:
+                    return reason
+        return self._complete_step(self.train_step.finish(), stop)
+
+    def _flags(self, stop: StopSignal) -> dict[str, bool]:
+        """Conditions of this process that all processes must know."""
+        limit, seconds = self.config.training_presets.max_train_minutes, self.progress.train_seconds
+        return {
+            "stopping": stop.received is not None,
+            "out_of_time": limit is not None and seconds + time.monotonic() - self._clock > 60 * limit,
+            "save_due": self.checkpoints.minutes_due,
+            "written": self.checkpoints.is_written,
+        }
+
+    def _complete_step(self, result: StepResult | None, stop: StopSignal) -> str | None:
+        """Records the values of a step, if there is one; returns what ends the run, or None.
+
+        Raises:
+            RollBack: See `_check_step`.
+        """
+        if result is None:
+            return None
+        presets, progress = self.config.training_presets, self.progress
+        if result.flags["written"]:
+            self.checkpoints.wait()
+        self._check_step(result)
+        self._save_due |= result.flags["save_due"]
+        if not result.skipped:
+            self.kl.observe(
+                kl=result.terms["kl"],
+                reconstruction=result.terms["reconstruction"],
+                num_images=presets.batch_size,
+                epoch=progress.epoch,
+                images_seen=progress.images_seen,
+            )
+        now, waited = time.monotonic(), self.stream.wait_seconds
+        progress.add_step(
+            result.terms,
+            beta=result.beta,
+            grad_norm=result.grad_norm,
+            max_grad_norm=presets.max_grad_norm,
+            seconds=now - self._clock,
+            waited=waited - self._waited,
+        )
+        self._clock, self._waited = now, waited
+        if result.flags["stopping"]:
+            stop.received = stop.received or "a signal to another process"
+            return STOPPED
+        if result.flags["out_of_time"]:
+            return f"the limit of {presets.max_train_minutes:g} minutes of training"
         return None
 
-    def _check_step(self, result: StepResult, example_ids: list[str]) -> None:
+    def _check_step(self, result: StepResult) -> None:
         """Reports a smaller micro-batch and skipped steps; rolls back once after too many in a row, then gives up."""
         progress, limit = self.progress, self.config.training_presets.max_skipped_in_a_row
         if result.halved:
@@ -205,7 +234,7 @@ class Trainer:
             return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        shown = ", ".join(example_ids[:4])
+        shown = ", ".join(self._example_ids[:4])
         if self.accelerator.scaler is None:  # in fp16, overflows are how the scaler finds its scale
             self.report.event(
                 f"step {progress.step} skipped: the gradient is not finite (images {shown}, ...)", "warning"
@@ -217,7 +246,7 @@ class Trainer:
         when = "again, after a roll-back to a checkpoint" if progress.rollbacks else "before the first checkpoint"
         raise RuntimeError(
             f"{limit} steps in a row had no finite gradient, {when} (learning rate {self.learning_rate.value:.2e}, beta "
-            f"{self.kl.beta(progress.epoch, progress.images_seen):.2e}, last images {shown}): the checkpoints in "
+            f"{result.beta:.2e}, last images {shown}): the checkpoints in "
             f"{self.run_dir / 'checkpoints'} are intact; resume with a lower training_presets.learning_rate, or with "
             "training_presets.mixed_precision=no."
         )
@@ -225,6 +254,7 @@ class Trainer:
     def _roll_back(self) -> None:
         """Returns to the newest valid checkpoint and continues with another example order."""
         step, rollbacks = self.progress.step, self.progress.rollbacks + 1
+        self.train_step.finish()  # the one after the last skipped step: forgotten
         checkpoint, saved = self.checkpoints.roll_back()
         self.progress.rollbacks = rollbacks
         self.setup.apply_progress(saved)
@@ -241,6 +271,7 @@ class Trainer:
         """The model has the EMA weights inside, if there are any."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied(self.setup.parameters)
 
+    @float32_without_tf32()
     def _validate(self, when: str) -> Validation:
         """Measures the EMA weights on the validation images; logs, and updates the model's latent scaling."""
         with self._ema_applied():

@@ -65,7 +65,7 @@ def test_due_by_images(build):
     seen = []
     for _ in range(4):
         train(run)
-        seen.append(run.manager.is_due())
+        seen.append(run.manager.images_due)
         if seen[-1]:
             run.manager.save()
     run.manager.wait()
@@ -75,9 +75,9 @@ def test_due_by_images(build):
 
 def test_due_by_minutes(build, monkeypatch):
     run, now = build(checkpoint_every_minutes=2.0), time.monotonic()
-    assert not run.manager.is_due()
+    assert not run.manager.minutes_due
     monkeypatch.setattr(time, "monotonic", lambda: now + 121)
-    assert run.manager.is_due()
+    assert run.manager.minutes_due
 
 
 def test_due_at_the_end_of_an_epoch(build):

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ from training.trainer import EXIT_STOPPED, Trainer
 
 def test_two_interruptions_within_epochs_change_nothing(finished, faces, tmp_path):
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
-    first = run(config, stop_after={3: signal.SIGTERM})  # between two log lines
+    first = run(config, stop_after={3: signal.SIGTERM})  # noticed while step 4 runs
     assert first.code == EXIT_STOPPED == 75
-    assert (first.status["state"], first.status["reason"], first.status["step"]) == ("stopped", "SIGTERM", 3)
-    assert [path.name for path in list_checkpoints(first.folder)] == ["step_00000003"]
+    assert (first.status["state"], first.status["reason"], first.status["step"]) == ("stopped", "SIGTERM", 4)
+    assert [path.name for path in list_checkpoints(first.folder)] == ["step_00000004"]
     assert not Path(config.output.model_dir).exists()
     second = run(config, "auto", stop_after={8: signal.SIGUSR1})
     assert (second.code, second.status["reason"], second.folder) == (EXIT_STOPPED, "SIGUSR1", first.folder)
@@ -203,14 +204,13 @@ def test_bf16_with_a_trained_pca_branch_and_no_ema(faces, tmp_path):
 @pytest.mark.slow
 def test_resuming_compiled_and_back_changes_nothing(finished, faces, tmp_path, monkeypatch):
     """Compiled for the eager backend: the tensors of a checkpoint have the same names and are bitwise identical."""
-    compile_module = torch.nn.Module.compile
-    compiled = []
+    compile_function, compiled = torch.compile, []
 
-    def compile_for_eager(module: torch.nn.Module) -> None:
-        compiled.append(module)
-        compile_module(module, backend="eager")
+    def compile_for_eager(function: Callable, dynamic: bool) -> Callable:
+        compiled.append(function)
+        return compile_function(function, dynamic=dynamic, backend="eager")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_for_eager)
+    monkeypatch.setattr(torch, "compile", compile_for_eager)
     presets = {"num_epochs": EPOCHS}
     eager = tiny.tiny_config(tmp_path, faces, training_presets=presets)
     traced = tiny.tiny_config(tmp_path, faces, training_presets=presets | {"compile": True})

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class CheckpointManager:
     """Writes checkpoints in the background, one at a time, and keeps the newest and the best.
 
-    Every process calls every method, except `is_due` and `is_written`, in the same order.
+    Every process calls every method in the same order, except those of the sections "when" and `is_written`.
 
     Args:
         run_dir: The run's folder.
@@ -63,13 +63,17 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------ when
 
-    def is_due(self) -> bool:
-        """Whether the configured number of images or minutes has passed since the last checkpoint was started."""
-        images, minutes = self._output.checkpoint_every_images, self._output.checkpoint_every_minutes
-        images_then, then = self._last_save
-        return (images is not None and self._progress.images_seen - images_then >= images) or (
-            minutes is not None and time.monotonic() - then >= 60 * minutes
-        )
+    @property
+    def images_due(self) -> bool:
+        """Whether the configured number of images has passed since the last checkpoint was started."""
+        images = self._output.checkpoint_every_images
+        return images is not None and self._progress.images_seen - self._last_save[0] >= images
+
+    @property
+    def minutes_due(self) -> bool:
+        """Whether the configured minutes have passed since then, on this process's clock."""
+        minutes = self._output.checkpoint_every_minutes
+        return minutes is not None and time.monotonic() - self._last_save[1] >= 60 * minutes
 
     def is_due_at_epoch(self, is_best: bool, is_last: bool) -> bool:
         """Whether an epoch that has just been validated ends with a checkpoint."""

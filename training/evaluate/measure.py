@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.data.images import normalize
+from training.distributed import float32_without_tf32
 from training.evaluate.frechet import FrechetFeatures, frechet_distance
 from training.evaluate.metrics import image_metrics
 from training.evaluate.models import Autoencoder
@@ -131,6 +132,7 @@ def reconstruct(
     return reconstruction, model.decode(mean + torch.exp(0.5 * logvar) * noise.to(mean)), mean, logvar
 
 
+@float32_without_tf32()
 @torch.no_grad()
 def measure(
     model: Autoencoder,

@@ -34,6 +34,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # to a checkpoint, after too many non-finite gradients
+    log_beta: float | None = None  # KLController.log_beta for the next step, without the values of the last one
     best: dict[str, Any] | None = None  # validation metrics of the best model
     latents: dict[str, Any] | None = None  # scaling of the latents, as the last validation measured it
     early_stopping_bad_epochs: int = 0
