@@ -165,7 +165,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
                 prior = gr.Dropdown(priors, value=priors[-1], label="prior of the samples")
             button, frames = gr.Button("Interpolate", variant="primary"), gr.State([])
             position = gr.Slider(1, _STEPS, value=1, step=1, label="position")
-            shown = gr.Image(label="image", interactive=False, height=300, format="png")
+            shown = gr.Image(label="image", interactive=False, height=300, format="png", elem_id="shown")
             strip = gr.Gallery(label="all images", columns=_STEPS, **gallery | {"height": 140})
             button.click(interpolate, [*ends, *seeds, prior], [strip, frames, position, shown], **queue)
             position.input(lambda frames, place: frames[int(place) - 1] if frames else None, [frames, position], shown)
