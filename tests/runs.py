@@ -17,6 +17,7 @@ from typing import Any
 
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from training import setup
 from training.config import Config
@@ -219,6 +220,12 @@ def _state_without_clocks(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two safetensors files have bitwise the same tensors; their headers name different runs."""
+    tensors, others = load_file(one), load_file(other)
+    return tensors.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in tensors.items())
+
+
 def differences(run_dir: Path, wanted: Path) -> list[str]:
     """Differences between two finished runs in last checkpoint, metrics and model; empty if bitwise identical."""
     found = []
@@ -229,7 +236,7 @@ def differences(run_dir: Path, wanted: Path) -> list[str]:
     for name in sorted(names):
         if not (last / name).is_file() or not (other / name).is_file():
             found.append(f"{name} is missing")
-        elif (last / name).read_bytes() != (other / name).read_bytes():
+        elif not same_weights(last / name, other / name):
             found.append(f"{name} differs")
     state, other_state = _state_without_clocks(last), _state_without_clocks(other)
     found += [f"state {key}: {state[key]} != {other_state[key]}" for key in state if state[key] != other_state.get(key)]
@@ -239,6 +246,6 @@ def differences(run_dir: Path, wanted: Path) -> list[str]:
         found.append(f"metrics.jsonl has {len(lines)} lines, not {len(other_lines)}; first that differs: {odd}")
     models = [Path(json.loads((each / "status.json").read_text())["model_dir"] or "/") for each in (run_dir, wanted)]
     exported = [folder / "diffusion_pytorch_model.safetensors" for folder in models]
-    if not exported[0].is_file() or exported[0].read_bytes() != exported[1].read_bytes():
+    if not exported[0].is_file() or not same_weights(*exported):
         found.append("the exported model differs")
     return found

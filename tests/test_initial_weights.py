@@ -52,7 +52,9 @@ def test_a_run_starts_from_an_exported_model_a_run_or_a_checkpoint(finished, fac
     for source, weights in sources.items():
         model = build_model(finished.config)
         assert not same(dict(model.state_dict()), weights)
-        assert load_initial_weights(model, str(source)) == {"init_from": str(source), "base_model": None}
+        origin = load_initial_weights(model, str(source))
+        assert (origin["init_from"], origin["base_model"]) == (str(source), None)
+        assert origin["weights"]["run"] == finished.folder.name
         assert same(dict(model.state_dict()), weights)
     trainer = Trainer(fine_tuning(tmp_path, faces, finished.folder))
     trainer.tracker.close()
@@ -181,10 +183,11 @@ def test_a_model_on_the_hub_becomes_the_base_model_of_the_card(finished, tmp_pat
         hub.models["org/base"] = Model(False, {path.name: path.read_bytes() for path in folder.iterdir()})
         model = build_model(finished.config)
         origin = load_initial_weights(model, "org/base")
-    assert origin == {"init_from": "org/base", "base_model": "org/base"}
+    assert origin["init_from"] == origin["base_model"] == "org/base"
+    assert origin["weights"]["run"] == finished.folder.name
     assert same(dict(model.state_dict()), model_of(finished))
     record = read_run(finished.folder)
-    record.init_from, record.base_model = origin.values()
+    record.init_from = record.base_model = "org/base"
     (tmp_path / "model").mkdir()
     for path in folder.iterdir():
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())

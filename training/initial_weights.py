@@ -10,7 +10,7 @@ from typing import Any
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.cli import resolve_model
-from training.evaluate.models import load_model
+from training.evaluate.models import load_model, weights_metadata
 
 # Keys of `config.json` that do not change the shape of a weight: initial or measured values.
 _VALUES = ("logvar_init", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -26,7 +26,7 @@ def load_initial_weights(model: AutoencoderKLUltra, init_from: str) -> dict[str,
         init_from: Folder of an exported model, a run (its best model) or a checkpoint; or a Hub id.
 
     Returns:
-        `init_from`, and `base_model`: the Hub id, or None for a folder.
+        `init_from`; `base_model`: the Hub id, or None for a folder; `weights`: see `weights_metadata`.
 
     Raises:
         ValueError: There is no such model, or it has another architecture.
@@ -47,7 +47,8 @@ def load_initial_weights(model: AutoencoderKLUltra, init_from: str) -> dict[str,
         )
     model.load_state_dict(saved)
     source = resolve_model(init_from).path
-    return {"init_from": init_from, "base_model": None if Path(source).is_dir() else source}
+    base_model = None if Path(source).is_dir() else source
+    return {"init_from": init_from, "base_model": base_model, "weights": weights_metadata(init_from)}
 
 
 def _plain(value: Any) -> Any:

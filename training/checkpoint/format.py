@@ -8,7 +8,8 @@
     manifest.json               size and SHA-256 of every file; written last
 
 A checkpoint is written under a temporary name, every file and folder is fsynced, and the folder is renamed when it is
-complete. Only then are older checkpoints removed. `training.run_files` verifies checkpoints and finds the best one.
+complete. Only then are older checkpoints removed. The header of each safetensors file says which run and step it is of
+(`weights_metadata`), so that a stray file can be traced. `training.run_files` verifies checkpoints and finds the best one.
 
 `FORMAT` in `training.run_files` is the version of this layout. Raise it only when older code cannot read newer
 checkpoints, or the reverse. A field more or less in `trainer_state.json` does not: `training.io.restore_fields`
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import logging
 import platform
@@ -67,6 +69,24 @@ class Snapshot:
     def size(self) -> int:
         """Approximate bytes on disk."""
         return _EXTRA_BYTES + sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+
+def weights_metadata(run_dir: Path, snapshot: Snapshot) -> dict[str, str]:
+    """What the header of a checkpoint's safetensors files records.
+
+    Returns:
+        `format` (by which diffusers recognizes torch's files), `run` (name of the run's folder), `step`, `epoch`,
+        `images_seen`, `config_sha256` (of `config` in trainer_state.json as JSON with sorted keys), and the metrics of the
+        validation, if the model is the best so far.
+    """
+    state = snapshot.trainer_state
+    config, progress = json.dumps(state.get("config"), sort_keys=True), state.get("progress", {})
+    values = {"run": run_dir.name, "step": snapshot.step}
+    values |= {name: progress[name] for name in ("epoch", "images_seen") if name in progress}
+    values["config_sha256"] = hashlib.sha256(config.encode()).hexdigest()
+    if (best := progress.get("best")) is not None and best["step"] == snapshot.step:
+        values |= {name: value for name, value in best.items() if name.startswith("validation/")}
+    return {"format": "pt", **{name: str(value) for name, value in values.items()}}
 
 
 def sweep(run_dir: Path) -> list[str]:
@@ -133,7 +153,7 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
         files = {}
         for part in (temporary, temporary / "model", temporary / "training_state"):
             part.mkdir()
-        for name, content in _contents(snapshot):
+        for name, content in _contents(run_dir, snapshot):
             files[name] = {"size": len(content), "sha256": write_bytes(temporary / name, content)}
             del content  # so that one file at a time is in memory
         manifest = {
@@ -187,12 +207,13 @@ def _prune(run_dir: Path, best: Path | None, keep: int) -> None:
             remove_folder(old)
 
 
-def _contents(snapshot: Snapshot):
+def _contents(run_dir: Path, snapshot: Snapshot):
     """Yields (name, bytes) of every file but the manifest."""
     for name, content in snapshot.model_files.items():
         yield f"model/{name}", content
+    metadata = weights_metadata(run_dir, snapshot)
     for name, tensors in snapshot.tensors.items():
-        yield name, safetensors.torch.save(tensors, metadata={"format": "pt"})
+        yield name, safetensors.torch.save(tensors, metadata=metadata)
     yield STATE_FILE, (json.dumps(snapshot.trainer_state, indent=2) + "\n").encode()
 
 

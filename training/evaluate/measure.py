@@ -232,6 +232,7 @@ def summarize(result: ModelResult, networks: MetricNetworks) -> dict:
         "model": model.name,
         "class": model.class_name,
         "parameters": model.num_parameters,
+        "weights": model.metadata,
         "resolution": model.resolution,
         "images": len(result.indices),
         "latent_shape": list(result.latent_shape),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
@@ -17,6 +20,7 @@ from training.data.images import normalize
 from training.data.shards import in_one_line
 from training.data.stream import first_training_images
 from training.pca_init import principal_components
+from training.run_files import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,23 @@ def load_model(
     return loaded.to(device).eval()
 
 
+def weights_metadata(model: str, subfolder: str | None = None) -> dict[str, str]:
+    """What the header of a model's weights records, such as `run` and `step` of ours; empty where there is no header.
+
+    Args:
+        model, subfolder: See `training.cli.resolve_model`; a model on the Hub must be in the cache.
+    """
+    source = resolve_model(model, subfolder)
+    file: str | Path | None = Path(source.path, WEIGHTS)
+    if not Path(source.path).is_dir():
+        name = WEIGHTS if source.subfolder is None else f"{source.subfolder}/{WEIGHTS}"
+        file = huggingface_hub.try_to_load_from_cache(source.path, name)
+    if not isinstance(file, (str, Path)) or not Path(file).is_file():  # several shards
+        return {}
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
 class Autoencoder:
     """An autoencoder as `measure` sees it.
 
@@ -81,7 +102,10 @@ class Autoencoder:
         class_name: Of the model.
         resolution: Size of the images, pixels.
         num_parameters: Of encoder and decoder together.
+        metadata: See `weights_metadata`.
     """
+
+    metadata: dict[str, str] = {}
 
     def __init__(self, name: str, model: nn.Module, resolution: int) -> None:
         self.name, self.model, self.resolution = name, model, resolution
@@ -196,5 +220,6 @@ def load_autoencoder(model: str, subfolder: str | None, resolution: int | None, 
     if not isinstance(size, int):
         raise ValueError(f"{model} ({type(loaded).__name__}) has no sample_size in its config.json: give --resolution.")
     autoencoder = Autoencoder(model, loaded, size)
+    autoencoder.metadata = weights_metadata(model, subfolder)
     autoencoder.check(device)
     return autoencoder

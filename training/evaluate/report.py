@@ -83,6 +83,9 @@ def table_rows(summaries: Sequence[dict], networks: MetricNetworks) -> tuple[lis
         ["latent dimensions", *(f"{s['latent_dim']:,} ({'x'.join(map(str, s['latent_shape']))})" for s, _ in columns)],
         ["parameters", *(f"{s['parameters']:,}" for s, _ in columns)],
     ]
+    if any("run" in s["weights"] for s in summaries):
+        names = ["{run}, step {step}".format(**s["weights"]) if "run" in s["weights"] else "-" for s, _ in columns]
+        rows.append(["trained in", *names])
     rows += [cells(name, [s[kind][name] for s, kind in columns]) for name in summaries[0]["reconstruction"]]
     for name in ("kl", "active_units", "posterior_sigma"):
         rows.append(cells(name, [s[name] if kind == "reconstruction" else None for s, kind in columns]))

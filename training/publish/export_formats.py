@@ -38,7 +38,7 @@ def write_variant(folder: Path, variant: str) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from training.evaluate.models import load_model
+    from training.evaluate.models import load_model, weights_metadata
 
     dtype = getattr(torch, VARIANTS[variant])
     weights = {name: value.to(dtype).contiguous() for name, value in load_model(str(folder)).state_dict().items()}
@@ -47,7 +47,7 @@ def write_variant(folder: Path, variant: str) -> Path:
             raise ValueError(f"{name} has weights that {variant} cannot hold: use another variant.")
     file = folder / f"diffusion_pytorch_model.{variant}.safetensors"  # the name that from_pretrained looks for
     temporary = file.with_name(file.name + ".tmp")
-    save_file(weights, temporary, metadata={"format": "pt"})
+    save_file(weights, temporary, metadata={"format": "pt", **weights_metadata(str(folder))})
     os.replace(temporary, file)
     return file
 
