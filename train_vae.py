@@ -43,8 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--resume",
-        metavar="auto|PATH",
-        help="resume from the newest checkpoint of this run name, or from the run or checkpoint at PATH",
+        metavar="auto|PATH|hub://ORG/NAME",
+        help="resume from the newest checkpoint of this run name, from the run or checkpoint at PATH, or from what "
+        "hub.push_checkpoints has uploaded",
     )
     parser.add_argument(
         "--init-from",

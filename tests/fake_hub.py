@@ -279,8 +279,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 {"type": "file", "path": p, "oid": _blob_oid(data), "size": len(data)} for p, data in files.items()
             ]
             return self._send_json(entries) if entries else self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        siblings = [{"rfilename": path} for path in files]
-        return self._send_json({"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+        siblings, private = [{"rfilename": path} for path in files], self.hub.models[name].private
+        return self._send_json({"id": name, "sha": COMMIT, "siblings": siblings, "private": private, "tags": []})
 
     def _send_model_file(self, name: str, path: str) -> None:
         files = self.hub.models[name].files if name in self.hub.models else {}

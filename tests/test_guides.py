@@ -35,6 +35,9 @@ PAGES = {
 NOT_RUN = {
     "pip install": "needs a network",
     "python -m training.align": "needs a detector; tests/test_align.py",
+    "python train_vae.py --config configs/ultra.json --set 'output.trackers=[": "needs Trackio; tests/tracking runs it",
+    "python train_vae.py --config configs/ultra.json --set hub.push_checkpoints": "needs a network; see tests/publish",
+    "python train_vae.py --config configs/ultra.json --resume hub://": "needs a network; tests/publish uses a fake Hub",
     "python -m training.demo $MODEL": "runs until it is stopped; tests/demo starts it",
     "python -m training.publish $MODEL --repo-id org/name --space #": "needs a network; tests/publish uploads a Space",
     "hf jobs uv run": "needs an account; tests/test_examples.py reads the script's metadata and runs its command line",

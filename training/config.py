@@ -25,6 +25,7 @@ from typing import Any
 
 TOKEN = r"hf_[A-Za-z0-9]{16,}"  # an access token of the Hub, which must not appear in any configuration or log
 COLLECTIVE_TIMEOUT_S = 3600  # how long a process waits for the others in a collective before the run fails
+TRACKERS = ("tensorboard", "trackio", "wandb")
 TRUNKS = ("vgg16", "alexnet", "squeezenet", "st_alexnet", "st_vgg16")
 
 # Keys of earlier versions, without their section -> the present name.
@@ -59,6 +60,7 @@ _TYPES = {
     float: "a number",
     str: "a string",
     dict: "an object",
+    list: "a list",
 }
 
 
@@ -350,7 +352,12 @@ class OutputConfig(_Section):
     run_name: str = "ultra_high_quality"  # a run writes into <runs_dir>/<run_name>_YYYYMMDD_HHMMSS/
     runs_dir: str = "runs"  # folder of all runs
     model_dir: str = "model_weights"  # the trained model is exported to <model_dir>/vae_<run_name>/
-    log_every_steps: int = constrained(50, ge=1)  # optimizer steps between lines of metrics.jsonl and TensorBoard
+    log_every_steps: int = constrained(
+        50, ge=1
+    )  # optimizer steps between lines of metrics.jsonl and points of the trackers
+    # Trackers of experiments: "tensorboard", "trackio" and "wandb" (a package each, see the extras). Trackio and Weights &
+    # Biases show the runs of one run_name as a project, and stay on this machine unless the environment says otherwise.
+    trackers: list = field(default_factory=lambda: ["tensorboard"])
     checkpoint_every_epochs: int = constrained(1, ge=1)  # a new best model is always saved
     checkpoint_every_images: int | None = constrained(None, ge=1)  # also after this many training images; null: off
     checkpoint_every_minutes: float | None = constrained(30.0, gt=0)  # also after this many minutes; null: off
@@ -360,6 +367,8 @@ class OutputConfig(_Section):
     eval_lpips_trunk: str = constrained("alexnet", choices=TRUNKS)  # LPIPS of validation; weights as for loss.trunk
 
     def _check_together(self) -> None:
+        valid = all(name in TRACKERS for name in self.trackers) and len(set(self.trackers)) == len(self.trackers)
+        self._require(valid, "trackers", f"a list without repetition of {_either([json.dumps(n) for n in TRACKERS])}")
         valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.run_name) is not None
         self._require(valid, "run_name", "letters, digits, '_', '-' and '.', starting with a letter or digit")
 
@@ -374,8 +383,14 @@ class HubConfig(_Section):
     repo_id: str | None = None  # "organization/name"
     private: bool = True  # visibility of a repository that this creates
     push_every_epochs: int | None = constrained(None, ge=1)  # also upload the best model so far; null: only at the end
+    # "organization/name": upload the newest and the best checkpoint to this private repository after each one is written,
+    # for `--resume hub://organization/name` on another machine. null: checkpoints stay on this machine.
+    push_checkpoints: str | None = None
 
     def _check_together(self) -> None:
+        if self.push_checkpoints is not None:
+            valid = re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_checkpoints) is not None
+            self._require(valid, "push_checkpoints", '"organization/name" or null')
         if self.push:
             valid = self.repo_id is not None and self.repo_id.count("/") == 1
             self._require(valid, "repo_id", '"organization/name" where hub.push is true')

@@ -34,6 +34,7 @@ _JSON_TYPES = {
     "float": "number",
     "str": "string",
     "dict": "object",
+    "list": "list",
     "None": "null",
 }
 _INTRODUCTION = """\

@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from accelerate import (
     InitProcessGroupKwargs,
     PartialState,
 )
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.distributed import PrefixStore
@@ -87,12 +86,11 @@ def _use_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def build_accelerator(precision: str, run_dir: Path, static_graph: bool) -> Accelerator:
+def build_accelerator(precision: str, static_graph: bool) -> Accelerator:
     """Builds the accelerator of a run.
 
     Args:
         precision: "no", "bf16" or "fp16".
-        run_dir: Folder of the TensorBoard events.
         static_graph: Whether gradients are exchanged after every forward pass. Only then is the graph the same in all
             iterations, so that DDP need not search for unused parameters.
 
@@ -102,8 +100,6 @@ def build_accelerator(precision: str, run_dir: Path, static_graph: bool) -> Acce
     accelerator = Accelerator(
         cpu=_use_cpu(),
         mixed_precision=precision,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 gradient_as_bucket_view=True, static_graph=static_graph, broadcast_buffers=False

@@ -45,13 +45,14 @@ from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
 from training.pca_init import fit_pca_branch
 from training.publish import hub
+from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
 from training.tracking.report import RunReport
-from training.tracking.trackers import Tracker, setup_logging
+from training.tracking.trackers import Tracker, check_trackers, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +157,11 @@ def build_run(config: Config, resume: str | None = None, allow_changed: Sequence
 def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed: Sequence[str]) -> Run:
     presets = config.training_presets
     processes = join_processes()
+    check_trackers(config.output.trackers)
     precision, precision_source = resolve_precision(presets.mixed_precision, processes.device)
     opened = on_main_process(processes, lambda: folder.open(resume))
     checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
-    accelerator = _build_accelerator(config, processes, precision, opened["run_dir"])
+    accelerator = _build_accelerator(config, processes, precision)
     set_backend_options(presets.allow_tf32, presets.deterministic)
     setup_logging(accelerator, None)
 
@@ -172,6 +174,8 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         notes.append(f"weights   from {presets.init_from}")
     if config.hub.push:
         on_main_process(accelerator, lambda: hub.check_access(config.hub))
+    if config.hub.push_checkpoints is not None:
+        on_main_process(accelerator, lambda: check_repository(config.hub.push_checkpoints))
     loss, eval_lpips_trunk = _load_networks(config, model, accelerator)
     stream, validation_images, validation_indices = _open_data(config, model, accelerator)
     if saved is not None and "data" not in allow_changed:
@@ -179,7 +183,6 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
 
     # All checks have passed; from here on files are written.
     run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin))
-    accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
     setup_logging(accelerator, run_dir / "training.log")
     _log_start(config, accelerator, stream, run_dir, precision, precision_source, [*notes, *claimed])
 
@@ -217,6 +220,8 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
             "model_dir": None,
             "hardware": describe_hardware(accelerator.device, accelerator.num_processes, precision),
         },
+        trackers=config.output.trackers,
+        project=config.output.run_name,
         resumed_at=None if saved is None else (saved["progress"]["step"], saved["progress"]["epoch"]),
     )
     report = RunReport(
@@ -243,6 +248,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         },
         model_files=lambda: model_files(model),
         warn=lambda message: report.event(message, "warning"),
+        upload_to=config.hub.push_checkpoints,
     )
     run = Run(
         config=config,
@@ -288,11 +294,11 @@ def _steps_per_epoch(config: Config, stream: TrainStream) -> int | None:
 # ---------------------------------------------------------------------- phases
 
 
-def _build_accelerator(config: Config, processes: PartialState, precision: str, run_dir: Path) -> Accelerator:
+def _build_accelerator(config: Config, processes: PartialState, precision: str) -> Accelerator:
     presets = config.training_presets
     micro_batch = micro_batch_size(config, processes.num_processes)
     static_graph = presets.micro_batch_size != "auto" and micro_batch * processes.num_processes == presets.batch_size
-    return build_accelerator(precision, run_dir, static_graph)
+    return build_accelerator(precision, static_graph)
 
 
 def _load_networks(

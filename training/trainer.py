@@ -350,7 +350,8 @@ class Trainer:
         self.report.status(state="finished", reason=reason, model_dir=str(model_dir), seconds_left=0.0)
         logger.info("model        %s", model_dir)
         logger.info("grids        %s", self.run_dir / "samples")
-        logger.info("TensorBoard  tensorboard --logdir %s", output.runs_dir)
+        for name, command in self.tracker.viewers():
+            logger.info("%-12s %s", name, command)
         on_main_process(self.accelerator, self._publish)
 
     def _publish(self) -> None:

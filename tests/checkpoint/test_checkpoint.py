@@ -557,7 +557,7 @@ def test_a_full_disk_loses_outputs_and_never_ends_the_run(finished, faces, tmp_p
 
     with watched_calls(watch), tiny.process_state():
         trainer = Trainer(config_of(finished, faces, tmp_path), "auto")
-        trainer.accelerator.get_tracker("tensorboard", unwrap=True).flush()
+        trainer.tracker.trackers["tensorboard"].writer.flush()
         (events,) = run_dir.glob("events.out.tfevents.*")
         events.unlink()
         events.symlink_to("/dev/full")

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training.config import TOKEN
@@ -21,7 +22,7 @@ WHERE = {"step": 5, "epoch": 1, "images_seen": 320}
 
 @pytest.fixture
 def tracker(tmp_path, session):
-    accelerator = Accelerator(log_with="tensorboard", project_dir=str(tmp_path), cpu=True)
+    accelerator = Accelerator(cpu=True)
     tracker = Tracker(accelerator, tmp_path, {"a.b": 1}, {"num_epochs": 2})
     yield tracker
     tracker.close()
@@ -54,10 +55,10 @@ def test_a_failing_output_is_logged_once_until_it_works_again(tracker, monkeypat
     def fails(*_, **__):
         raise RuntimeError("The histogram is empty, please file a bug report.")
 
-    writer = tracker._writer
+    tensorboard = tracker.trackers["tensorboard"]
     for name in ("add_histogram", "add_image"):
-        monkeypatch.setattr(writer, name, fails)
-    monkeypatch.setattr(tracker.accelerator, "log", fails)
+        monkeypatch.setattr(tensorboard.writer, name, fails)
+    monkeypatch.setattr(tensorboard, "log", fails)
     for _ in range(3):
         tracker.log("train", {"loss/total": 1.0}, **WHERE)
         tracker.histogram("kl", torch.ones(4), 5)
@@ -67,16 +68,17 @@ def test_a_failing_output_is_logged_once_until_it_works_again(tracker, monkeypat
         assert caplog.text.count(f"{name} failed, training continues (RuntimeError: The histogram is empty") == 1
     monkeypatch.undo()
     tracker.log("train", {"loss/total": 1.0}, **WHERE)
-    monkeypatch.setattr(tracker.accelerator, "log", fails)
+    monkeypatch.setattr(tensorboard, "log", fails)
     tracker.log("train", {"loss/total": 1.0}, **WHERE)
     assert caplog.text.count("TensorBoard failed, ") == 2
 
 
 def test_every_method_survives_a_run_folder_that_is_gone(tracker, caplog, monkeypatch):
     # TensorBoard writes in a thread of its own, which must have nothing to write while the folder is gone.
-    tracker._writer.flush()
-    monkeypatch.setattr(tracker.accelerator, "log", lambda *_, **__: None)
-    monkeypatch.setattr(tracker._writer, "add_image", lambda *_: None)
+    tensorboard = tracker.trackers["tensorboard"]
+    tensorboard.writer.flush()
+    monkeypatch.setattr(tensorboard, "log", lambda *_, **__: None)
+    monkeypatch.setattr(tensorboard.writer, "add_image", lambda *_: None)
     for path in sorted(tracker.run_dir.iterdir()):
         path.unlink()
     tracker.run_dir.rmdir()
@@ -91,12 +93,12 @@ def test_every_method_survives_a_run_folder_that_is_gone(tracker, caplog, monkey
 
 
 def test_a_run_without_tensorboard_has_its_other_outputs(tmp_path, session, monkeypatch, caplog):
-    accelerator = Accelerator(log_with="tensorboard", project_dir=str(tmp_path), cpu=True)
+    accelerator = Accelerator(cpu=True)
 
     def fails(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(accelerator, "init_trackers", fails)
+    monkeypatch.setattr(TensorBoardTracker, "start", fails)
     tracker = Tracker(accelerator, tmp_path, {}, {})
     tracker.log("train", {"loss/total": 1.0}, **WHERE)
     tracker.histogram("kl", torch.ones(4), 5)

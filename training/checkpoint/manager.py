@@ -18,6 +18,7 @@ from training.checkpoint.resume import newest_valid
 from training.checkpoint.state import TrainingState
 from training.config import OutputConfig
 from training.distributed import on_main_process
+from training.publish.checkpoints import CheckpointUploader
 from training.run_files import list_checkpoints, read_state, step_folder
 from training.tracking.progress import Progress
 
@@ -36,7 +37,8 @@ class CheckpointManager:
         progress: Where the run stands; its `best` is managed here.
         description: Returns JSON values to store besides: the configuration, the number of processes, ...
         model_files: Returns the files of the model's folder besides its weights: name -> content.
-        warn: Called with a sentence when a checkpoint could not be written.
+        warn: Called with a sentence when a checkpoint could not be written or uploaded.
+        upload_to: Repository on the Hub to which checkpoints are uploaded, or None.
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class CheckpointManager:
         description: Callable[[], dict[str, Any]],
         model_files: Callable[[], dict[str, bytes]],
         warn: Callable[[str], None],
+        upload_to: str | None = None,
     ) -> None:
         self.run_dir, self.state = run_dir, state
         self._output, self._progress = output, progress
         self._description, self._model_files, self._warn = description, model_files, warn
         self._writer = CheckpointWriter(run_dir, output.keep_checkpoints)
+        self._uploader = None
+        if upload_to is not None and state.accelerator.is_main_process:
+            self._uploader = CheckpointUploader(run_dir, upload_to, warn)
         # The best model whose checkpoint is on disk, and the best model of the checkpoint being written.
         self._best_on_disk = self._best_in_writing = progress.best
         self._start_interval()
@@ -112,14 +118,18 @@ class CheckpointManager:
         best = self._progress.best
         if error is None:
             self._best_on_disk = self._best_in_writing
+            if self._uploader is not None:
+                self._uploader.start()
             return
         self._warn(f"the checkpoint of step {step} could not be written; older checkpoints are unchanged ({error})")
         if best is not None and best["step"] == step:  # its weights are nowhere: the next good model is the best
             self._progress.best = self._best_on_disk
 
     def join_writer(self) -> None:
-        """Waits for this process's writer alone, at the end of the process, however it ends."""
+        """Waits for this process's writer and upload alone, at the end of the process, however it ends."""
         self._writer.wait()
+        if self._uploader is not None:
+            self._uploader.finish()
 
     # ------------------------------------------------------------------ the best model
 

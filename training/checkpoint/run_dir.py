@@ -21,6 +21,7 @@ from training.checkpoint.format import quarantine_newer, sweep
 from training.checkpoint.resume import find_run, newest_valid
 from training.config import Config
 from training.io import write_json
+from training.publish.checkpoints import PREFIX, download_run
 from training.run_files import (
     RUN_FILE,
     InvalidCheckpointError,
@@ -74,6 +75,9 @@ class RunFolder:
                 resume, notes = str(before), ["restarted by the launcher: resuming its run"]
             elif resume is None:
                 notes = ["restarted by the launcher before the first checkpoint: starting a new run"]
+        if resume is not None and resume.startswith(PREFIX):
+            resume = str(download_run(resume, runs_dir, output.run_name))
+            notes.append(f"resume: downloaded the newest checkpoints to {resume}")
         found = None if resume is None else find_run(resume, runs_dir, output.run_name)
         if found is None:
             if resume is not None:
@@ -99,7 +103,7 @@ class RunFolder:
             state["progress"]["best"] = None
         return {"run_dir": self.path, "checkpoint": checkpoint, "state": state, "notes": notes + skipped}
 
-    def claim(self, checkpoint: Path | None, origin: dict[str, Any]) -> tuple[Path, list[str]]:
+    def claim(self, checkpoint: Path | None, origin: dict[str, Any] | None = None) -> tuple[Path, list[str]]:
         """Create and lock a new run's folder, or make `checkpoint` the newest of a resumed run.
 
         Args:
@@ -123,7 +127,7 @@ class RunFolder:
                     self.path = self._new_path()
                 else:  # in UTC: the time in the folder's name is local
                     now = datetime.datetime.now(datetime.timezone.utc)
-                    values = {"created": now.isoformat(), "host": socket.gethostname(), **origin}
+                    values = {"created": now.isoformat(), "host": socket.gethostname(), **(origin or {})}
                     write_json(self.path / RUN_FILE, values)
             if checkpoint is not None:
                 newer = quarantine_newer(self.path, checkpoint)

@@ -172,15 +172,19 @@ def refuse_secrets(files: dict[str, Path]) -> None:
 # ---------------------------------------------------------------------- the Hub
 
 
-def check_access(config: HubConfig) -> None:
+def check_access(config: HubConfig, key: str = "hub.push") -> None:
     """Check before a training that its upload will be allowed.
+
+    Args:
+        config: Names the repository.
+        key: The configuration key that asks for the upload.
 
     Raises:
         ValueError: There is no token, it is read-only, the repository belongs to somebody else, or the Hub does not
             answer.
     """
     api = HfApi()
-    target = f"hub.push to {config.repo_id}"
+    target, off = f"{key} to {config.repo_id}", f"set {key} to {'false' if key == 'hub.push' else 'null'}"
     try:
         user = _retry("whoami", api.whoami, retry_lost=False)
         namespace = str(config.repo_id).partition("/")[0]
@@ -189,11 +193,11 @@ def check_access(config: HubConfig) -> None:
         foreign = namespace not in known and not api.repo_exists(config.repo_id)
     except LocalTokenNotFoundError:
         raise ValueError(
-            f"{target} needs a token and there is none: run `hf auth login`, set HF_TOKEN, or set hub.push to false."
+            f"{target} needs a token and there is none: run `hf auth login`, set HF_TOKEN, or {off}."
         ) from None
     except Exception as error:  # the classes depend on the HTTP library of huggingface_hub
         raise ValueError(
-            f"{target}: the Hub refused or did not answer ({_reason(error)}); log in again, or set hub.push to false."
+            f"{target}: the Hub refused or did not answer ({reason(error)}); log in again, or {off}."
         ) from None
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
@@ -286,7 +290,7 @@ def upload(
             remedy = "log in with a token that may write there"
         elif status is None and create_pr:
             remedy = f"see {api.endpoint}/{repo_id}/discussions, where the pull request may be, before trying again"
-        raise PushError(f"the upload to {repo_id} failed ({_reason(error)}): {remedy}.") from error
+        raise PushError(f"the upload to {repo_id} failed ({reason(error)}): {remedy}.") from error
 
 
 def _remote_files(api: HfApi, repo_id: str, repo_type: str | None) -> list[str]:
@@ -320,7 +324,7 @@ def _retry(what: str, call: Callable[[], T], retry_lost: bool = True) -> T:
             if not may_retry or attempt == _ATTEMPTS:
                 raise
             wait = min(retry_after(error) or delay, _MAX_DELAY_S)
-            logger.warning("%s: %s; attempt %d of %d in %.0f s", what, _reason(error), attempt + 1, _ATTEMPTS, wait)
+            logger.warning("%s: %s; attempt %d of %d in %.0f s", what, reason(error), attempt + 1, _ATTEMPTS, wait)
             time.sleep(wait)
             delay *= 2
     raise AssertionError("unreachable")
@@ -343,7 +347,7 @@ def _is_network_error(error: BaseException) -> bool:
     return False
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The error in one line, without the signatures in upload URLs."""
     # huggingface_hub wraps errors of a file's upload in a RuntimeError that does not name them.
     shown = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error

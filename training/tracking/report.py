@@ -23,7 +23,7 @@ class RunReport:
 
     Args:
         config: The configuration.
-        tracker: Writes files and TensorBoard events, on the main process.
+        tracker: Writes files, and to the trackers, on the main process.
         alerts: Judge the metrics.
         progress: Where the run stands.
         learning_rate, kl: Reported with the metrics.
@@ -115,7 +115,7 @@ class RunReport:
             )
 
     def grids(self, grids: dict[str, Tensor], label: str) -> None:
-        """Saves grids (3, height, width) in [0, 1] in samples/ and in TensorBoard."""
+        """Saves grids (3, height, width) in [0, 1] in samples/ and in the trackers."""
         for kind, grid in grids.items():
             final = label == "final" and kind != "reconstructions"
             file = f"{self._run_name}_final_{kind}.png" if final else f"{self._run_name}_{kind}_{label}.png"

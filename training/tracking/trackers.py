@@ -1,12 +1,15 @@
-"""Writes what a run reports: `training.log`, `metrics.jsonl`, `status.json`, TensorBoard events and image grids.
+"""Writes what a run reports: `training.log`, `metrics.jsonl`, `status.json`, image grids, and trackers of experiments.
 
-Everything is in the run's folder and written by the main process. Nothing here ends a run: an output that fails is logged
+The main process writes all of it, and the files are in the run's folder. The trackers are accelerate's: TensorBoard,
+Trackio and Weights & Biases, as `output.trackers` names them. Nothing here ends a run: an output that fails is logged
 once, and training continues without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -15,13 +18,14 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -30,7 +34,7 @@ from training.io import printable, write_file, write_json
 
 logger = logging.getLogger(__name__)
 
-_PROJECT = "tensorboard"
+_TITLES = {"tensorboard": "TensorBoard", "trackio": "Trackio", "wandb": "Weights & Biases"}
 # Tags are regular expressions, so that the chart includes every loss term that is logged.
 _CUSTOM_SCALARS = {
     "training": {
@@ -92,16 +96,57 @@ def _log_failure(name: str, error: BaseException | None) -> None:
     logger.warning("%s failed, training continues (%s: %s)", name, type(error).__name__, error)
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that the packages of trackers are installed.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"output.trackers names {name}, which is not installed: pip install {name}, or leave it out."
+            )
+
+
+def _start_tracker(
+    name: str, run_dir: Path, project: str, config: dict[str, Any], resumed_at: tuple[int, int] | None
+) -> GeneralTracker:
+    """Start one of accelerate's trackers, or continue its run of the same name."""
+    if name == "tensorboard":
+        # "." puts the events into the run's folder. `purge_step` makes TensorBoard drop the events after the checkpoint
+        # that the run resumes from.
+        options = {} if resumed_at is None else {"purge_step": resumed_at[0] + 1}
+        tracker = TensorBoardTracker(".", str(run_dir), **options)
+        tracker.start()
+        tracker.writer.add_custom_scalars(_CUSTOM_SCALARS)
+        # As text: the hyperparameter plugin would create a subfolder for each start.
+        tracker.writer.add_text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
+        return tracker
+    options = {"name": run_dir.name, "config": config, "resume": "allow"}
+    if name == "trackio":  # local, in TRACKIO_DIR, unless TRACKIO_SPACE_ID names a Space
+        tracker = TrackioTracker(project, embed=False, **options)
+    else:
+        if os.environ.setdefault("WANDB_MODE", "offline") == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which needs the network
+        settings = {"console": "off"}  # training.log has what is printed
+        tracker = WandBTracker(project, id=run_dir.name, dir=str(run_dir), settings=settings, **options)
+    tracker.start()
+    return tracker
+
+
 class Tracker:
     """Writes the metrics, status and images of a run; does nothing on processes other than the main one.
 
     No method raises an exception: a failing output is logged once, and again only after it has worked in between.
 
     Args:
-        accelerator: Owns the TensorBoard tracker.
+        accelerator: The processes.
         run_dir: The run's folder; must exist on the main process.
-        config: Flat configuration, written to TensorBoard as text.
+        config: Flat configuration, which the trackers show.
         status: Initial content of `status.json`.
+        trackers: "tensorboard", "trackio", "wandb"; see `check_trackers`.
+        project: Name of the project in which Trackio and Weights & Biases show the run.
         resumed_at: Step and epoch of the checkpoint that a resumed run starts from; None for a new run.
     """
 
@@ -111,6 +156,9 @@ class Tracker:
         run_dir: Path,
         config: dict[str, Any],
         status: dict[str, Any],
+        *,
+        trackers: Sequence[str] = ("tensorboard",),
+        project: str = "face-vae",
         resumed_at: tuple[int, int] | None = None,
     ) -> None:
         self.accelerator = accelerator
@@ -118,25 +166,22 @@ class Tracker:
         self.active = accelerator.is_main_process
         self.status = {**status, "pid": os.getpid(), "host": socket.gethostname(), "state": "starting", "reason": None}
         self._failing: set[str] = set()
-        # "." as project name puts the events into the run's folder. `purge_step` makes TensorBoard drop the events
-        # after the checkpoint that the run resumes from.
-        options = {} if resumed_at is None else {_PROJECT: {"purge_step": resumed_at[0] + 1}}
-        with self.guard("TensorBoard"):
-            accelerator.init_trackers(".", init_kwargs=options)
+        self.trackers: dict[str, GeneralTracker] = {}
+        self._project = project
         if not self.active:
             return
         if resumed_at is not None:
             self.rewind(*resumed_at)
-        with self.guard("TensorBoard"):
-            self._writer.add_custom_scalars(_CUSTOM_SCALARS)
-            # As text: the hyperparameter plugin would create a subfolder for each start.
-            self._writer.add_text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
+        for name in trackers:
+            with self.guard(_TITLES[name]):
+                self.trackers[name] = _start_tracker(name, run_dir, project, config, resumed_at)
         self.update_status()
 
-    @property
-    def _writer(self) -> Any:
-        """TensorBoard's SummaryWriter."""
-        return self.accelerator.get_tracker(_PROJECT, unwrap=True)
+    def _each(self, what: str, call: Callable[[str, GeneralTracker], object]) -> None:
+        """Call a function with the name of each tracker and the tracker; what fails in one does not affect the others."""
+        for name, tracker in self.trackers.items():
+            with self.guard(f"{_TITLES[name]}{what}"):
+                call(name, tracker)
 
     @contextlib.contextmanager
     def guard(self, name: str) -> Iterator[None]:
@@ -175,7 +220,7 @@ class Tracker:
             write_file(path, "".join(kept).encode())
 
     def log(self, kind: str, values: dict[str, Any], *, step: int, epoch: int, images_seen: int) -> None:
-        """Append a line to metrics.jsonl and log its numeric values as TensorBoard scalars.
+        """Append a line to metrics.jsonl and log its numeric values as scalars of the trackers.
 
         Args:
             kind: "train", "validation" or "event".
@@ -195,8 +240,8 @@ class Tracker:
         # Opened for each line, so that every line is flushed and a full disk can recover.
         with self.guard("metrics.jsonl"), (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        with self.guard("TensorBoard"):
-            self.accelerator.log(scalars, step=step)
+        if scalars:
+            self._each("", lambda name, tracker: tracker.log(scalars, step=step))
 
     def event(self, message: str, level: str, *, step: int, epoch: int, images_seen: int) -> None:
         """Log a message, and write it to metrics.jsonl for the monitor; `level` is "info" or "warning"."""
@@ -204,16 +249,20 @@ class Tracker:
         self.log("event", {"message": message, "level": level}, step=step, epoch=epoch, images_seen=images_seen)
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """Add a TensorBoard histogram of the finite values, if there are any."""
-        if not self.active:
-            return
-        with self.guard("TensorBoard histogram"):
-            finite = values[values.isfinite()].clamp(-1e19, 1e19)  # the range of TensorBoard's bins
-            if finite.numel():
-                self._writer.add_histogram(name, finite, step)
+        """Add a histogram of the finite values, if there are any, to the trackers."""
+        finite = values[values.isfinite()].clamp(-1e19, 1e19).cpu()  # the range of TensorBoard's bins
+
+        def add(kind: str, tracker: GeneralTracker) -> None:
+            if kind == "tensorboard":
+                tracker.writer.add_histogram(name, finite, step)
+            else:  # the classes of both packages have the same names
+                tracker.log({name: importlib.import_module(kind).Histogram(finite.numpy())}, step=step)
+
+        if finite.numel():
+            self._each(" histogram", add)
 
     def image(self, name: str, grid: Tensor, step: int, file_name: str) -> Path:
-        """Save an image grid (3, H, W) in [0, 1] as PNG in samples/ and add it to TensorBoard; NaN becomes 0.
+        """Save an image grid (3, H, W) in [0, 1] as PNG in samples/ and add it to the trackers; NaN becomes 0.
 
         Returns:
             The path of the PNG.
@@ -223,8 +272,15 @@ class Tracker:
             with self.guard("samples/"):
                 path.parent.mkdir(exist_ok=True)
                 save_image(grid, path)
-            with self.guard("TensorBoard image"):
-                self._writer.add_image(name, grid, step)
+
+        def add(kind: str, tracker: GeneralTracker) -> None:
+            if kind == "tensorboard":
+                tracker.writer.add_image(name, grid, step)
+            else:
+                pixels = (255 * grid.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
+                tracker.log({name: importlib.import_module(kind).Image(pixels)}, step=step)
+
+        self._each(" image", add)
         return path
 
     def update_status(self, **changes: Any) -> None:
@@ -235,6 +291,17 @@ class Tracker:
                 write_json(self.run_dir / "status.json", self.status)
 
     def close(self) -> None:
-        """Flush and close the trackers."""
-        with self.guard("TensorBoard"):
+        """Flush and close the trackers, and leave the group of processes."""
+        self._each("", lambda name, tracker: tracker.finish())
+        with self.guard("the group of processes"):
             self.accelerator.end_training()
+
+    def viewers(self) -> Iterator[tuple[str, str]]:
+        """The name of each tracker, and the command that shows or uploads what it has recorded."""
+        commands = {
+            "tensorboard": f"tensorboard --logdir {self.run_dir.parent}",
+            "trackio": f"trackio show --project {self._project}",
+            "wandb": f"wandb sync {self.run_dir / 'wandb'}/*run-*",
+        }
+        for name in self.trackers:
+            yield _TITLES[name], commands[name]
