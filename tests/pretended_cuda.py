@@ -76,6 +76,7 @@ def environment(folder: str | Path) -> dict[str, str]:
 def install() -> Any:
     """Patches torch in a process with `environment`; returns the mode in which tensors on "cuda" are pretended ones."""
     import torch
+    from torch._decomp import get_decompositions
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -166,13 +167,16 @@ def install() -> Any:
             result = func(*args, **kwargs)
             result = tree_map_only(torch.Tensor, lambda t: t.half() if t.dtype == torch.float32 else t, result)
         else:
-            result = func(*args, **kwargs)
+            result = on_cpu.get(func, func)(*args, **kwargs)
         known = {id(tensor.host): tensor for tensor in ours}  # what an operation in place returns
         if not to_device:
             return tree_map_only(torch.Tensor, lambda tensor: known.get(id(tensor), tensor), result)
         return tree_map_only(
             torch.Tensor, lambda each: known[id(each)] if id(each) in known else Pretended(each), result
         )
+
+    aten = torch.ops.aten
+    on_cpu = get_decompositions([aten._fused_rms_norm, aten._fused_rms_norm_backward])  # kernels of CUDA alone
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -267,9 +267,7 @@ class TrainStep:
         optimizer = self.optimizer.optimizer
         if self.accelerator.scaler is not None:  # finds an overflow by itself, and lowers its scale
             self.optimizer.step()
-        elif getattr(
-            optimizer, "_step_supports_amp_scaling", False
-        ):  # fused: the kernel reads it, as from a GradScaler
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused kernel, which skips by itself, too
             optimizer.found_inf = skipped
             self.optimizer.step()
             del optimizer.found_inf
