@@ -1,21 +1,11 @@
-"""LatentPrior: a distribution fitted to the latents of faces, from which new latents are sampled.
+"""Priors: maps from standard normal noise to the latents of faces. N(0, I) needs no file.
 
-Also `fit_gaussian`, the one fit that needs torch only; training/priors/fit.py has the others and the command. N(0, I)
-needs no file. This file needs torch and diffusers only and is saved beside each prior, so that
+- `GaussianPrior`: a Gaussian with full covariance; fitted in seconds by `fit_gaussian`.
+- `DiffusionPrior`: a flow-matching model of small images that determine the latents; trained for hours.
+
+This file needs torch and diffusers only and is saved beside each prior, so that
 `AutoModel.from_pretrained("FOLDER/priors/gaussian", trust_remote_code=True)` loads it without this project (from the
 Hub: `subfolder="priors/gaussian"`).
-
-All kinds treat a latent as a flat vector z of `latent_dim` dimensions and share an affine map from whitened
-coordinates u,
-
-    z = mean + factor u,
-
-where factor factor^T is the (shrunk) covariance of the training latents. They differ in the distribution of u:
-
-- `gaussian`: N(0, I).
-- `mixture`: a Gaussian mixture over the first `component_dims` dimensions of u, N(0, I) over the others.
-- `flow`: N(0, I) transported along a learned velocity field (flow matching, Lipman et al. 2022,
-  https://arxiv.org/abs/2210.02747).
 """
 
 from __future__ import annotations
@@ -23,127 +13,24 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchHeunDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-KINDS = ("gaussian", "mixture", "flow")
-_TIME_CHANNELS = 64
-
-
-class VelocityBlock(nn.Module):
-    """h + gate(t) * MLP(scale(t) * norm(h) + shift(t)); the identity at initialization (DiT's adaLN-Zero)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 3 * width)
-        self.widen = nn.Linear(width, 2 * width)
-        self.narrow = nn.Linear(2 * width, width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        """Maps features (N, width) and embedded times (N, width) to features (N, width)."""
-        shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=1)
-        return h + gate * self.narrow(F.silu(self.widen(self.norm(h) * (1 + scale) + shift)))
-
-
-class VelocityField(nn.Module):
-    """The velocity that transports N(0, I) at time 0 to whitened latents at time 1.
-
-    On the path x_t = (1 - t) x_0 + t x_1 the optimal velocity is E[x_1 - x_0 | x_t] (Lipman et al. 2022, equation 9).
-    If x_1 were N(0, I) too, it would be (2t - 1) / (t^2 + (1 - t)^2) x_t. Whitened latents are close to that, so the
-    network learns the difference and starts at zero: before training, the flow is the Gaussian prior.
-
-    Latents differ from a Gaussian mostly in scale: a plain background has small coefficients, a busy one large ones
-    (Wainwright and Simoncelli 2000, "Scale mixtures of Gaussians and the statistics of natural images"). So the network
-    reads squared inputs beside the inputs, and predicts a per-dimension scale beside a velocity.
-
-    Args:
-        latent_dim: Dimension of a latent.
-        width: Width of the residual stream.
-        blocks: Number of residual blocks.
-    """
-
-    def __init__(self, latent_dim: int, width: int, blocks: int) -> None:
-        super().__init__()
-        self.time_proj = Timesteps(_TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(_TIME_CHANNELS, width)
-        self.linear_in = nn.Linear(2 * latent_dim, width)
-        self.blocks = nn.ModuleList(VelocityBlock(width) for _ in range(blocks))
-        self.norm_out = nn.LayerNorm(width)
-        self.linear_out = nn.Linear(width, 2 * latent_dim)
-        nn.init.zeros_(self.linear_out.weight)
-        nn.init.zeros_(self.linear_out.bias)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Maps positions (N, latent_dim) and times (N,) in [0, 1] to velocities (N, latent_dim)."""
-        variance = (t.square() + (1 - t).square())[:, None]  # of x_t, if x_1 is N(0, I)
-        # The embedding's frequencies are made for 0 to 1,000; Timesteps returns float32.
-        time = self.time_embedding(self.time_proj(1000 * t).to(x.dtype))
-        standardized = x / variance.sqrt()
-        h = self.linear_in(torch.cat([standardized, standardized.square() - 1], dim=1))
-        for block in self.blocks:
-            h = block(h, time)
-        velocity, scale = self.linear_out(self.norm_out(h)).chunk(2, dim=1)
-        return (2 * t[:, None] - 1) / variance * x + velocity + scale * standardized
+_TIME_CHANNELS = 128
+_ATTENTION_CHANNELS = 128  # of a head
 
 
 class LatentPrior(ModelMixin, ConfigMixin):
-    """A distribution of latents, with `sample`. The arguments are the keys of `config.json`.
-
-    Args:
-        kind: "gaussian", "mixture" or "flow".
-        latent_dim: Dimension of a latent.
-        components: "mixture" only: number of Gaussians.
-        component_dims: "mixture" only: number of leading whitened dimensions that they describe.
-        width, blocks: "flow" only: size of the velocity field.
-        steps: "flow" only: Heun steps from noise to latent; each evaluates the velocity field twice.
-
-    Attributes:
-        mean: (latent_dim,).
-        factor: (latent_dim, latent_dim).
-
-    Raises:
-        ValueError: An unknown kind, or sizes that do not suit it.
-    """
+    """Base class of the priors: how they are saved and loaded."""
 
     _auto_class = "AutoModel"  # save_config writes `auto_map`, by which AutoModel finds this file
-
-    @register_to_config
-    def __init__(
-        self,
-        kind: str = "gaussian",
-        latent_dim: int = 1024,
-        components: int = 0,
-        component_dims: int = 0,
-        width: int = 0,
-        blocks: int = 0,
-        steps: int = 16,
-    ) -> None:
-        super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-        if kind == "mixture" and not (components >= 1 and 1 <= component_dims <= latent_dim):
-            raise ValueError(
-                f"a mixture needs at least 1 component, over 1 to {latent_dim} dimensions, got {components} over "
-                f"{component_dims}."
-            )
-        if kind == "flow" and not (width >= 1 and blocks >= 1 and steps >= 1):
-            raise ValueError(f"width, blocks and steps of a flow must be at least 1, got {width}, {blocks}, {steps}.")
-        # Parameters rather than buffers: diffusers' loading is made for them.
-        self.mean = _constant(torch.zeros(latent_dim))
-        self.factor = _constant(torch.eye(latent_dim))
-        if kind == "mixture":
-            self.component_weights = _constant(torch.full((components,), 1 / components))
-            self.component_means = _constant(torch.zeros(components, component_dims))
-            self.component_factors = _constant(torch.eye(component_dims).repeat(components, 1, 1))
-        self.velocity = VelocityField(latent_dim, width, blocks) if kind == "flow" else None
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
@@ -173,65 +60,41 @@ class LatentPrior(ModelMixin, ConfigMixin):
             shutil.copyfile(__file__, os.path.join(save_directory, os.path.basename(__file__)))
         super().save_config(save_directory, *args, **kwargs)
 
+
+# ---------------------------------------------------------------------- Gaussian
+
+
+class GaussianPrior(LatentPrior):
+    """N(mean, factor factor^T), and the directions in which attributes of faces change.
+
+    Args:
+        latent_dim: Dimension of a latent.
+        attributes: Names of the attributes that `directions` are known of.
+
+    Attributes:
+        mean: (latent_dim,).
+        factor: (latent_dim, latent_dim).
+        directions: (2, attributes, latent_dim): what is added to a latent to make an absent attribute present, as the
+            difference of means and by ridge regression on all attributes.
+    """
+
+    @register_to_config
+    def __init__(self, latent_dim: int = 1024, attributes: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        # Parameters rather than buffers: diffusers' loading is made for them.
+        self.mean = _constant(torch.zeros(latent_dim))
+        self.factor = _constant(torch.eye(latent_dim))
+        self.directions = _constant(torch.zeros(2, len(attributes), latent_dim))
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of one latent."""
+        return (self.config.latent_dim,)
+
     @torch.no_grad()
-    def sample(
-        self,
-        num_samples: int,
-        generator: torch.Generator | list[torch.Generator | None] | None = None,
-        temperature: float = 1.0,
-    ) -> Tensor:
-        """Samples latents.
-
-        The noise of one latent is sampled at once, so 5 latents from a generator are the same as 2 and then 3, up to
-        rounding.
-
-        Args:
-            num_samples: Number of latents.
-            generator: One generator, one for each latent, or None for torch's default on the CPU. On any device.
-            temperature: Factor of the standard normal noise; below 1 samples closer to the mean (of a component, in a
-                mixture).
-
-        Returns:
-            (num_samples, latent_dim) on the prior's device.
-        """
-        generators = generator if isinstance(generator, list) else [generator] * num_samples
-        uniform, noise = zip(*(_sample_noise(self.config.latent_dim, each) for each in generators))
-        return self(temperature * torch.stack(noise), torch.stack(uniform))
-
-    def forward(self, noise: Tensor, uniform: Tensor) -> Tensor:
-        """Transforms noise to latents.
-
-        Args:
-            noise: Standard normal, (N, latent_dim).
-            uniform: Uniform in [0, 1), (N,); chooses the components of a mixture.
-        """
-        whitened, uniform = noise.to(self.mean), uniform.to(self.mean.device)
-        if self.config.kind == "mixture":
-            index = torch.searchsorted(self.component_weights.float().cumsum(0), uniform, right=True)
-            index = index.clamp_max(len(self.component_weights) - 1)  # the weights sum to 1 up to rounding only
-            dims = self.config.component_dims
-            offset = torch.einsum("nij,nj->ni", self.component_factors[index], whitened[:, :dims])
-            whitened = torch.cat([self.component_means[index] + offset, whitened[:, dims:]], dim=1)
-        elif self.config.kind == "flow":
-            whitened = self.integrate(whitened)
-        return self.mean + whitened @ self.factor.T
-
-    def integrate(self, x: Tensor) -> Tensor:
-        """Integrates the flow from time 0 to 1 by Heun's method (second order), (N, latent_dim) to the same shape."""
-        steps = self.config.steps
-        for index in range(steps):
-            start, end = (x.new_full((len(x),), (index + offset) / steps) for offset in (0, 1))
-            first = self.velocity(x, start)
-            second = self.velocity(x + first / steps, end)
-            x = x + (first + second) / (2 * steps)
-        return x
-
-
-def _sample_noise(latent_dim: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Noise of one latent: uniform, (), and standard normal, (latent_dim,)."""
-    device = None if generator is None else generator.device
-    uniform = torch.rand((), generator=generator, device=device)
-    return uniform, torch.randn(latent_dim, generator=generator, device=device)
+    def forward(self, noise: Tensor) -> Tensor:
+        """Transforms standard normal noise (N, latent_dim) to latents (N, latent_dim)."""
+        return self.mean + noise.to(self.mean) @ self.factor.T
 
 
 def _constant(values: Tensor) -> nn.Parameter:
@@ -260,16 +123,11 @@ def shrunk_correlation(standardized: Tensor) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def fit_gaussian(latents: Tensor, thumbnails: Tensor | None = None) -> tuple[LatentPrior, float]:
-    """Fits the Gaussian prior: the mean and the full, shrunk covariance of latents.
-
-    With thumbnails, the whitened dimensions are ordered by how much of the images each explains, so that a mixture
-    uses its components where faces differ: they are the left singular vectors of the covariance between whitened
-    latents and pixels. The variances of latents alone do not tell, where the PCA branch has whitened them.
+def fit_gaussian(latents: Tensor) -> tuple[GaussianPrior, float]:
+    """Fits the mean and the full, shrunk covariance of latents.
 
     Args:
         latents: Samples from the posteriors of training faces, (n, ...), flattened from the second axis on.
-        thumbnails: The same faces, small, (n, 3, s, s).
 
     Returns:
         The prior, on the latents' device, and the weight of the identity in the correlation.
@@ -281,15 +139,260 @@ def fit_gaussian(latents: Tensor, thumbnails: Tensor | None = None) -> tuple[Lat
         raise ValueError(f"a prior needs at least 2 faces, got {len(latents)}.")
     flat = latents.flatten(1).cpu().double()  # on the CPU: MPS has no float64
     mean, std = flat.mean(dim=0), flat.std(dim=0, correction=0).clamp_min(1e-6)
-    standardized = (flat - mean) / std
-    correlation, weight = shrunk_correlation(standardized)
+    correlation, weight = shrunk_correlation((flat - mean) / std)
     eigenvalues, eigenvectors = torch.linalg.eigh(correlation)
-    factor = eigenvectors * eigenvalues.clamp_min(1e-12).sqrt()
-    if thumbnails is not None:
-        pixels = thumbnails.flatten(1).cpu().double()
-        covariance = torch.linalg.solve(factor, standardized.T) @ (pixels - pixels.mean(dim=0)) / len(flat)
-        factor = factor @ torch.linalg.eigh(covariance @ covariance.T)[1].flip(1)
-    prior = LatentPrior("gaussian", latent_dim=len(mean))
+    prior = GaussianPrior(len(mean))
     prior.mean.copy_(mean)
-    prior.factor.copy_(std[:, None] * factor)
+    prior.factor.copy_(std[:, None] * eigenvectors * eigenvalues.clamp_min(1e-12).sqrt())
     return prior.to(latents.device).eval(), weight
+
+
+# ---------------------------------------------------------------------- diffusion
+
+
+def _moved(x: Tensor, module: nn.Module) -> Tensor:
+    """x on the device of a module, which is another where models are offloaded to the CPU."""
+    device = next(module.parameters()).device
+    return x if device.type == "meta" else x.to(device)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Layer normalization over the channels of each position of (N, C, H, W), in the dtype of x under autocast too."""
+    device = x.device.type
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_autocast else contextlib.nullcontext():
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
+
+
+class Standardize(nn.Module):
+    """(x - mean) / std, or its inverse.
+
+    A module of its own rather than parameters of the prior, so that offloading hooks move it when it is used.
+
+    Args:
+        shape: Of `mean`; `std` is one value.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.mean, self.std = _constant(torch.zeros(shape)), _constant(torch.ones(()))
+
+    def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        x = _moved(x, self)
+        return self.mean + self.std * x if inverse else (x - self.mean) / self.std
+
+
+class ModulatedBlock(nn.Module):
+    """x + gate(c) f(scale(c) norm(x) + shift(c)), the identity at initialization (adaLN-Zero of DiT, Peebles and Xie
+    2022, https://arxiv.org/abs/2212.09748).
+
+    f is two 3x3 convolutions, or with `attention` self-attention over all positions.
+    """
+
+    def __init__(self, channels: int, condition_channels: int, attention: bool = False) -> None:
+        super().__init__()
+        self.heads = max(1, channels // _ATTENTION_CHANNELS) if attention else 0
+        self.modulation = nn.Linear(condition_channels, 3 * channels)
+        kernel_size = 1 if attention else 3
+        self.conv1 = nn.Conv2d(channels, 3 * channels if attention else channels, kernel_size, padding=kernel_size // 2)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(N, C, H, W) and (N, condition_channels) to (N, C, H, W)."""
+        shift, scale, gate = self.modulation(condition)[..., None, None].chunk(3, dim=1)
+        h = self.conv1(_norm(x) * (1 + scale) + shift)
+        return x + gate * self.conv2(self._attend(h) if self.heads else F.silu(h))
+
+    def _attend(self, h: Tensor) -> Tensor:
+        """Queries, keys and values (N, 3C, H, W) to (N, C, H, W)."""
+        q, k, v = h.flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(len(h), -1, *h.shape[2:])
+
+
+class DiffusionPrior(LatentPrior):
+    """A flow-matching U-Net over the small images of `latents_to_images`. The arguments are the keys of `config.json`.
+
+    On the path x(sigma) = (1 - sigma) image + sigma noise the network predicts the velocity noise - image (Lipman et al.
+    2022, https://arxiv.org/abs/2210.02747, with the direction of time of diffusers' schedulers). Images are standardized
+    by their mean image and one standard deviation.
+
+    Args:
+        latent_dim: Dimension of a latent.
+        image_channels, image_size: Of the images.
+        patch_size: Each patch_size x patch_size pixels become channels of one position before the first convolution.
+        block_out_channels: Channels at 1 / patch_size and at 1 / (2 patch_size) of the resolution.
+        layers_per_block: Residual blocks on the way down, at the lower resolution, and on the way up. Every second
+            block at the lower resolution is followed by self-attention.
+        attributes: Names of the attributes that it is conditioned on.
+        num_inference_steps: Steps of the Heun scheduler; n steps evaluate the network 2n - 1 times.
+
+    Attributes:
+        standardize: Images to the scale on which noise is added.
+
+    Raises:
+        ValueError: The image cannot be divided into patches.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int = 1024,
+        image_channels: int = 3,
+        image_size: int = 64,
+        patch_size: int = 4,
+        block_out_channels: tuple[int, int] = (192, 384),
+        layers_per_block: tuple[int, int, int] = (2, 5, 3),
+        attributes: tuple[str, ...] = (),
+        num_inference_steps: int = 15,
+    ) -> None:
+        super().__init__()
+        if image_size % (2 * patch_size):
+            raise ValueError(f"image_size {image_size} must be a multiple of 2 x patch_size = {2 * patch_size}.")
+        fine, coarse = block_out_channels
+        down, middle, up = layers_per_block
+        patch_channels = image_channels * patch_size**2
+        self.standardize = Standardize(self.noise_shape)
+        self.time_proj = Timesteps(_TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(_TIME_CHANNELS, coarse)
+        self.attribute_embedding = nn.Linear(len(attributes), coarse, bias=False) if attributes else None
+        self.conv_in = nn.Conv2d(patch_channels, fine, 3, padding=1)
+        self.down = nn.ModuleList(ModulatedBlock(fine, coarse) for _ in range(down))
+        self.downsample = nn.Conv2d(4 * fine, coarse, 1)
+        self.middle = nn.ModuleList(
+            ModulatedBlock(coarse, coarse, attention)
+            for index in range(middle)
+            for attention in ([False, True] if index % 2 else [False])
+        )
+        self.upsample = nn.Conv2d(coarse, 4 * fine, 1)
+        self.merge = nn.Conv2d(2 * fine, fine, 1)
+        self.up = nn.ModuleList(ModulatedBlock(fine, coarse) for _ in range(up))
+        self.conv_out = nn.Conv2d(fine, patch_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of one latent."""
+        return self.config.image_channels, self.config.image_size, self.config.image_size
+
+    def forward(self, x: Tensor, sigma: Tensor, attributes: Tensor | None = None) -> Tensor:
+        """Predicts the velocity.
+
+        Args:
+            x: Standardized images with noise, (N, C, H, W).
+            sigma: Fraction of noise in [0, 1], (N,).
+            attributes: (N, number of attributes): 1 present, -1 absent, 0 unknown; None: all unknown.
+
+        Returns:
+            noise - image, (N, C, H, W).
+        """
+        # The embedding's frequencies are made for 0 to 1,000; Timesteps returns float32.
+        condition = self.time_embedding(self.time_proj(1000 * sigma).to(x.dtype))
+        if self.attribute_embedding is not None and attributes is not None:
+            condition = condition + self.attribute_embedding(attributes.to(x.dtype))
+        condition = F.silu(condition)
+        h = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))
+        for block in self.down:
+            h = block(h, condition)
+        skip, h = h, self.downsample(F.pixel_unshuffle(h, 2))
+        for block in self.middle:
+            h = block(h, condition)
+        h = self.merge(torch.cat([F.pixel_shuffle(self.upsample(h), 2), skip], dim=1))
+        for block in self.up:
+            h = block(h, condition)
+        return F.pixel_shuffle(self.conv_out(F.silu(_norm(h))), self.config.patch_size)
+
+    @staticmethod
+    def latents_to_images(vae: ModelMixin, latents: Tensor) -> Tensor:
+        """The images whose distribution the prior learns: a one-to-one map of the latents, (N, C, h, w).
+
+        Neighboring pixels are related, while the dimensions of a vector look alike. So a latent of the vector layout
+        becomes its PCA image at `pca_size`, (N, 3, pca_size, pca_size); one of the spatial layout is an image already.
+
+        Raises:
+            ValueError: A vector layout without a suitable PCA branch.
+        """
+        config = vae.config
+        if config.latent_layout == "spatial":
+            return latents
+        if config.pca_size is None or config.pca_decode_size % config.pca_size:
+            raise ValueError(
+                "a diffusion prior of the vector layout needs a PCA branch whose pca_decode_size is a multiple of "
+                f"pca_size, got {config.pca_size} and {config.pca_decode_size}: train a VAE with such a branch, or use "
+                "the Gaussian prior."
+            )
+        decoder = vae.pca_branch.decoder
+        return F.avg_pool2d(decoder(_moved(latents, decoder)), config.pca_decode_size // config.pca_size)
+
+    @staticmethod
+    def images_to_latents(vae: ModelMixin, images: Tensor) -> Tensor:
+        """The inverse of `latents_to_images`: the PCA branch encodes the images."""
+        if vae.config.latent_layout == "spatial":
+            return images
+        encoder = vae.pca_branch.encoder
+        patches = F.pixel_unshuffle(_moved(images, encoder), encoder.patch_size)
+        return encoder.linear(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def attribute_values(self, attributes: Mapping[str, float] | None, num_samples: int) -> Tensor | None:
+        """The third argument of `forward` for the same attributes of all samples.
+
+        Args:
+            attributes: Name -> 1 present, 0 absent; those that are left out are unknown.
+            num_samples: N.
+
+        Raises:
+            ValueError: An attribute that the prior was not trained on.
+        """
+        if not attributes:
+            return None
+        names = list(self.config.attributes)
+        if unknown := [name for name in attributes if name not in names]:
+            raise ValueError(
+                f"attribute {unknown[0]!r} is unknown: this prior was trained on {', '.join(names) or 'no attributes'}."
+            )
+        values = [2.0 * attributes[name] - 1 if name in attributes else 0.0 for name in names]
+        return torch.tensor(values, dtype=self.dtype).expand(num_samples, -1)
+
+    def _velocity(self, x: Tensor, sigma: Tensor, attributes: Tensor | None, guidance_scale: float) -> Tensor:
+        """`forward` with classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598)."""
+        sigma = sigma.to(x).expand(len(x))
+        attributes = None if attributes is None else attributes.to(x.device)
+        if attributes is None or guidance_scale == 1:
+            return self(x, sigma, attributes)
+        twice = torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([attributes, torch.zeros_like(attributes)])
+        conditional, unconditional = self(*twice).chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def denoise(
+        self, noise: Tensor, attributes: Mapping[str, float] | None = None, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Transforms noise (N, C, H, W) to images of the same shape, by diffusers' Heun scheduler.
+
+        Args:
+            noise: Standard normal, times a temperature.
+            attributes: See `attribute_values`.
+            guidance_scale: Weight of the attributes; 1: no guidance.
+        """
+        x, values = noise.to(self.dtype), self.attribute_values(attributes, len(noise))
+        scheduler = FlowMatchHeunDiscreteScheduler()
+        scheduler.set_timesteps(self.config.num_inference_steps)
+        scheduler.set_begin_index(0)
+        for timestep in scheduler.timesteps:
+            velocity = self._velocity(x, timestep / 1000, values, guidance_scale)
+            x = scheduler.step(velocity, timestep, x).prev_sample.to(x.dtype)
+        return self.standardize(x, inverse=True)
+
+    @torch.no_grad()
+    def add_noise(self, images: Tensor, attributes: Mapping[str, float] | None = None) -> Tensor:
+        """The inverse of `denoise`: the noise that becomes these images, by Heun's method from sigma 0 to 1."""
+        x, values = self.standardize(images.to(self.dtype)), self.attribute_values(attributes, len(images))
+        sigmas = torch.linspace(0, 1, self.config.num_inference_steps)
+        for start, end in zip(sigmas[:-1], sigmas[1:]):
+            first = self._velocity(x, start, values, 1.0)
+            second = self._velocity(x + (end - start) * first, end, values, 1.0)
+            x = x + (end - start) * (first + second) / 2
+        return x

@@ -1,7 +1,7 @@
 """FaceVAEPipeline: images from a VAE and the priors that were fitted to its latents, as a diffusers pipeline.
 
     pipe = FaceVAEPipeline.from_pretrained("model_weights/vae_quickstart").to("cuda")
-    pipe(num_images=4, prior="gaussian", generator=torch.Generator().manual_seed(0)).images[0].save("face.png")
+    pipe(num_images=4, generator=torch.Generator().manual_seed(0)).images[0].save("face.png")
 
 `save_pretrained` writes this file and the sources of the components beside the weights, so that
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads the pipeline where this project is not
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +29,34 @@ from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FITTED_PRIORS = ("gaussian", "mixture", "flow")
+FITTED_PRIORS = ("gaussian", "diffusion")  # from the worst to the best
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_DIRECTIONS = ("means", "ridge")  # kinds of `GaussianPrior.directions`, in its order
 
 Generators = torch.Generator | list[torch.Generator] | None
 Images = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
+Attributes = Mapping[str, float] | None
 
 
 class FaceVAEPipeline(DiffusionPipeline):
-    """Samples, reconstructs and interpolates faces.
+    """Samples, reconstructs, interpolates and edits faces.
 
     Args:
         vae: An `AutoencoderKLUltra`.
-        gaussian, mixture, flow: Fitted priors (`LatentPrior`) of that kind, or None.
+        gaussian, diffusion: A fitted `GaussianPrior` and a trained `DiffusionPrior`, or None.
 
     Raises:
         ValueError: A prior's dimension is not that of the VAE's latent.
     """
 
-    model_cpu_offload_seq = "gaussian->mixture->flow->vae"
+    model_cpu_offload_seq = "gaussian->diffusion->vae"
     _optional_components = list(FITTED_PRIORS)
 
     def __init__(
-        self,
-        vae: ModelMixin,
-        gaussian: ModelMixin | None = None,
-        mixture: ModelMixin | None = None,
-        flow: ModelMixin | None = None,
+        self, vae: ModelMixin, gaussian: ModelMixin | None = None, diffusion: ModelMixin | None = None
     ) -> None:
         super().__init__()
-        self.register_modules(vae=vae, gaussian=gaussian, mixture=mixture, flow=flow)
+        self.register_modules(vae=vae, gaussian=gaussian, diffusion=diffusion)
         for name in self.fitted_priors:
             prior_dim = getattr(self, name).config.latent_dim
             if prior_dim != vae.config.latent_dim:
@@ -71,6 +70,11 @@ class FaceVAEPipeline(DiffusionPipeline):
     def fitted_priors(self) -> list[str]:
         """Names of the fitted priors that this pipeline has."""
         return [name for name in FITTED_PRIORS if getattr(self, name) is not None]
+
+    @property
+    def default_prior(self) -> str:
+        """The prior that is used where none is named: the best that was fitted."""
+        return ["standard", *self.fitted_priors][-1]
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -104,8 +108,9 @@ class FaceVAEPipeline(DiffusionPipeline):
         missing = [name for name, parameter in vae.named_parameters() if parameter.is_meta]
         if missing:  # diffusers only warns
             raise ValueError(f"the weights in {vae_folder} lack {', '.join(missing)}: download or export them again.")
+        classes = {"gaussian": latent_prior.GaussianPrior, "diffusion": latent_prior.DiffusionPrior}
         priors = {
-            name: latent_prior.LatentPrior.from_pretrained(prior_folder / name, **kwargs)
+            name: classes[name].from_pretrained(prior_folder / name, **kwargs)
             for name in FITTED_PRIORS
             if (prior_folder / name / "config.json").is_file()
         }
@@ -137,25 +142,17 @@ class FaceVAEPipeline(DiffusionPipeline):
 
     # ------------------------------------------------------------------ latents
 
-    def _prior(self, name: str | None) -> ModelMixin | None:
-        """The prior of that name (None: the last that was fitted); None for N(0, I)."""
-        if name is None:
-            name = ["standard", *self.fitted_priors][-1]
-        if name == "standard":
-            return None
-        if name not in FITTED_PRIORS:
+    def _prior(self, name: str | None) -> tuple[str, ModelMixin | None]:
+        """The name and the prior of that name (None: the default); N(0, I), "standard", has no component."""
+        name = name or self.default_prior
+        if name not in ("standard", *FITTED_PRIORS):
             raise ValueError(f"prior {name!r} does not exist: use one of standard, {', '.join(FITTED_PRIORS)}.")
-        if getattr(self, name) is None:
+        if name != "standard" and getattr(self, name) is None:
             raise ValueError(
                 f"this model has no fitted prior {name!r} (it has {', '.join(['standard', *self.fitted_priors])}): fit "
-                f"it with `python -m training.fit_prior {self.name_or_path or 'MODEL'} --data IMAGES --priors {name}`."
+                f"it with `python -m training.fit_prior {self.name_or_path or 'MODEL'} --config FILE --priors {name}`."
             )
-        return getattr(self, name)
-
-    def prior_mean(self, prior: str | None = None) -> Tensor:
-        """The mean of a prior, (C, h, w): zero for N(0, I)."""
-        fitted, shape = self._prior(prior), self.vae.latent_shape
-        return torch.zeros(shape) if fitted is None else fitted.mean.view(shape)
+        return name, None if name == "standard" else getattr(self, name)
 
     @torch.no_grad()
     def sample_latents(
@@ -164,6 +161,9 @@ class FaceVAEPipeline(DiffusionPipeline):
         prior: str | None = None,
         temperature: float = 1.0,
         generator: Generators = None,
+        attributes: Attributes = None,
+        guidance_scale: float = 1.0,
+        batch_size: int = 8,
     ) -> Tensor:
         """Samples latents from a prior, (num_images, C, h, w); see `__call__`."""
         if num_images < 1:
@@ -173,14 +173,35 @@ class FaceVAEPipeline(DiffusionPipeline):
         generators = generator if isinstance(generator, list) else [generator] * num_images
         if len(generators) != num_images:
             raise ValueError(f"generator must be one generator or {num_images}, got a list of {len(generators)}.")
-        fitted = self._prior(prior)
-        if fitted is not None:
-            latents = fitted.sample(num_images, generators, temperature)
-        else:
-            shape, device = (1, self.vae.config.latent_dim), self._execution_device
-            noise = torch.cat([randn_tensor(shape, each, device, torch.float32) for each in generators])
-            latents = temperature * noise
-        return latents.view(num_images, *self.vae.latent_shape)
+        _, fitted = self._prior(prior)
+        shape = (1, *((self.vae.config.latent_dim,) if fitted is None else fitted.noise_shape))
+        noise = torch.cat([randn_tensor(shape, each, self._execution_device, torch.float32) for each in generators])
+        parts = (temperature * noise).split(batch_size)
+        return torch.cat([self.noise_to_latents(part, prior, attributes, guidance_scale) for part in parts])
+
+    @torch.no_grad()
+    def noise_to_latents(
+        self, noise: Tensor, prior: str | None = None, attributes: Attributes = None, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Transforms standard normal noise, in the shape of the prior, to latents (N, C, h, w); see `__call__`."""
+        name, fitted = self._prior(prior)
+        if name == "diffusion":
+            images = fitted.denoise(noise, attributes, guidance_scale)
+            return fitted.images_to_latents(self.vae, images)
+        if attributes:
+            raise ValueError(f"attributes need the diffusion prior, got the prior {name!r}: train one, or use `edit`.")
+        return (noise if fitted is None else fitted(noise)).view(-1, *self.vae.latent_shape)
+
+    @torch.no_grad()
+    def latents_to_noise(self, latents: Tensor, prior: str | None = None) -> Tensor:
+        """The inverse of `noise_to_latents`."""
+        name, fitted = self._prior(prior)
+        if name == "diffusion":
+            return fitted.add_noise(fitted.latents_to_images(self.vae, latents))
+        if fitted is None:
+            return latents.flatten(1)
+        factor, centered = fitted.factor.cpu().double(), (latents.flatten(1) - fitted.mean.to(latents)).cpu().double()
+        return torch.linalg.solve(factor, centered.T).T.to(latents)
 
     @torch.no_grad()
     def encode(self, images: Images) -> Tensor:
@@ -217,6 +238,8 @@ class FaceVAEPipeline(DiffusionPipeline):
         prior: str | None = None,
         temperature: float = 1.0,
         generator: Generators = None,
+        attributes: Attributes = None,
+        guidance_scale: float = 1.0,
         batch_size: int = 8,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -225,13 +248,15 @@ class FaceVAEPipeline(DiffusionPipeline):
 
         Args:
             num_images: Number of images.
-            prior: "standard" for N(0, I), or a prior fitted to training latents: "gaussian", "mixture" or "flow".
-                None for the last of these that was fitted.
+            prior: "standard" for N(0, I), or a fitted prior: "gaussian" or "diffusion". None for `default_prior`, the
+                best that was fitted.
             temperature: Factor of the standard normal noise that a prior transforms; below 1 samples closer to the
                 mean, with less variety and fewer artifacts.
             generator: One generator, from which the images are sampled one after the other, or one for each image.
                 The images do not depend on `batch_size`, and the first images not on `num_images` (up to rounding).
-            batch_size: Images decoded at once.
+            attributes: Diffusion prior only: name -> 1 for present, 0 for absent, such as `{"Smiling": 1}`.
+            guidance_scale: Weight of the attributes; above 1 they show more clearly, with less variety.
+            batch_size: Images computed at once.
             output_type: "pil"; "np" for an array (N, H, W, 3) in [0, 1]; "pt" for a tensor (N, 3, H, W) in [0, 1].
             return_dict: False for a plain tuple.
 
@@ -239,15 +264,49 @@ class FaceVAEPipeline(DiffusionPipeline):
             `images`.
 
         Raises:
-            ValueError: The prior was not fitted, or an argument is out of range.
+            ValueError: The prior was not fitted or not to these attributes, or an argument is out of range.
         """
-        latents = self.sample_latents(num_images, prior, temperature, generator)
+        latents = self.sample_latents(num_images, prior, temperature, generator, attributes, guidance_scale, batch_size)
         images = self.decode(latents, output_type, batch_size)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def reconstruct(self, images: Images, output_type: str = "pil", batch_size: int = 8) -> Any:
         """Decodes the posterior means of images; see `encode` and `__call__`."""
         return self.decode(self.encode(images), output_type, batch_size)
+
+    def edit(
+        self,
+        images: Images,
+        changes: Mapping[str, float],
+        directions: str = "ridge",
+        output_type: str = "pil",
+        batch_size: int = 8,
+    ) -> Any:
+        """Reconstructs images with changed attributes.
+
+        Args:
+            images: See `encode`.
+            changes: Name of an attribute -> how much to change it, such as `{"Eyeglasses": 2.0}`; 1 is the mean
+                difference between faces with and without it, and a negative value removes it.
+            directions: "ridge", which leaves the other attributes as they are, or "means", the difference of means.
+            output_type, batch_size: See `__call__`.
+
+        Raises:
+            ValueError: The Gaussian prior was not fitted, or not with these attributes.
+        """
+        names = () if self.gaussian is None else self.gaussian.config.attributes
+        if unknown := [name for name in changes if name not in names]:
+            raise ValueError(
+                f"attribute {unknown[0]!r} is unknown, this model has {', '.join(names) or 'none'}: fit the Gaussian "
+                "prior to data with data.attribute_columns."
+            )
+        if directions not in _DIRECTIONS:
+            raise ValueError(f"directions must be one of {', '.join(_DIRECTIONS)}, got {directions!r}.")
+        latents = self.encode(images)
+        for name, amount in changes.items():
+            direction = self.gaussian.directions[_DIRECTIONS.index(directions), names.index(name)]
+            latents = latents + amount * direction.to(latents).view(1, *self.vae.latent_shape)
+        return self.decode(latents, output_type, batch_size)
 
     def interpolate(
         self,
@@ -258,15 +317,40 @@ class FaceVAEPipeline(DiffusionPipeline):
         output_type: str = "pil",
         batch_size: int = 8,
     ) -> Any:
-        """Images from `start` to `end`, by spherical interpolation around the mean of a prior.
+        """Images from `start` to `end`, by spherical interpolation of the noise from which a prior makes them.
 
         Args:
             start, end: One image each, as for `encode`.
             steps: Number of images, both ends included; at least 2.
             prior, output_type, batch_size: See `__call__`.
         """
-        latents = interpolate_latents(self.encode(start)[0], self.encode(end)[0], steps, self.prior_mean(prior))
+        latents = self.interpolate_latents(self.encode(start), self.encode(end), steps, prior)
         return self.decode(latents, output_type, batch_size)
+
+    @torch.no_grad()
+    def interpolate_latents(
+        self, start: Tensor, end: Tensor, steps: int, prior: str | None = None, linear: bool = False
+    ) -> Tensor:
+        """Latents from `start` to `end`, each (1, C, h, w): (steps, C, h, w).
+
+        Args:
+            start, end: Latents.
+            steps: Number of latents, both ends included; at least 2.
+            prior: See `__call__`.
+            linear: Interpolate the latents themselves linearly instead.
+
+        Raises:
+            ValueError: Fewer than two steps.
+        """
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2, got {steps}.")
+        fractions = [index / (steps - 1) for index in range(steps)]
+        if linear:
+            return torch.cat([torch.lerp(start, end, fraction) for fraction in fractions])
+        noise = self.latents_to_noise(torch.cat([start, end]), prior)
+        between = [slerp(*noise, fraction) for fraction in fractions[1:-1]]
+        middle = [self.noise_to_latents(each[None], prior).to(start) for each in between]
+        return torch.cat([start, *middle, end])
 
 
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
@@ -288,26 +372,3 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     direction = torch.sin((1 - fraction) * angle) * a / norm_a + torch.sin(fraction * angle) * b / norm_b
     norm = (1 - fraction) * norm_a + fraction * norm_b
     return (norm / torch.sin(angle) * direction).to(start).view_as(start)
-
-
-def interpolate_latents(
-    start: Tensor, end: Tensor, steps: int, center: Tensor | None = None, linear: bool = False
-) -> Tensor:
-    """Latents from `start` to `end`, (steps, C, h, w).
-
-    Args:
-        start, end: (C, h, w).
-        steps: Number of latents, both ends included; at least 2.
-        center: Center of the spherical interpolation, (C, h, w), such as the mean of the prior; default zero.
-        linear: Interpolate linearly instead.
-
-    Raises:
-        ValueError: Fewer than two steps.
-    """
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, got {steps}.")
-    fractions = [index / (steps - 1) for index in range(steps)]
-    if linear:
-        return torch.stack([torch.lerp(start, end, fraction) for fraction in fractions])
-    center = torch.zeros_like(start) if center is None else center.to(start)
-    return torch.stack([center + slerp(start - center, end - center, fraction) for fraction in fractions])

@@ -151,6 +151,8 @@ class DataConfig(_Section):
     validation_split: str | None = "validation"
     holdout_fraction: float = constrained(0.02, gt=0, lt=0.5)  # fraction of the training examples that are held out
     image_column: str = "image"  # column of the images: encoded bytes, or an Image feature of `datasets`
+    # Columns of booleans (or numbers, present if positive) that priors are conditioned on, such as CelebA's "Smiling".
+    attribute_columns: list = field(default_factory=list)
     crop_px: int | None = constrained(None, ge=16)  # size of the center crop before resizing; null: largest square
     horizontal_flip: bool = True  # flip each training image horizontally with probability 1/2
     shuffle_buffer: int = constrained(2048, ge=1)  # examples in the streaming shuffle buffer (about 10 kB each)
@@ -175,6 +177,9 @@ class DataConfig(_Section):
             paths = files if isinstance(files, list) else [files]
             valid = bool(paths) and all(isinstance(path, str) and path for path in paths)
             self._require(valid, "data_files", "an object of split names and paths (or lists of paths)")
+        names = self.attribute_columns
+        valid = all(isinstance(name, str) and name for name in names) and len({*names}) == len(names)
+        self._require(valid, "attribute_columns", "a list of different column names")
         if self.dataset == "parquet":
             self._require(bool(self.data_files), "data_files", 'an object such as {"train": "path/train-*.parquet"}')
         else:

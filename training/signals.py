@@ -6,6 +6,8 @@ import contextlib
 import signal
 from typing import Any
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` continues
+
 
 class StopSignal:
     """Sets `received` to the name of the first SIGTERM, SIGINT or SIGUSR1; the second one has its usual effect."""

@@ -22,12 +22,11 @@ from training.evaluate.validation import Validation, validate
 from training.publish.export import export_model
 from training.publish.stage import publish, publish_command
 from training.setup import build_run
-from training.signals import StopSignal
+from training.signals import EXIT_STOPPED, StopSignal
 from training.step import OutOfMemory, StepResult
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request with a checkpoint; `--resume auto` continues
 STOPPED = "stopped by a signal"
 
 

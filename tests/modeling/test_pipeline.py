@@ -15,10 +15,10 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_latent_prior import LATENT_DIM, generator, random_priors
+from test_latent_prior import ATTRIBUTES, LATENT_DIM, generator, random_priors
 
-from modeling.latent_prior import LatentPrior
-from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, interpolate_latents, slerp
+from modeling.latent_prior import GaussianPrior
+from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, slerp
 
 SIZE = tiny.SETTINGS["model"]["sample_size"]
 SPATIAL = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_dim": 100}
@@ -89,28 +89,28 @@ def test_the_standard_prior_is_standard_normal(pipe):
     assert torch.equal(pipe.sample_latents(4, "standard", 0.5, generator()), 0.5 * latents[:4])
 
 
-def test_the_default_prior_is_the_last_that_was_fitted():
+def test_the_default_prior_is_the_best_that_was_fitted():
     priors, pipe = random_priors(), FaceVAEPipeline(tiny.random_vae())
     for name in PRIORS:
         if name != "standard":
             pipe.register_modules(**{name: priors[name]})
+        assert pipe.default_prior == name
         samples = [pipe.sample_latents(2, prior, generator=generator()) for prior in (None, name)]
         assert torch.equal(*samples)
 
 
 def test_the_spatial_layout_reads_a_flat_latent_as_channels_rows_columns():
-    prior = LatentPrior("gaussian", latent_dim=100)
+    prior = GaussianPrior(100)
     prior.mean.data.copy_(torch.arange(100))
     pipe = FaceVAEPipeline(tiny.random_vae(**SPATIAL), gaussian=prior)
     latents = pipe.sample_latents(2, temperature=0.0)
     assert torch.equal(latents, torch.arange(100.0).view(1, 4, 5, 5).expand(2, -1, -1, -1))
-    assert torch.equal(pipe.prior_mean(), latents[0])
     assert pipe(2, output_type="np").images.shape == (2, SIZE, SIZE, 3)
 
 
 def test_half_precision_gives_nearly_the_same_images(exported, pipe):
     half = FaceVAEPipeline.from_pretrained(exported, torch_dtype=torch.bfloat16)
-    assert half.vae.dtype == half.flow.dtype == torch.bfloat16
+    assert half.vae.dtype == half.diffusion.dtype == torch.bfloat16
     for prior in ("standard", "gaussian"):
         images, expected = (each(2, prior, generator=generator(), output_type="np").images for each in (half, pipe))
         assert np.abs(images - expected).mean() < 0.01
@@ -160,15 +160,48 @@ def test_slerp_changes_direction_and_norm_linearly():
     assert torch.equal(slerp(torch.zeros(2), torch.ones(2), 0.5), torch.full((2,), 0.5))
 
 
-def test_latents_are_interpolated_around_a_center_or_linearly():
-    center = torch.tensor([10.0, 10.0]).view(2, 1, 1)
-    start, end = (center + torch.tensor(offset).view(2, 1, 1) for offset in ([1.0, 0.0], [0.0, 1.0]))
-    spherical, linear = (interpolate_latents(start, end, 5, center, linear) for linear in (False, True))
-    for latents in (spherical, linear):
-        torch.testing.assert_close(latents[0], start)
-        torch.testing.assert_close(latents[-1], end)
-    torch.testing.assert_close((spherical - center).flatten(1).norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(linear[2], (start + end) / 2)
+@pytest.mark.parametrize("prior", ["standard", "gaussian"])
+def test_the_noise_of_latents_becomes_these_latents(pipe, prior):
+    latents = torch.randn(3, LATENT_DIM, 1, 1, generator=generator())
+    noise = pipe.latents_to_noise(latents, prior)
+    torch.testing.assert_close(pipe.noise_to_latents(noise, prior), latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_interpolations_keep_the_norm_of_the_noise(pipe, prior):
+    start, end = pipe.sample_latents(2, prior, generator=generator()).split(1)
+    middle = pipe.interpolate_latents(start, end, 3, prior)[1:2]
+    if prior != "diffusion":  # whose tiny random network is not invertible
+        norms = pipe.latents_to_noise(torch.cat([start, middle, end]), prior).flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms[1], (norms[0] + norms[2]) / 2, rtol=1e-3, atol=0)
+    assert torch.equal(pipe.interpolate_latents(start, end, 3, linear=True)[1:2], torch.lerp(start, end, 0.5))
+
+
+# ---- attributes ----
+
+
+def test_attributes_condition_the_diffusion_prior(pipe):
+    def images(**arguments):
+        return pipe(2, generator=generator(), output_type="pt", **arguments).images
+
+    assert (images(attributes={"Smiling": 1}) - images()).abs().max() > 1e-4
+    assert (images(attributes={"Smiling": 1}, guidance_scale=4) - images(attributes={"Smiling": 1})).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="attributes need the diffusion prior, got the prior 'gaussian'"):
+        images(prior="gaussian", attributes={"Smiling": 1})
+
+
+def test_edit_adds_directions_to_the_latent(pipe):
+    latents, directions = pipe.encode(photograph()), pipe.gaussian.directions
+    for kind, index in (("means", 0), ("ridge", 1)):
+        edited = latents.flatten() - 2 * directions[index, ATTRIBUTES.index("Eyeglasses")]
+        expected = pipe.decode(edited.view_as(latents), "pt")
+        torch.testing.assert_close(pipe.edit(photograph(), {"Eyeglasses": -2.0}, kind, "pt"), expected)
+    with pytest.raises(ValueError, match="'Hat' is unknown, this model has Smiling, Eyeglasses"):
+        pipe.edit(photograph(), {"Hat": 1.0})
+    with pytest.raises(ValueError, match="directions must be one of means, ridge, got 'mean'"):
+        pipe.edit(photograph(), {"Smiling": 1.0}, "mean")
+    with pytest.raises(ValueError, match="'Smiling' is unknown, this model has none"):
+        FaceVAEPipeline(tiny.random_vae()).edit(photograph(), {"Smiling": 1.0})
 
 
 # ---- folders ----
@@ -199,7 +232,7 @@ def test_the_index_names_files_and_no_folder_of_this_machine(exported, tmp_path)
     index = json.loads(text)
     assert index["_class_name"] == ["pipeline", "FaceVAEPipeline"]
     assert index["vae"] == ["autoencoder_kl_ultra", "AutoencoderKLUltra"]
-    assert index["flow"] == ["latent_prior", "LatentPrior"]
+    assert index["diffusion"] == ["latent_prior", "DiffusionPrior"]
     assert str(exported) not in text
 
 
@@ -211,7 +244,7 @@ def test_a_repository_loads_from_the_cache_of_the_hub(pipe, layout, request, tmp
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     loaded = FaceVAEPipeline.from_pretrained("someone/faces", cache_dir=tmp_path, local_files_only=True)
-    images = [each(1, "flow", generator=generator(), output_type="np").images for each in (loaded, pipe)]
+    images = [each(1, "diffusion", generator=generator(), output_type="np").images for each in (loaded, pipe)]
     np.testing.assert_array_equal(*images)
 
 
@@ -222,13 +255,13 @@ from safetensors.torch import save_file
 folder, output = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 images = {}
-for prior in ("standard", "gaussian", "mixture", "flow"):
+for prior in ("standard", "gaussian", "diffusion"):
     images[prior] = pipe(3, prior, 0.8, torch.Generator().manual_seed(1), output_type="pt").images
 save_file(images, output + "/images.safetensors")
 pipe.save_pretrained(output + "/again")
 again = DiffusionPipeline.from_pretrained(output + "/again", trust_remote_code=True)
-assert torch.equal(again(3, "flow", 0.8, torch.Generator().manual_seed(1), output_type="pt").images, images["flow"])
-for component in (pipe, again, again.vae, again.flow):
+assert torch.equal(again(3, "diffusion", 0.8, torch.Generator().manual_seed(1), output_type="pt").images, images["diffusion"])
+for component in (pipe, again, again.vae, again.diffusion):
     assert type(component).__module__.startswith("diffusers_modules."), type(component)
 assert not [name for name in sys.modules if name.split(".")[0] in ("modeling", "training")]
 """
@@ -256,11 +289,11 @@ def test_diffusers_loads_a_saved_pipeline_without_this_project(pipe, saved, tmp_
 
 def test_a_prior_that_was_not_fitted_raises_with_the_remedy(exported, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("mixture", "flow"))
+    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("diffusion"))
     pipe = FaceVAEPipeline.from_pretrained(folder)
-    expected = rf"\(it has standard, gaussian\).*training.fit_prior {folder} --data IMAGES --priors mixture"
+    expected = rf"\(it has standard, gaussian\).*training.fit_prior {folder} --config FILE --priors diffusion"
     with pytest.raises(ValueError, match=expected):
-        pipe(1, "mixture")
+        pipe(1, "diffusion")
     with pytest.raises(ValueError, match="prior 'normal' does not exist: use one of standard, gaussian"):
         pipe(1, "normal")
 
@@ -276,7 +309,7 @@ def test_arguments_out_of_range_raise(pipe):
 
 def test_a_prior_of_another_dimension_raises():
     with pytest.raises(ValueError, match="'gaussian' has 4 dimensions and the latent of the VAE has 16"):
-        FaceVAEPipeline(tiny.random_vae(), gaussian=LatentPrior("gaussian", latent_dim=4))
+        FaceVAEPipeline(tiny.random_vae(), gaussian=GaussianPrior(4))
 
 
 def test_incomplete_weights_raise(exported, tmp_path):

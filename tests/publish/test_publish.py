@@ -102,7 +102,7 @@ def test_exactly_the_files_of_the_model_are_uploaded_bitwise(hub, model):
 def test_priors_variants_and_images_are_published_and_other_files_are_not(model):
     prior = model / "priors" / "gaussian"
     prior.mkdir(parents=True)
-    (prior / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "latent_prior.LatentPrior"}}))
+    (prior / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "latent_prior.GaussianPrior"}}))
     for name in ("latent_prior.py", "diffusion_pytorch_model.safetensors", "fit.log", "latents.safetensors"):
         (prior / name).write_text("x")
     for name in ("diffusion_pytorch_model.fp16.safetensors", "training_config.json", "model.safetensors", "vae.pth"):

@@ -39,6 +39,7 @@ class CheckpointManager:
         model_files: Returns the files of the model's folder besides its weights: name -> content.
         warn: Called with a sentence when a checkpoint could not be written or uploaded.
         upload_to: Repository on the Hub to which checkpoints are uploaded, or None.
+        best_metric: Name of the validation metric that the best model has the lowest value of.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class CheckpointManager:
         model_files: Callable[[], dict[str, bytes]],
         warn: Callable[[str], None],
         upload_to: str | None = None,
+        best_metric: str = "validation/reconstruction_loss",
     ) -> None:
         self.run_dir, self.state = run_dir, state
         self._output, self._progress = output, progress
         self._description, self._model_files, self._warn = description, model_files, warn
+        self._best_metric = best_metric
         self._writer = CheckpointWriter(run_dir, output.keep_checkpoints)
         self._uploader = None
         if upload_to is not None and state.accelerator.is_main_process:
@@ -137,15 +140,15 @@ class CheckpointManager:
         """Records a validation as the best if its loss is lower than the best one by a relative threshold.
 
         Args:
-            loss: Validation reconstruction loss.
-            metrics: All validation metrics by their logged names, `validation/reconstruction_loss` among them.
+            loss: The metric that decides.
+            metrics: All validation metrics by their logged names, `best_metric` among them.
             threshold: Relative improvement that counts.
 
         Returns:
             Whether it is the best; the model itself is kept by the next `save`.
         """
         progress = self._progress
-        best = math.nan if progress.best is None else progress.best["validation/reconstruction_loss"]
+        best = math.nan if progress.best is None else progress.best[self._best_metric]
         is_best = math.isnan(best) or loss < best * (1 - threshold)
         if is_best:
             progress.best = {"epoch": progress.epoch, "step": progress.step, **metrics}

@@ -127,7 +127,7 @@ class DatasetCache:
     def read(self, shard: int, chunk: int, row: int) -> Example:
         """Reads one example; thread-safe."""
         table = self._table(shard, chunk)
-        return table.column(0)[row].as_py(), table.column(1)[row].as_py()
+        return Example(*(column[row].as_py() for column in table.columns))
 
     def _table(self, shard: int, chunk: int) -> pa.RecordBatch:
         table = self._tables.get((shard, chunk))

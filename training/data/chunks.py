@@ -18,6 +18,7 @@ Chunk = dict  # "rows", "bytes", "blake2b", "source_examples" (examples of the s
 
 _CHUNK_ROWS, _CHUNK_BYTES = 512, 16_000_000
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string())])
+_ATTRIBUTES = pa.field("attributes", pa.binary())  # third column, with data.attribute_columns
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -41,16 +42,17 @@ def in_chunks(examples: Iterator[tuple[Example, int]]) -> Iterator[tuple[list[Ex
 
 
 def open_chunk(path: Path) -> pa.RecordBatch:
-    """Maps a chunk into memory: columns bytes and path."""
+    """Maps a chunk into memory: columns bytes and path, and attributes if there are any."""
     with pa.memory_map(str(path)) as file:  # the mapping outlives the file handle
         return pa.ipc.open_file(file).get_batch(0)
 
 
 def write_chunk(path: Path, examples: list[Example], source_examples: int) -> Chunk:
     """Writes examples of a shard; a resumed download starts at number `source_examples` of the shard."""
-    schema = _SCHEMA.with_metadata({"source_examples": str(source_examples)})
+    schema = _SCHEMA if examples[0].attributes is None else _SCHEMA.append(_ATTRIBUTES)
+    schema = schema.with_metadata({"source_examples": str(source_examples)})
     table = pa.record_batch(
-        [pa.array(column, kind) for column, kind in zip(zip(*examples), _SCHEMA.types)], schema=schema
+        [pa.array(column, kind) for column, kind in zip(zip(*examples), schema.types)], schema=schema
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from training.data.images import FORMATS
-from training.data.shards import corrupt_reason
+from training.data.shards import Example, corrupt_reason
 from training.io import printable
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,9 @@ def readable_paths(paths: list[str], limit: int) -> list[str]:
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for start in range(0, len(paths), _READ_AHEAD):
             part = paths[start : start + _READ_AHEAD]
-            for path, reason in zip(part, pool.map(lambda path: corrupt_reason((None, path)), part), strict=True):
+            for path, reason in zip(
+                part, pool.map(lambda path: corrupt_reason(Example(None, path)), part), strict=True
+            ):
                 if reason is None:
                     found.append(path)
                 else:

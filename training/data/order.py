@@ -97,7 +97,7 @@ class FolderExamples:
         return iter(self._paths)
 
     def read(self, reference: str) -> Example:
-        return None, reference
+        return Example(None, reference)
 
     def idle_seconds(self) -> float:
         """Seconds since the network last delivered something, where examples come from a network."""

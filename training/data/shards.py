@@ -11,9 +11,10 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -28,12 +29,22 @@ from training.io import http_response, printable, retry_after
 
 logger = logging.getLogger(__name__)
 
-Example = tuple[bytes | None, str | None]  # encoded image, path; both None for a null value
-
 _READ_ROWS = 256  # rows converted from Arrow at once
 _READ_BYTES = 8_000_000  # asked for in one request
 _BAD_SHARD_ATTEMPTS = 3  # for errors that retries seldom repair: a missing or corrupt file
 _FIRST_DELAY_S, _MAX_DELAY_S = 1.0, 60.0
+
+
+class Example(NamedTuple):
+    """An encoded image, where it comes from, and its attributes; `data` and `path` are None for a null value.
+
+    Attributes:
+        attributes: One int8 for each of `data.attribute_columns`: 1 present, -1 absent, 0 unknown; None without them.
+    """
+
+    data: bytes | None
+    path: str | None
+    attributes: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def encoded_bytes(example: Example) -> tuple[bytes, str]:
     Raises:
         CorruptImage: A null value, or a file on this machine that cannot be read.
     """
-    data, path = example
+    data, path, _ = example
     if data is not None:  # the path alone may be the same in two shards
         return data, printable(":".join(filter(None, (path, hashlib.blake2b(data, digest_size=6).hexdigest()))))
     if path is None:
@@ -205,12 +216,20 @@ def check_parquet_file(path: str) -> None:
         raise ValueError("the file is a Git LFS pointer; run `git lfs pull`")
 
 
-def check_column(schema: pa.Schema, column: str, where: str) -> None:
-    """Checks that a table holds images.
+def check_column(schema: pa.Schema, column: str, where: str, attributes: Sequence[str] = ()) -> None:
+    """Checks that a table holds images, and their attributes.
 
     Raises:
-        ValueError: The column does not exist or holds something else than encoded images.
+        ValueError: A column does not exist, or holds something else than encoded images or booleans (or numbers).
     """
+    for name in attributes:
+        kind = schema.field(name).type if name in schema.names else "nothing"
+        if kind == "nothing" or not (
+            pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        ):
+            raise ValueError(
+                f"data.attribute_columns: {name!r} holds {kind} in {where}: name columns of booleans or numbers."
+            )
     if column not in schema.names:
         names = ", ".join(schema.names) or "none"
         raise ValueError(f"data.image_column={column!r} is not in {where}, only {names}.")
@@ -220,7 +239,9 @@ def check_column(schema: pa.Schema, column: str, where: str) -> None:
         raise ValueError(f"data.image_column={column!r} holds {kind} in {where}, not encoded images.")
 
 
-def parquet_examples(files: list[ParquetFile], column: str, start: int) -> Iterator[list[Example]]:
+def parquet_examples(
+    files: list[ParquetFile], column: str, attributes: Sequence[str], start: int
+) -> Iterator[list[Example]]:
     """Yields the examples of the files, one after the other, from number `start` on.
 
     Raises:
@@ -228,7 +249,7 @@ def parquet_examples(files: list[ParquetFile], column: str, start: int) -> Itera
     """
     for file in files:
         try:
-            check_column(file.footer.schema.to_arrow_schema(), column, file.url)
+            check_column(file.footer.schema.to_arrow_schema(), column, file.url, attributes)
         except ValueError as error:
             raise DataError(f"{error} All files of a split need the same column.") from error
         if start >= file.footer.num_rows:
@@ -240,11 +261,12 @@ def parquet_examples(files: list[ParquetFile], column: str, start: int) -> Itera
                 if start >= num_rows:  # neither downloaded nor parsed
                     start -= num_rows
                     continue
-                for batch in parquet.iter_batches(_READ_ROWS, row_groups=groups, columns=[column], use_threads=False):
-                    values = batch.column(0).slice(start).to_pylist()
+                columns = [column, *attributes]
+                for batch in parquet.iter_batches(_READ_ROWS, row_groups=groups, columns=columns, use_threads=False):
+                    rows = batch.slice(start).to_pylist()
                     start = max(0, start - batch.num_rows)
-                    if values:
-                        yield [as_example(value) for value in values]
+                    if rows:
+                        yield [as_example(row, column, attributes) for row in rows]
 
 
 def _row_group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list[int], int]]:
@@ -261,25 +283,27 @@ def _row_group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list
             groups, size, num_rows = [], 0, 0
 
 
-def as_example(value: dict | bytes | None) -> Example:
-    """Converts a cell of an image or binary column."""
-    if isinstance(value, dict):
-        return value["bytes"], value.get("path")
-    return value, None
+def as_example(row: dict[str, Any], column: str, attributes: Sequence[str]) -> Example:
+    """Converts a row with an image or binary column."""
+    value, present = row[column], [row[name] for name in attributes]
+    signs = bytes(0 if each is None else 1 if each > 0 else 0xFF for each in present) if attributes else None
+    return Example(*(value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None), signs)
 
 
-def dataset_examples(dataset: datasets.IterableDataset, column: str, start: int) -> Iterator[list[Example]]:
+def dataset_examples(
+    dataset: datasets.IterableDataset, column: str, attributes: Sequence[str], start: int
+) -> Iterator[list[Example]]:
     """Yields the examples of a stream of `datasets` from number `start` on."""
     for part in dataset.iter(batch_size=64):
-        examples = [as_example(value) for value in part[column][start:]]
+        rows = [dict(zip(part, values)) for values in zip(*part.values())][start:]
         start = max(0, start - len(part[column]))
-        if examples:
-            yield [_downloaded(example) for example in examples]
+        if rows:
+            yield [_downloaded(as_example(row, column, attributes)) for row in rows]
 
 
 def _downloaded(example: Example) -> Example:
-    data, path = example
+    data, path, _ = example
     if data is None and path is not None and "://" in path:  # an image that is a file of the repository
         with xopen(path, "rb") as file:
-            data = file.read()
-    return data, path
+            return example._replace(data=file.read())
+    return example

@@ -40,7 +40,7 @@ from training.data.shards import (
     is_held_out,
     parquet_examples,
 )
-from training.data.synthetic_faces.dataset import VERSION, synthetic_dataset
+from training.data.synthetic_faces.dataset import ATTRIBUTES, VERSION, synthetic_dataset
 from training.io import printable
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,9 @@ def requested_identity(config, split_role: str) -> dict:
         ValueError: Training would read the validation split.
     """
     is_validation = {"train": False, "validation": True}[split_role]
+    attributes = {"attributes": config.attribute_columns} if config.attribute_columns else {}
     if config.dataset == "synthetic_faces":
-        return {
+        return attributes | {
             "dataset": config.dataset,
             "role": split_role,
             "count": config.synthetic_validation_images if is_validation else config.synthetic_train_images,
@@ -107,7 +108,7 @@ def requested_identity(config, split_role: str) -> dict:
         )
     is_held_out = config.validation_split is None
     split = config.validation_split if is_validation and not is_held_out else config.train_split
-    requested = {
+    requested = attributes | {
         "dataset": config.dataset,
         "role": split_role,
         "revision": config.revision,
@@ -165,10 +166,11 @@ def _digest(facts: list) -> str:
 def _parquet_source(config, requested: dict, urls: list[str], **facts) -> Source:
     """A shard for each file to train on; one shard over all files, of which few are read, to validate on."""
     files = [ParquetFile(url) for url in urls]
-    check_column(files[0].footer.schema.to_arrow_schema(), config.image_column, files[0].url)
+    columns = config.image_column, config.attribute_columns
+    check_column(files[0].footer.schema.to_arrow_schema(), columns[0], files[0].url, columns[1])
 
     def shard(name: str, members: list[ParquetFile]) -> Shard:
-        return Shard(name, functools.partial(parquet_examples, members, config.image_column))
+        return Shard(name, functools.partial(parquet_examples, members, *columns))
 
     if requested["limit"] is not None:
         shards = [shard(files[0].url, files)]
@@ -229,7 +231,7 @@ def _open_parquet(config, requested: dict) -> Source:
         with _one_line_errors(f"{name}: {file!r}"):
             check_parquet_file(file)
             stat, footer = os.stat(file), pq.read_metadata(file)
-            check_column(footer.schema.to_arrow_schema(), config.image_column, repr(file))
+            check_column(footer.schema.to_arrow_schema(), config.image_column, repr(file), config.attribute_columns)
         stats.append((os.path.abspath(file), stat.st_size, stat.st_mtime_ns))
         known.append((Path(file).name, stat.st_size, footer.num_rows))
     return _parquet_source(
@@ -337,15 +339,17 @@ def _dataset_shards(builder: datasets.DatasetBuilder, split: str, config, as_one
     streams = builder.as_streaming_dataset()  # reads schemas only
     if split not in streams:
         raise ValueError(f"data: {config.dataset!r} has no split {split!r}, only {', '.join(streams)}.")
-    column, stream = config.image_column, streams[split]
-    check_column((stream.features or datasets.Features()).arrow_schema, column, repr(config.dataset))
+    column, attributes, stream = config.image_column, config.attribute_columns, streams[split]
+    check_column((stream.features or datasets.Features()).arrow_schema, column, repr(config.dataset), attributes)
     if isinstance(stream.features[column], datasets.Image):
         stream = stream.decode(False)  # before the columns are selected, or a decoder stays inside
     count = 1 if as_one else stream.num_shards
-    parts = [stream.select_columns([column]).shard(num_shards=count, index=i) for i in range(count)]
+    stream = stream.select_columns([column, *attributes])
+    parts = [stream.shard(num_shards=count, index=i) for i in range(count)]
     names = [f"hf://datasets/{config.dataset}, shard {i} of {count}" for i in range(count)]
     return [
-        Shard(name, functools.partial(dataset_examples, part, column)) for name, part in zip(names, parts, strict=True)
+        Shard(name, functools.partial(dataset_examples, part, column, attributes))
+        for name, part in zip(names, parts, strict=True)
     ]
 
 
@@ -353,12 +357,16 @@ def _dataset_shards(builder: datasets.DatasetBuilder, split: str, config, as_one
 
 
 def _open_synthetic(config, requested: dict) -> Source:
+    if unknown := sorted({*config.attribute_columns} - {*ATTRIBUTES}):
+        raise ValueError(
+            f"data.attribute_columns: synthetic faces have no {unknown[0]!r}, only {', '.join(ATTRIBUTES)}."
+        )
     first_seed = _FIRST_VALIDATION_SEED if requested["role"] == "validation" else 0
     count = min(requested["count"], requested["limit"] or requested["count"])
     dataset = synthetic_dataset(count, first_seed, config.cache_dir, min(8, count))
     parts = [dataset.shard(num_shards=dataset.num_shards, index=i) for i in range(dataset.num_shards)]
     shards = [
-        Shard(f"synthetic faces {i}", functools.partial(dataset_examples, part, "image"))
+        Shard(f"synthetic faces {i}", functools.partial(dataset_examples, part, "image", config.attribute_columns))
         for i, part in enumerate(parts)
     ]
     identity = requested | {"shards": len(shards)}
@@ -367,6 +375,10 @@ def _open_synthetic(config, requested: dict) -> Source:
 
 def _open_folder(config, requested: dict) -> Source:
     """The `imagefolder` builder of `datasets` takes 1.4 ms a file on every rank, and guesses splits."""
+    if config.attribute_columns:
+        raise ValueError(
+            'data.attribute_columns needs a table: an "imagefolder" has none, use "parquet" or a Hub data set.'
+        )
     folder, paths = list_split(config.data_dir, requested["split"], config.train_split, config.validation_split)
     if requested["holdout_fraction"] is not None:
         held_out = _held_out_paths(tuple(paths), requested["holdout_fraction"])
@@ -380,5 +392,5 @@ def _open_folder(config, requested: dict) -> Source:
 @functools.lru_cache(maxsize=2)  # for training and for validation
 def _held_out_paths(paths: tuple[str, ...], fraction: float) -> frozenset[str]:
     with ThreadPoolExecutor(8) as pool:
-        held_out = pool.map(lambda path: is_held_out((None, path), fraction), paths)
+        held_out = pool.map(lambda path: is_held_out(Example(None, path), fraction), paths)
         return frozenset(path for path, is_validation in zip(paths, held_out, strict=True) if is_validation)

@@ -44,10 +44,13 @@ class Batch:
     Attributes:
         pixels: (local batch, 3, resolution, resolution), uint8 in [0, 255], contiguous in channels_last.
         example_ids: Path and content hash of each image, or its path where the data set is a folder.
+        attributes: (local batch, attributes), int8: 1 present, -1 absent, 0 unknown; no columns without
+            `data.attribute_columns`.
     """
 
     pixels: torch.Tensor
     example_ids: list[str]
+    attributes: torch.Tensor
 
 
 def decode_pool(config) -> ThreadPoolExecutor:
@@ -105,6 +108,18 @@ def load_validation(config, *, resolution: int, rank: int, world_size: int) -> t
     shape = (len(readable), resolution, resolution, 3)
     pixels = np.array(list(readable.values()), np.uint8).reshape(shape)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(readable)
+
+
+def validation_attributes(config, indices: list[int]) -> torch.Tensor:
+    """The attributes of validation images, (n, attributes), int8, as in `Batch`.
+
+    Args:
+        config: The `data` section.
+        indices: Of the images, as `load_validation` returns them.
+    """
+    examples, wanted = open_examples(config, "validation"), set(indices)
+    rows = [examples.read(each).attributes for index, each in enumerate(examples.first()) if index in wanted]
+    return torch.tensor([list(np.frombuffer(row or b"", np.int8)) for row in rows], dtype=torch.int8)
 
 
 class TrainStream:
@@ -257,16 +272,16 @@ class TrainStream:
         if batch:
             logger.info("epoch %d: the last %d images did not fill a batch and were dropped", epoch, len(batch))
 
-    def _fill(self, slot: torch.Tensor, candidates, epoch: int, position: int) -> tuple[str, tuple | None]:
+    def _fill(self, slot: torch.Tensor, candidates, epoch: int, position: int) -> tuple[str, tuple | None, bytes]:
         """Decodes the first readable candidate into the slot.
 
         Returns:
-            Its id, and (id, reason) of the example that belongs there, if that one is corrupt.
+            Its id, (id, reason) of the example that belongs there if that one is corrupt, and its attributes.
         """
         corrupt = None
         for reference in candidates:
             example = self._examples.read(reference)
-            example_id = printable(example[1] or "null")
+            example_id = printable(example.path or "null")
             try:
                 data, example_id = encoded_bytes(example)
                 pixels = torch.from_numpy(decode_image(data, self.config.crop_px, self._resolution))
@@ -279,7 +294,7 @@ class TrainStream:
                 is_flipped = hashlib.blake2b(place, digest_size=1).digest()[0] & 1
                 pixels = pixels.flip(1) if is_flipped else pixels
             slot.copy_(pixels)
-            return example_id, corrupt
+            return example_id, corrupt, example.attributes or b""
         raise DataError(f"data: no image of {self.config.dataset!r} is readable near {corrupt[0]} ({corrupt[1]}).")
 
     def _wait_for(self, handover: queue.Queue):
@@ -306,13 +321,15 @@ class TrainStream:
         results = [job.result() for job in jobs]
         self.wait_seconds += time.perf_counter() - began
         self._decoded_examples += len(results)
-        for corrupt_id, reason in (corrupt for _, corrupt in results if corrupt):
+        for corrupt_id, reason in (corrupt for _, corrupt, _ in results if corrupt):
             self.corrupt_examples += 1
             if corrupt_id not in self._corrupt_examples:  # logged once, not in every epoch
                 self._corrupt_examples[corrupt_id] = reason
                 logger.warning("corrupt image replaced: %s (%s)", corrupt_id, reason)
         self._check_corrupt_fraction(min_examples=_MIN_EXAMPLES_TO_JUDGE)
-        return Batch(pixels.permute(0, 3, 1, 2), [example_id for example_id, _ in results])
+        attributes = np.frombuffer(b"".join(each for _, _, each in results), np.int8).reshape(len(results), -1)
+        ids = [example_id for example_id, _, _ in results]
+        return Batch(pixels.permute(0, 3, 1, 2), ids, torch.from_numpy(attributes.copy()))
 
     def _check_corrupt_fraction(self, min_examples: int) -> None:
         total, limit = self._decoded_examples, self.config.max_corrupt_fraction

@@ -42,7 +42,7 @@ def image_grids(
     encoded = posterior_samples(accelerator, model, images[:PRIOR_IMAGES], seed, batch)
     if len(encoded) > 1 and encoded.isfinite().all():
         prior, _ = fit_gaussian(encoded)
-        fitted = prior.sample(num_samples, generator.manual_seed(seed)).view_as(latents)
+        fitted = prior(latents.flatten(1)).view_as(latents)  # the same noise
         grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
     grids["reconstructions"] = reconstruction_grid(accelerator, model, images[:RECONSTRUCTED_IMAGES])
     model.train(was_training)

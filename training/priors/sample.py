@@ -1,7 +1,7 @@
 """Samples of a trained model as an image grid: priors, temperatures, interpolations.
 
 python -m training.sample model_weights/vae_quickstart --prior gaussian --num-samples 64
-python -m training.sample MODEL --prior flow --temperature 0.6 0.8 1.0   # one row each, of the same noise
+python -m training.sample MODEL --prior gaussian --temperature 0.6 0.8 1.0   # one row each, of the same noise
 python -m training.sample MODEL --prior gaussian --interpolate           # rows from one sample to another
 python -m training.sample MODEL --interpolate one.jpg other.jpg          # from one photograph to another
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, interpolate_latents
+from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
 from training.cli import add_option, resolve_model, run, select_device
 from training.data.images import CorruptImage, decode_image, normalize
 
@@ -29,7 +29,14 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.sample", description="Generate images.")
     add_option(parser, "model")
-    parser.add_argument("--prior", choices=["standard", *FITTED_PRIORS], default="standard", help="default: standard")
+    parser.add_argument("--prior", choices=["standard", *FITTED_PRIORS], help="default: the best that was fitted")
+    parser.add_argument(
+        "--attributes",
+        nargs="+",
+        metavar="NAME=0|1",
+        help="attributes that the diffusion prior was trained on, such as Smiling=1",
+    )
+    parser.add_argument("--guidance-scale", type=float, default=1.0, metavar="W", help="weight of the attributes")
     add_option(
         parser,
         "--num-samples",
@@ -74,6 +81,17 @@ def seeded_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def _attributes(pairs: list[str] | None) -> dict[str, float]:
+    """NAME=0|1 to name -> value."""
+    values = {}
+    for pair in pairs or ():
+        name, _, value = pair.partition("=")
+        if value not in ("0", "1"):
+            raise ValueError(f"--attributes {pair}: write NAME=1 for present, NAME=0 for absent.")
+        values[name] = float(value)
+    return values
+
+
 @torch.no_grad()
 def _encode_files(pipeline: FaceVAEPipeline, paths: Sequence[str], crop_px: int | None) -> Tensor:
     """The posterior means of image files, cropped and resized as in training, (n, C, h, w)."""
@@ -92,8 +110,15 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
     temperatures, count = arguments.temperature, arguments.num_samples
 
     def sample(num_images: int, temperature: float) -> Tensor:
-        generator = seeded_generator(arguments.seed)
-        return pipeline.sample_latents(num_images, arguments.prior, temperature, generator)
+        return pipeline.sample_latents(
+            num_images,
+            arguments.prior,
+            temperature,
+            seeded_generator(arguments.seed),
+            _attributes(arguments.attributes),
+            arguments.guidance_scale,
+            arguments.batch_size,
+        )
 
     if arguments.interpolate is None:
         if len(temperatures) == 1:
@@ -108,14 +133,14 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
             raise ValueError(f"--interpolate needs at least two images, or none for samples: {arguments.interpolate}.")
         if count is not None or temperatures != [1.0]:
             raise ValueError("--interpolate between images samples nothing: leave out --num-samples and --temperature.")
-        center = pipeline.prior_mean(arguments.prior)
-        latents = _encode_files(pipeline, arguments.interpolate, arguments.crop_px)
+        latents = _encode_files(pipeline, arguments.interpolate, arguments.crop_px).split(1)
         pairs = list(zip(latents[:-1], latents[1:]))
     else:
-        center = pipeline.prior_mean(arguments.prior)
-        latents = sample(2 * (count or _NUM_ROWS), temperatures[0])
+        latents = sample(2 * (count or _NUM_ROWS), temperatures[0]).split(1)
         pairs = list(zip(latents[::2], latents[1::2]))
-    frames = [interpolate_latents(*pair, _INTERPOLATION_STEPS, center, arguments.linear) for pair in pairs]
+    frames = [
+        pipeline.interpolate_latents(*pair, _INTERPOLATION_STEPS, arguments.prior, arguments.linear) for pair in pairs
+    ]
     return torch.cat(frames), _INTERPOLATION_STEPS
 
 
@@ -129,7 +154,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     images = pipeline.decode(latents, "pt", arguments.batch_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(images.float().cpu(), nrow=columns, padding=2), output)
-    print(f"{output}: {len(images)} images, {columns} per row")
+    prior = arguments.prior or pipeline.default_prior
+    print(f"{output}: {len(images)} images of the prior {prior}, {columns} per row")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,11 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from diffusers.models.modeling_utils import ModelMixin
+
 from training.io import fsync_folder, write_bytes
 
 
-def model_files(model: AutoencoderKLUltra) -> dict[str, bytes]:
+def model_files(model: ModelMixin) -> dict[str, bytes]:
     """The files that `save_pretrained` writes besides the weights: name -> content."""
     source = Path(inspect.getfile(type(model)))
     return {"config.json": model.to_json_string().encode(), source.name: source.read_bytes()}

@@ -80,13 +80,10 @@ def check_loadable(folder: Path) -> None:
     from safetensors import SafetensorError
 
     from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-    from modeling.latent_prior import LatentPrior
+    from modeling import latent_prior
     from training.publish.card import weight_files
 
-    for model_class, part in [
-        (AutoencoderKLUltra, folder),
-        *((LatentPrior, path.parent) for path in sorted(folder.glob("priors/*/config.json"))),
-    ]:
+    for part in [folder, *(path.parent for path in sorted(folder.glob("priors/*/config.json")))]:
         name = part.relative_to(folder).as_posix()
         label = "the model" if name == "." else name
         try:
@@ -94,6 +91,7 @@ def check_loadable(folder: Path) -> None:
             tree = ast.parse((part / f"{module}.py").read_bytes())
             if class_name not in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}:
                 raise ValueError(f"{module}.py does not define {class_name!r}")
+            model_class = AutoencoderKLUltra if part == folder else getattr(latent_prior, class_name)
             for variant in weight_files(part):
                 _, info = model_class.from_pretrained(
                     str(part), variant=variant, use_safetensors=True, output_loading_info=True

@@ -7,19 +7,25 @@ from collections.abc import Iterable, Iterator
 import datasets
 from PIL import Image
 
-from training.data.synthetic_faces.render import render_face
+from training.data.synthetic_faces.render import render_portrait
 
 # Part of the key of caches and of what a resume compares. Raise it when a seed renders other pixels or JPEG bytes.
 VERSION = 1
 
+ATTRIBUTES = (
+    "Bald", "Bangs", "Black_Hair", "Blond_Hair", "Eyeglasses", "Gray_Hair", "Male", "Mouth_Slightly_Open", "No_Beard",
+    "Smiling", "Young",
+)  # fmt: skip
+
 
 def generate_examples(seeds: Iterable[int]) -> Iterator[dict]:
-    """Yields one example per seed: ``{"image": {"bytes": JPEG of quality 95, "path": file name}, "celeb_id": seed}``."""
+    """Yields one example per seed: `image` (bytes of a JPEG of quality 95, path), `celeb_id` (seed) and `ATTRIBUTES`."""
     for seed in seeds:
         buffer = io.BytesIO()
-        Image.fromarray(render_face(seed)).save(buffer, format="JPEG", quality=95)
+        pixels, attributes = render_portrait(seed)
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
         image = {"bytes": buffer.getvalue(), "path": f"synthetic_{seed:08d}.jpg"}
-        yield {"image": image, "celeb_id": int(seed)}
+        yield {"image": image, "celeb_id": int(seed), **{name: bool(attributes[name]) for name in ATTRIBUTES}}
 
 
 def synthetic_dataset(
@@ -46,7 +52,11 @@ def synthetic_dataset(
         raise ValueError(f"num_images={num_images} must be 1 or more, first_seed={first_seed} 0 or more.")
     if not 1 <= num_shards <= num_images:
         raise ValueError(f"num_shards={num_shards} must lie between 1 and num_images={num_images}.")
-    features = datasets.Features(image=datasets.Image(decode=False), celeb_id=datasets.Value("int64"))
+    features = datasets.Features(
+        image=datasets.Image(decode=False),
+        celeb_id=datasets.Value("int64"),
+        **dict.fromkeys(ATTRIBUTES, datasets.Value("bool")),
+    )
     # A list is what `datasets` divides among processes; below some hundred faces starting them costs more.
     processes = min(os.cpu_count() or 1, num_images // 256)
     seeds = range(first_seed, first_seed + num_images)
@@ -57,7 +67,7 @@ def synthetic_dataset(
             features=features,
             cache_dir=cache_dir,
             num_proc=processes if processes > 1 else None,
-            fingerprint=f"synthetic-faces-v{VERSION}-{first_seed}-{num_images}",
+            fingerprint=f"synthetic-faces-v{VERSION}-attributes-{first_seed}-{num_images}",
         )
     except OSError as error:
         folder = cache_dir or datasets.config.HF_DATASETS_CACHE

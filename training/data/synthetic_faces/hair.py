@@ -55,7 +55,10 @@ def render_hair(s: Scene) -> Hair | None:
     weights = [h.feminine if s.feminine > 0.5 else 1 - h.feminine for h in _HAIR_STYLES]
     weights[_RECEDING] *= 3 * s.age
     (style,) = rng.choices(_HAIR_STYLES, weights)
-    if rng.random() < 0.22 * (s.feminine < 0.5) * (0.5 + s.age):
+    is_bald = rng.random() < 0.22 * (s.feminine < 0.5) * (0.5 + s.age)
+    s.attributes |= {"Bald": is_bald, "Bangs": style.line > -30 and not is_bald}
+    if is_bald:
+        s.attributes |= dict.fromkeys(("Black_Hair", "Blond_Hair", "Gray_Hair"), False)
         return None
     side, top, end = (value * rng.gauss(1, 0.15) for value in (style.side, style.top, style.end))
     slope, curl = style.slope * (1 if rng.random() < 0.5 else -1), style.curl

@@ -91,6 +91,7 @@ class Head:
         u, v, albedo = self.u[w] - 4 * s.yaw, self.v[w] - 3 * s.pitch, self.albedo[:, w[0], w[1]]
         half, full = rng.gauss(15.5, 1) + 3 * max(smile, 0), rng.gauss(1, 0.2) + 0.15 * s.feminine
         agape = rng.uniform(2, 7) * (rng.random() < (0.6 if smile > 0.2 else 0.15))
+        s.attributes |= {"Smiling": smile > 0.4, "Mouth_Slightly_Open": agape > 0}
         t = u * (1 / half)
         at, t2 = np.abs(t), np.square(t)
         belly, wide = (1 - t2).clip(0, 1), coverage((at - 1) * half, 1.5)
@@ -124,7 +125,8 @@ class Head:
         """Stubble, full beard, goatee or moustache."""
         s, rng, w = self.s, self.s.rng, (slice(50, 120), slice(None))
         kind, density = rng.randrange(5), rng.uniform(0.15, 0.5)
-        if s.feminine > 0.5 or rng.random() < 0.4:
+        s.attributes["No_Beard"] = s.feminine > 0.5 or rng.random() < 0.4
+        if s.attributes["No_Beard"]:
             return
         u, v, rough = self.u[w], self.v[w], 0.7 * s.clouds[self.region][w]
         au = np.abs(u)

@@ -106,7 +106,8 @@ def add_ears(s: Scene, image: np.ndarray) -> None:
 def add_glasses(s: Scene, image: np.ndarray) -> None:
     rng, w = s.rng, (slice(50, 100), slice(10, 108))
     kind = rng.random()
-    if kind > 0.22:
+    s.attributes["Eyeglasses"] = kind <= 0.22
+    if not s.attributes["Eyeglasses"]:
         return
     u, v, image = s.u[w], s.v[w], image[:, w[0], w[1]]
     half, tall, thick = rng.uniform(14, 17), rng.uniform(10, 14), rng.choice([0.6, 0.9, 1.7])

@@ -17,13 +17,18 @@ from training.data.synthetic_faces.scene import Scene
 
 
 def render_face(seed: int) -> np.ndarray:
+    """The image of `render_portrait`."""
+    return render_portrait(seed)[0]
+
+
+def render_portrait(seed: int) -> tuple[np.ndarray, dict[str, bool]]:
     """Renders the portrait of a seed.
 
     Args:
         seed: Any non-negative integer. Equal seeds give equal images (to the rounding of the platform).
 
     Returns:
-        RGB image, (218, 178, 3) uint8, eyes near (70, 111) and (108, 111).
+        RGB image, (218, 178, 3) uint8, eyes near (70, 111) and (108, 111); and CelebA's attributes of it, by name.
     """
     s = Scene(int(seed))
     rng = s.rng
@@ -57,4 +62,4 @@ def render_face(seed: int) -> np.ndarray:
     image *= gain * 255
     image += rng.gauss(0.45 * (1 - gain) * 255, 5) + rng.uniform(0.5, 3) * s.grain
     pixels = Image.fromarray(np.stack(list(image.clip(0, 255, out=image).astype(np.uint8)), axis=-1))
-    return np.array(pixels.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+    return np.array(pixels.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)), s.attributes

@@ -37,7 +37,11 @@ _IRIS_COLORS = (
 
 
 class Scene:
-    """Properties common to all parts of a portrait: pose, colors, light. Lengths are pixels of the final image."""
+    """Properties common to all parts of a portrait: pose, colors, light. Lengths are pixels of the final image.
+
+    Attributes:
+        attributes: Name in CelebA -> whether the face has it; completed by the parts.
+    """
 
     def __init__(self, seed: int):
         self.rng = rng = random.Random(seed)  # numpy's generator takes ten times longer for one number
@@ -71,7 +75,15 @@ class Scene:
         hair = [6, 4, 1, 0.3, 0.1, 0.2, 0.2, 0.1, 0, 0] if dark else [3, 4, 4, 3, 3, 3, 1, 0.2, 0, 0]
         hair[8:] = (sum(hair) * max(self.age - 0.45, 0) * weight for weight in (2.2, 1.3))  # gray, white
         tone = rng.gauss(1, 0.12)
-        self.hair = rgb(c * tone for c in rng.choices(_HAIR_COLORS, hair)[0])
+        (color,) = rng.choices(range(len(_HAIR_COLORS)), hair)
+        self.hair = rgb(c * tone for c in _HAIR_COLORS[color])
+        self.attributes = {
+            "Black_Hair": color < 2,
+            "Blond_Hair": color == 5,
+            "Gray_Hair": color > 7,
+            "Male": self.feminine < 0.5,
+            "Young": self.age < 0.5,
+        }
         iris = [0.7, 0.25, 0.05, 0, 0, 0] if dark else [0.2, 0.2, 0.15, 0.13, 0.2, 0.12]
         self.iris = rgb(rng.choices(_IRIS_COLORS, iris)[0])
 
