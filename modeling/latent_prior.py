@@ -96,6 +96,15 @@ class GaussianPrior(LatentPrior):
         """Transforms standard normal noise (N, latent_dim) to latents (N, latent_dim)."""
         return self.mean + noise.to(self.mean) @ self.factor.T
 
+    def noise_to_latents(self, vae: ModelMixin, noise: Tensor) -> Tensor:
+        """Transforms standard normal noise (N, latent_dim) to latents of the VAE, (N, C, h, w)."""
+        return self(noise).view(-1, *vae.latent_shape)
+
+    def latents_to_noise(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """The inverse of `noise_to_latents`."""
+        centered = (latents.flatten(1) - self.mean.to(latents)).cpu().double()
+        return torch.linalg.solve(self.factor.cpu().double(), centered.T).T.to(latents)
+
 
 def _constant(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
@@ -305,7 +314,22 @@ class DiffusionPrior(LatentPrior):
             h = block(h, condition)
         return F.pixel_shuffle(self.conv_out(F.silu(_norm(h))), self.config.patch_size)
 
+    def noise_to_latents(
+        self,
+        vae: ModelMixin,
+        noise: Tensor,
+        attributes: Mapping[str, float] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """Transforms standard normal noise (N, *noise_shape) to latents of the VAE, (N, C, h, w); see `denoise`."""
+        return self.images_to_latents(vae, self.denoise(noise, attributes, guidance_scale))
+
+    def latents_to_noise(self, vae: ModelMixin, latents: Tensor) -> Tensor:
+        """The inverse of `noise_to_latents` without attributes."""
+        return self.add_noise(self.latents_to_images(vae, latents))
+
     @staticmethod
+    @torch.no_grad()
     def latents_to_images(vae: ModelMixin, latents: Tensor) -> Tensor:
         """The images whose distribution the prior learns: a one-to-one map of the latents, (N, C, h, w).
 
@@ -328,6 +352,7 @@ class DiffusionPrior(LatentPrior):
         return F.avg_pool2d(decoder(_moved(latents, decoder)), config.pca_decode_size // config.pca_size)
 
     @staticmethod
+    @torch.no_grad()
     def images_to_latents(vae: ModelMixin, images: Tensor) -> Tensor:
         """The inverse of `latents_to_images`: the PCA branch encodes the images."""
         if vae.config.latent_layout == "spatial":

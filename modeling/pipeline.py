@@ -186,22 +186,18 @@ class FaceVAEPipeline(DiffusionPipeline):
         """Transforms standard normal noise, in the shape of the prior, to latents (N, C, h, w); see `__call__`."""
         name, fitted = self._prior(prior)
         if name == "diffusion":
-            images = fitted.denoise(noise, attributes, guidance_scale)
-            return fitted.images_to_latents(self.vae, images)
+            return fitted.noise_to_latents(self.vae, noise, attributes, guidance_scale)
         if attributes:
             raise ValueError(f"attributes need the diffusion prior, got the prior {name!r}: train one, or use `edit`.")
-        return (noise if fitted is None else fitted(noise)).view(-1, *self.vae.latent_shape)
+        if fitted is None:
+            return noise.view(-1, *self.vae.latent_shape)
+        return fitted.noise_to_latents(self.vae, noise)
 
     @torch.no_grad()
     def latents_to_noise(self, latents: Tensor, prior: str | None = None) -> Tensor:
         """The inverse of `noise_to_latents`."""
-        name, fitted = self._prior(prior)
-        if name == "diffusion":
-            return fitted.add_noise(fitted.latents_to_images(self.vae, latents))
-        if fitted is None:
-            return latents.flatten(1)
-        factor, centered = fitted.factor.cpu().double(), (latents.flatten(1) - fitted.mean.to(latents)).cpu().double()
-        return torch.linalg.solve(factor, centered.T).T.to(latents)
+        _, fitted = self._prior(prior)
+        return latents.flatten(1) if fitted is None else fitted.latents_to_noise(self.vae, latents)
 
     @torch.no_grad()
     def encode(self, images: Images) -> Tensor:

@@ -107,7 +107,7 @@ def test_what_is_no_model(tmp_path):
 # ---- every command ----
 
 # Importing the module of these commands imports torch.
-NEED_TORCH = ("fit_prior", "sample")
+NEED_TORCH = ("compare_priors", "fit_prior", "sample")
 HELP = """
 import contextlib, io, runpy, sys
 def run(module, *arguments):
@@ -147,6 +147,7 @@ def test_help_is_the_same_both_ways_and_does_not_wait_for_torch(name):
         ("align", ["nowhere", "faces"], "nowhere does not exist"),
         ("synthetic_faces", ["--output", "x", "--num-images", "2", "--first-seed", "-1"], "--first-seed must be"),
         ("fit_prior", ["nowhere", "--data", "synthetic_faces"], "nowhere"),
+        ("compare_priors", ["nowhere", "--data", "synthetic_faces"], "nowhere"),
         ("sample", ["nowhere"], "nowhere"),
         ("demo", ["nowhere"], "there is no folder nowhere"),
         ("export_formats", ["nowhere", "--variant", "fp16"], "there is no folder nowhere"),

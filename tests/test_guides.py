@@ -65,8 +65,8 @@ EXTRA_ARGUMENTS = {
     "micro_batch_size=auto": "--set output.run_name=auto",
     "--num-processes 8": "--set training_presets.batch_size=8",
     "training.evaluate": "--lpips st_alexnet --frechet st_alexnet --max-images 6",
-    "training.fit_prior": "--priors gaussian flow --flow-steps 50 --frechet none --num-samples 4",
     "training.compare": "--max-images 6",
+    "training.compare_priors": "--frechet none --num-samples 4",
     "latent_diffusion.py": "--steps 3 --num-samples 4 --width 32 --sample-steps 2",
     "training.kl": "--epochs 9",
 }
@@ -175,8 +175,13 @@ def workplace(tmp_path_factory, faces) -> Iterator[Path]:
         patch.chdir(folder)
         call(["python", "train_vae.py", "--config", "configs/ultra.json"])
         model = "model_weights/vae_ultra_high_quality"
-        extra = EXTRA_ARGUMENTS["training.fit_prior"].split()
-        call(["python", "-m", "training.fit_prior", model, "--config", "configs/ultra.json", *extra])
+        values["model"] = {"patch_size": 2, "block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
+        values["data"]["attribute_columns"] = ["Eyeglasses", "Smiling"]
+        values["output"]["run_name"] = "diffusion_prior"
+        (folder / "configs" / "priors").mkdir()
+        (folder / "configs" / "priors" / "diffusion.json").write_text(json.dumps(values))
+        fit = ["python", "-m", "training.fit_prior", model, "--config", "configs/priors/diffusion.json"]
+        call([*fit, "--priors", "gaussian", "diffusion"])
     yield folder
 
 

@@ -31,6 +31,7 @@ LAYERS = [
         # Commands.
         "training.align",
         "training.compare",
+        "training.compare_priors",
         "training.config_reference",
         "training.encode",
         "training.export_formats",

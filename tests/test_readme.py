@@ -42,7 +42,7 @@ NOT_RUN_ELSEWHERE = {
 EXTRA_ARGUMENTS = {
     "training.monitor": "--once",
     "training.evaluate": "--max-images 6",
-    "training.fit_prior": "--priors gaussian --frechet none --num-samples 4",
+    "training.fit_prior": "--batch-size 8",
     '"dataset": "imagefolder"': "--set data.holdout_fraction=0.2 --set output.run_name=folder "
     "--set training_presets.max_images_per_epoch=4",
 }

@@ -19,6 +19,7 @@ COMMANDS = {
     "reconstruct": ("training.reconstruct", "reconstruct and measure photographs"),
     "encode": ("training.encode", "encode a data set to latents"),
     "fit_prior": ("training.priors.fit", "fit priors to the latents of training images"),
+    "compare_priors": ("training.priors.compare", "compare priors with photographs"),
     "sample": ("training.priors.sample", "generate, interpolate and save images of a trained model"),
     "demo": ("training.demo.command", "show a trained model in the browser"),
     "export_formats": ("training.publish.export_formats", "write a trained model as fp16 safetensors, ONNX or .pth"),

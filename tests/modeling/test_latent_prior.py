@@ -104,9 +104,7 @@ def test_images_of_the_vector_layout_determine_the_latents(settings):
     ).flatten(1)
     inverse = torch.linalg.pinv(columns.T)
     encoder.linear.weight.data.copy_(inverse)
-    encoder.linear.bias.data.copy_(
-        -inverse @ torch.nn.functional.pixel_unshuffle(offset, encoder.patch_size).flatten()
-    )
+    encoder.linear.bias.data.copy_(-inverse @ torch.nn.functional.pixel_unshuffle(offset, encoder.patch_size).flatten())
     latents = torch.randn(3, LATENT_DIM, 1, 1, generator=generator())
     images = DiffusionPrior.latents_to_images(vae, latents)
     assert images.shape == (3, 3, settings["pca_size"], settings["pca_size"]) and decoder.patch_size == 20
@@ -171,7 +169,10 @@ def test_a_loaded_prior_transforms_noise_bitwise_the_same(kind, tmp_path):
     prior = random_priors()[kind]
     prior.save_pretrained(tmp_path)
     assert not [file.name for file in tmp_path.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
-    for loaded in (CLASSES[kind].from_pretrained(tmp_path), AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)):
+    for loaded in (
+        CLASSES[kind].from_pretrained(tmp_path),
+        AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True),
+    ):
         assert tuple(loaded.config.attributes) == ATTRIBUTES
         assert torch.equal(transform(loaded.eval()), transform(prior))
 

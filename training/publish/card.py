@@ -264,7 +264,8 @@ def _model_sections(folder: Path, repo_id: str, record: RunRecord | None) -> lis
         sections.append(
             f"Fitted priors: {', '.join(f'`{name}`' for name in priors)}. New faces from one:\n\n```python\n"
             f'prior = AutoModel.from_pretrained("{repo_id}", subfolder="priors/{priors[0]}", trust_remote_code=True)\n'
-            f"images = vae.decode(prior.sample(4).view(4, {channels}, {size}, {size})).sample\n```"
+            "latents = prior.noise_to_latents(vae, torch.randn(4, *prior.noise_shape))\n"
+            "images = vae.decode(latents).sample\n```"
         )
     return sections
 

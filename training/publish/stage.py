@@ -79,8 +79,8 @@ def check_loadable(folder: Path) -> None:
     """
     from safetensors import SafetensorError
 
-    from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
     from modeling import latent_prior
+    from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
     from training.publish.card import weight_files
 
     for part in [folder, *(path.parent for path in sorted(folder.glob("priors/*/config.json")))]:

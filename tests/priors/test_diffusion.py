@@ -1,0 +1,158 @@
+"""Training of the diffusion prior: a run from start to end, resume, several processes, errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from runs import fork_ranks
+from safetensors.torch import load_file
+
+from modeling.pipeline import FaceVAEPipeline
+from training.config import Config, config_from_dict
+from training.priors import fit
+from training.priors.diffusion import DiffusionTraining, build_prior, sample_batch
+from training.randomness import keyed_generator
+from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, list_checkpoints
+from training.signals import EXIT_STOPPED
+
+STEPS = 3  # of an epoch
+SETTINGS = {
+    "model": {"patch_size": 2, "block_out_channels": [8, 16], "layers_per_block": [1, 2, 1], "num_inference_steps": 2},
+    "training_presets": {
+        "num_epochs": 3, "batch_size": 4, "learning_rate": 1e-2, "optimizer": "adamw", "lr_warmup_steps": 1,
+        "mixed_precision": "no",
+    },
+    "output": {"run_name": "prior", "log_every_steps": 2, "sample_every_epochs": 1, "num_samples": 2},
+}  # fmt: skip
+
+
+def config(folder, **sections) -> Config:
+    values = {name: SETTINGS.get(name, {}) | sections.get(name, {}) for name in {**SETTINGS, **sections}}
+    values["output"] = values["output"] | {"runs_dir": str(folder / "runs")}
+    return config_from_dict(values)
+
+
+def random_latents(vae) -> dict[str, torch.Tensor]:
+    """Posteriors of 12 faces and their flipped images, with two attributes."""
+    generator, shape = torch.Generator().manual_seed(0), (24, vae.config.latent_dim)
+    return {
+        f"{split}_{name}": values
+        for split in ("train", "validation")
+        for name, values in {
+            "mean": torch.randn(shape, generator=generator),
+            "std": torch.full(shape, 0.1),
+            "attributes": torch.randint(0, 2, (24, 2), generator=generator, dtype=torch.int8) * 2 - 1,
+        }.items()
+    }
+
+
+def train(folder, resume=None, **sections) -> tuple[int, DiffusionTraining]:
+    training = DiffusionTraining(
+        tiny.random_vae(), random_latents, config(folder, **sections), folder / "exported", ("Smiling", "Male"), resume
+    )
+    return training.run(), training
+
+
+def checkpoint_tensors(run_dir) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    checkpoint = list_checkpoints(run_dir)[-1]
+    return {
+        f"{file}/{name}": tensor
+        for file in (MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE)
+        for name, tensor in load_file(checkpoint / file).items()
+    }
+
+
+def test_a_run_trains_validates_draws_and_exports(session, tmp_path):
+    code, training = train(tmp_path)
+    assert code == 0 and training.progress.step == 3 * STEPS
+    lines = [json.loads(line) for line in (training.run_dir / "metrics.jsonl").read_text().splitlines()]
+    validations = [line["validation/velocity_loss"] for line in lines if line["kind"] == "validation"]
+    assert len(validations) == 3 and validations[-1] < validations[0]
+    assert {line["step"] for line in lines if line["kind"] == "train"} == {2, 4, 6, 8}
+    assert len(list((training.run_dir / "samples").glob("*.png"))) == 3
+    assert "GFLOPs per image" in (training.run_dir / "training.log").read_text()
+    exported, best = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (
+        tmp_path / "exported", training.checkpoints.best_model_dir))  # fmt: skip
+    assert all(torch.equal(tensor, best[name]) for name, tensor in exported.items())
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(session, tmp_path, monkeypatch):
+    expected = checkpoint_tensors(train(tmp_path / "whole")[1].run_dir)
+    step = DiffusionTraining._step
+
+    def stop_at_step_four(self, stop):
+        stop.received = "SIGTERM" if self.progress.step == 3 else stop.received
+        return step(self, stop)
+
+    monkeypatch.setattr(DiffusionTraining, "_step", stop_at_step_four)
+    code, interrupted = train(tmp_path / "parts")
+    assert code == EXIT_STOPPED and interrupted.progress.step == 4  # within the second epoch
+    monkeypatch.undo()
+    code, resumed = train(tmp_path / "parts", resume="auto")
+    assert code == 0 and resumed.run_dir == interrupted.run_dir
+    found = checkpoint_tensors(resumed.run_dir)
+    assert found.keys() == expected.keys() and len(found) > 50
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.multiprocess
+def test_two_processes_equal_one(tmp_path):
+    folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        assert fork_ranks(lambda folder=folder: train(folder)[0], tmp_path / f"{ranks}.log", ranks) == [0] * ranks
+    one, two = (checkpoint_tensors(next((folder / "runs").iterdir())) for folder in folders.values())
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_batches_are_samples_of_posteriors_with_some_attributes_left_out():
+    vae = tiny.random_vae()
+    latents, prior = random_latents(vae), build_prior(Config(model=SETTINGS["model"]), vae, ("Smiling", "Male"))
+    batch = sample_batch(latents, "train", prior, 4000, (0, 1))
+    repeated = sample_batch(latents, "train", prior, 4000, (0, 1))
+    assert all(torch.equal(tensor, repeated[name]) for name, tensor in batch.items())
+    distances = torch.cdist(batch["latents"], latents["train_mean"]).amin(dim=1) / vae.config.latent_dim**0.5
+    assert distances.mean() == pytest.approx(0.1, rel=0.05)
+    assert batch["sigma"].logit().std() == pytest.approx(1, rel=0.05)
+    # All are dropped in 10 %; each of two is known with a probability that is uniform.
+    unknown = (batch["attributes"] == 0).all(dim=1).float().mean()
+    assert unknown == pytest.approx(0.1 + 0.9 / 3, abs=0.03)
+    assert keyed_generator(0, 1).initial_seed() != keyed_generator(0, 2).initial_seed()
+
+
+def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces):
+    folder = tmp_path / "model"
+    tiny.random_vae().save_pretrained(folder)
+    settings = config(
+        tmp_path,
+        training_presets={"num_epochs": 1},
+        data=tiny.SETTINGS["data"] | {"cache_dir": str(faces), "attribute_columns": ["Eyeglasses", "Smiling"]},
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(settings.to_dict()))
+    assert fit.main([str(folder), "--priors", "gaussian", "diffusion", "--config", str(file)]) == 0
+    pipe = FaceVAEPipeline.from_pretrained(folder)
+    assert pipe.default_prior == "diffusion" and list(pipe.diffusion.config.attributes) == ["Eyeglasses", "Smiling"]
+    images = pipe(2, attributes={"Smiling": 1}, guidance_scale=2.0, output_type="pt").images
+    assert images.shape == (2, 3, 40, 40) and images.isfinite().all()
+
+
+def test_a_vae_without_pca_branch_raises(session, tmp_path):
+    with pytest.raises(ValueError, match="needs a PCA branch"):
+        DiffusionTraining(tiny.random_vae(pca_size=None), random_latents, config(tmp_path), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_argument_of_the_prior_raises(session, tmp_path):
+    with pytest.raises(ValueError, match="section model: .*width.*arguments of DiffusionPrior"):
+        DiffusionTraining(tiny.random_vae(), random_latents, config(tmp_path, model={"width": 3}), tmp_path)
+
+
+def test_the_spatial_layout_is_trained_in_latent_space(session, tmp_path):
+    vae = tiny.random_vae(latent_layout="spatial", latent_channels=4, latent_size=4, latent_dim=64, sample_size=32)
+    assert build_prior(Config(), vae, ()).noise_shape == (4, 4, 4)
