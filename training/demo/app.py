@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
-from modeling.pipeline import FaceVAEPipeline, interpolate_latents
+from modeling.pipeline import FaceVAEPipeline
 
 MAX_UPLOAD = "20mb"
 LAUNCH: dict[str, Any] = {
@@ -105,12 +105,12 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
 
     def end_latents(image: Image.Image | None, seed: float, prior: str) -> Tensor:
         if image is not None:
-            return pipe.encode(image)[0]
-        return pipe.sample_latents(1, prior, generator=_generator(seed))[0]
+            return pipe.encode(image)
+        return pipe.sample_latents(1, prior, generator=_generator(seed))
 
     def interpolate(start, end, start_seed: float, end_seed: float, prior: str):
         ends = end_latents(start, start_seed, prior), end_latents(end, end_seed, prior)
-        frames = pipe.decode(interpolate_latents(*ends, _STEPS))
+        frames = pipe.decode(pipe.interpolate_latents(*ends, _STEPS, prior))
         large = [frame.resize([size * max(1, 256 // size)] * 2, Image.Resampling.BICUBIC) for frame in frames]
         return frames, large, gr.Slider(value=_STEPS // 2 + 1), large[_STEPS // 2]
 
