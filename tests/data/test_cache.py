@@ -23,7 +23,7 @@ from training.data import cache as dataset_cache
 from training.data import chunks, shards
 from training.data.cache import DatasetCache, cache_folder
 from training.data.order import CachedExamples, buffer_shuffled
-from training.data.shards import Shard
+from training.data.shards import Example, Shard
 from training.data.sources import Source
 
 NUM_SHARDS, SHARD_EXAMPLES = 5, 23
@@ -55,8 +55,8 @@ class CountedSource:
             yield [example_of(shard, number)]
 
 
-def example_of(shard: int, number: int) -> tuple[bytes | None, str | None]:
-    return (None, None) if number == 7 else (b"%d-%d" % (shard, number), f"{number}.png")
+def example_of(shard: int, number: int) -> Example:
+    return Example(None, None) if number == 7 else Example(b"%d-%d" % (shard, number), f"{number}.png")
 
 
 ALL_EXAMPLES = [(shard, number) for shard in range(NUM_SHARDS) for number in range(SHARD_EXAMPLES)]

@@ -15,6 +15,8 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from encoded_images import SIZE, UNREADABLE, coded_image, image_bytes, numbers_and_flips
@@ -24,7 +26,8 @@ from training.data import shards, sources
 from training.data import stream as data
 from training.data.images import decode_image
 from training.data.sources import open_source
-from training.data.stream import TrainStream, load_validation
+from training.data.stream import TrainStream, load_validation, validation_attributes
+from training.data.synthetic_faces.render import render_portrait
 
 
 @pytest.fixture(autouse=True)
@@ -465,3 +468,49 @@ def test_an_unreachable_hub_is_an_error_within_seconds():
     )
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("data.dataset='org/faces': cannot reach the Hub at http://127.0.0.1:9 (")
+
+
+# ---- attributes ----
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_attributes_come_with_their_images(tmp_path, cache):
+    glob = write_shards(tmp_path, [image_bytes(coded_image(i)) for i in range(30)], 2)
+    for path in sorted(tmp_path.glob("*.parquet")):  # 0, 1, 2, ... and whether a number is odd; null for multiples of 5
+        table = pq.read_table(path)
+        odd = [None if number % 5 == 0 else number % 2 == 1 for number in table["label"].to_pylist()]
+        pq.write_table(table.append_column("odd", pa.array(odd, pa.bool_())), path, row_group_size=10)
+    config = parquet_config({"train": glob}, attribute_columns=["odd", "label"], cache=cache, validation_split=None)
+    for epoch in (0, 1):
+        batches = read_epoch(config, epoch)
+        for number, attributes in zip(flat_numbers(batches), torch.cat([each.attributes for each in batches]).tolist()):
+            expected = 0 if number % 5 == 0 else 1 if number % 2 else -1
+            assert attributes == [expected, 1 if number else -1]
+    pixels, indices = validation_images(parquet_config({"train": glob}, holdout_fraction=0.4, validation_split=None))
+    held_out = parquet_config(
+        {"train": glob}, attribute_columns=["label"], holdout_fraction=0.4, validation_split=None, cache=cache
+    )
+    numbers = [number for number, _ in numbers_and_flips(pixels)]
+    found = validation_attributes(held_out, indices).flatten().tolist()
+    assert found == [1 if number else -1 for number in numbers] and len(found) > 5
+
+
+def test_without_attribute_columns_batches_have_none(tmp_path):
+    assert read_epoch(coded_config(tmp_path, 12, 1))[0].attributes.shape == (6, 0)
+
+
+@pytest.mark.parametrize(("name", "held"), [("hat", "holds nothing"), ("image", "holds struct")])
+def test_an_attribute_column_that_holds_no_numbers_is_refused(tmp_path, name, held):
+    with pytest.raises(ValueError, match=f"data.attribute_columns: '{name}' {held}.*name columns of booleans"):
+        open_source(coded_config(tmp_path, 12, 1, attribute_columns=[name]), "train")
+
+
+def test_attributes_of_synthetic_faces_are_those_of_the_rendering():
+    names = ["Eyeglasses", "Smiling"]
+    config = DataConfig(synthetic_train_images=12, attribute_columns=names, horizontal_flip=False)
+    for batch in read_epoch(config):
+        for example_id, attributes in zip(batch.example_ids, batch.attributes.tolist()):
+            _, expected = render_portrait(int(re.search(r"_(\d+).jpg", example_id)[1]))
+            assert attributes == [1 if expected[name] else -1 for name in names]
+    with pytest.raises(ValueError, match="synthetic faces have no 'Hat', only Bald"):
+        open_source(DataConfig(attribute_columns=["Hat"]), "train")

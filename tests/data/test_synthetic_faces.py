@@ -9,7 +9,7 @@ from PIL import Image
 from training.data.synthetic_faces import dataset as synthetic_faces
 from training.data.synthetic_faces.dataset import generate_examples, synthetic_dataset
 from training.data.synthetic_faces.drawing import HEIGHT, WIDTH
-from training.data.synthetic_faces.render import render_face
+from training.data.synthetic_faces.render import render_face, render_portrait
 
 SEEDS = range(500, 548)
 
@@ -143,3 +143,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         ValueError, match=r"cannot be written to '.*file/cache' \(Not a directory\); set data.cache_dir"
     ):
         synthetic_dataset(2, first_seed=0, cache_dir=str(tmp_path / "file" / "cache"), num_shards=1)
+
+
+def test_every_attribute_is_known_and_neither_rare_nor_common():
+    known = [render_portrait(seed)[1] for seed in range(200)]
+    assert all(set(attributes) == set(synthetic_faces.ATTRIBUTES) for attributes in known)
+    for name in synthetic_faces.ATTRIBUTES:
+        assert 0.01 < np.mean([attributes[name] for attributes in known]) < 0.95, name
