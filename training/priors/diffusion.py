@@ -155,7 +155,7 @@ class DiffusionTraining:
 
         def prepare() -> tuple[Path, list[str]]:
             latents = encode(vae) if checkpoint is None else None
-            run_dir, claimed = self.folder.claim(checkpoint)
+            run_dir, claimed = self.folder.claim(checkpoint, {})
             if latents is not None:
                 save_file({name: tensor.contiguous() for name, tensor in latents.items()}, run_dir / LATENTS_FILE)
             return run_dir, claimed
