@@ -379,42 +379,42 @@ class DiffusionPrior(LatentPrior):
                 f"attribute {unknown[0]!r} is unknown: this prior was trained on {', '.join(names) or 'no attributes'}."
             )
         values = [2.0 * attributes[name] - 1 if name in attributes else 0.0 for name in names]
-        return torch.tensor(values, dtype=self.dtype).expand(num_samples, -1)
+        return torch.tensor(values).expand(num_samples, -1)
 
     def _velocity(self, x: Tensor, sigma: Tensor, attributes: Tensor | None, guidance_scale: float) -> Tensor:
-        """`forward` with classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598)."""
-        sigma = sigma.to(x).expand(len(x))
-        attributes = None if attributes is None else attributes.to(x.device)
+        """`forward` with classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598), float32."""
+        x, sigma = x.to(self.dtype), sigma.to(x.device).expand(len(x))
+        attributes = None if attributes is None else attributes.to(x)
         if attributes is None or guidance_scale == 1:
-            return self(x, sigma, attributes)
+            return self(x, sigma, attributes).float()
         twice = torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([attributes, torch.zeros_like(attributes)])
-        conditional, unconditional = self(*twice).chunk(2)
+        conditional, unconditional = self(*twice).float().chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
     def denoise(
         self, noise: Tensor, attributes: Mapping[str, float] | None = None, guidance_scale: float = 1.0
     ) -> Tensor:
-        """Transforms noise (N, C, H, W) to images of the same shape, by diffusers' Heun scheduler.
+        """Transforms noise (N, C, H, W) to images of the same shape, float32, by diffusers' Heun scheduler.
 
         Args:
             noise: Standard normal, times a temperature.
             attributes: See `attribute_values`.
             guidance_scale: Weight of the attributes; 1: no guidance.
         """
-        x, values = noise.to(self.dtype), self.attribute_values(attributes, len(noise))
+        x, values = noise.float(), self.attribute_values(attributes, len(noise))
         scheduler = FlowMatchHeunDiscreteScheduler()
         scheduler.set_timesteps(self.config.num_inference_steps)
         scheduler.set_begin_index(0)
         for timestep in scheduler.timesteps:
             velocity = self._velocity(x, timestep / 1000, values, guidance_scale)
-            x = scheduler.step(velocity, timestep, x).prev_sample.to(x.dtype)
+            x = scheduler.step(velocity, timestep, x).prev_sample
         return self.standardize(x, inverse=True)
 
     @torch.no_grad()
     def add_noise(self, images: Tensor, attributes: Mapping[str, float] | None = None) -> Tensor:
         """The inverse of `denoise`: the noise that becomes these images, by Heun's method from sigma 0 to 1."""
-        x, values = self.standardize(images.to(self.dtype)), self.attribute_values(attributes, len(images))
+        x, values = self.standardize(images.float()), self.attribute_values(attributes, len(images))
         sigmas = torch.linspace(0, 1, self.config.num_inference_steps)
         for start, end in zip(sigmas[:-1], sigmas[1:]):
             first = self._velocity(x, start, values, 1.0)
