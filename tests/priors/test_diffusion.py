@@ -153,6 +153,8 @@ def test_an_unknown_argument_of_the_prior_raises(session, tmp_path):
         DiffusionTraining(tiny.random_vae(), random_latents, config(tmp_path, model={"width": 3}), tmp_path)
 
 
-def test_the_spatial_layout_is_trained_in_latent_space(session, tmp_path):
-    vae = tiny.random_vae(latent_layout="spatial", latent_channels=4, latent_size=4, latent_dim=64, sample_size=32)
+def test_the_spatial_layout_is_learned_in_latent_space():
+    vae = tiny.random_vae(
+        sample_size=32, latent_layout="spatial", latent_channels=4, latent_size=4, latent_dim=64, pca_size=None
+    )
     assert build_prior(Config(), vae, ()).noise_shape == (4, 4, 4)

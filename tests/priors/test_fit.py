@@ -45,7 +45,7 @@ def test_directions_of_attributes():
 def test_directions_are_saved_with_the_gaussian(tmp_path):
     tiny.random_vae().save_pretrained(tmp_path)
     names = '["Eyeglasses", "Smiling"]'
-    config = tmp_path / "config.json"
+    config = tmp_path / "data.json"
     config.write_text('{"data": {"synthetic_train_images": 24, "synthetic_validation_images": 4}}')
     assert fit.main([str(tmp_path), "--config", str(config), "--set", f"data.attribute_columns={names}"]) == 0
     gaussian = FaceVAEPipeline.from_pretrained(tmp_path).gaussian
