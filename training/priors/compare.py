@@ -45,9 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--frechet",
         nargs="+",
-        default=["st_vgg16"],
         metavar="NETWORK",
-        help="feature networks, or none (default: st_vgg16)",
+        help="feature networks, or none (default: output.eval_lpips_trunk of --config, else vgg16)",
     )
     add_option(parser, "--trunk-weights")
     add_option(parser, "--batch-size", default=16)
@@ -136,7 +135,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--num-samples must be at least 2, got {count}.")
     if not all(0 <= temperature < float("inf") for temperature in arguments.temperature):
         raise ValueError(f"--temperature must be numbers of at least 0, got {arguments.temperature}.")
-    data = read_config(arguments).data
+    config = read_config(arguments)
+    data = config.data
+    if arguments.frechet is None:
+        arguments.frechet = ["vgg16"] if arguments.config is None else [config.output.eval_lpips_trunk]
     pipeline = load_pipeline(arguments.model, arguments.device)
     vae, size = pipeline.vae, pipeline.vae.config.sample_size
     features = _load_features(arguments, vae.device, size)

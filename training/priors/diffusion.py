@@ -32,7 +32,7 @@ from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import TrainingState
 from training.config import Config
-from training.distributed import build_accelerator, join_processes, on_main_process, reduce_step, resolve_precision
+from training.distributed import build_accelerator, join_processes, on_main_process, read_later, resolve_precision
 from training.ema import EMAWeights
 from training.learning_rate import LearningRate
 from training.publish.export import export_model, model_files
@@ -277,14 +277,12 @@ class DiffusionTraining:
                 self._event(f"stopped by {stop.received}; resume with --resume auto")
                 self.tracker.update_status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
-            if self.accelerator.is_main_process:
-                export_model(self.checkpoints.best_model_dir, self.target)
+            on_main_process(self.accelerator, lambda: export_model(self.checkpoints.best_model_dir, self.target))
             best = self.progress.best
             self._event(
                 f"finished: {reason}; best velocity loss {best['validation/velocity_loss']:.4f} at step {best['step']}"
             )
             self.tracker.update_status(state="finished", reason=reason, model_dir=str(self.target), seconds_left=0.0)
-            self.accelerator.wait_for_everyone()
             return 0
         except BaseException as error:
             logger.error("failed: %s: %s", type(error).__name__, error)
@@ -320,7 +318,7 @@ class DiffusionTraining:
             is_last = out_of_time or progress.epoch == presets.num_epochs
             is_best = self._validate()
             if is_last or progress.epoch % output.sample_every_epochs == 0:
-                self._save_grid()
+                on_main_process(self.accelerator, self._save_grid)
             if is_last or self.checkpoints.is_due_at_epoch(is_best, is_last):
                 self.checkpoints.save()
             if out_of_time:
@@ -366,16 +364,16 @@ class DiffusionTraining:
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
         progress.images_seen += presets.batch_size
         limit = presets.max_train_minutes
-        terms, flags = reduce_step(
+        terms, flags = read_later(
             self.accelerator,
             {"loss/velocity": loss.detach()},
             {
                 "stopping": stop.received is not None,
                 "out_of_time": limit is not None and progress.train_seconds > 60 * limit,
-                "save_due": self.checkpoints.is_due(),
+                "save_due": self.checkpoints.images_due or self.checkpoints.minutes_due,
                 "written": self.checkpoints.is_written,
             },
-        )
+        )()
         seconds = time.monotonic() - started
         progress.train_seconds += seconds
         for name, value in {**terms, "optim/grad_norm": grad_norm, "steps": 1.0, "seconds": seconds}.items():
@@ -438,8 +436,6 @@ class DiffusionTraining:
     @torch.no_grad()
     def _save_grid(self) -> None:
         """Saves a grid of samples of the EMA weights, of the same noise each time."""
-        if not self.accelerator.is_main_process:
-            return
         output, presets = self.config.output, self.config.training_presets
         with self.tracker.guard("image grids"), self.ema.applied(self.parameters), self.accelerator.autocast():
             # One image at a time, so that the first images do not depend on num_samples.
