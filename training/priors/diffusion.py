@@ -32,7 +32,14 @@ from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import TrainingState
 from training.config import Config
-from training.distributed import build_accelerator, join_processes, on_main_process, read_later, resolve_precision
+from training.distributed import (
+    build_accelerator,
+    join_processes,
+    on_main_process,
+    read_later,
+    resolve_precision,
+    set_backend_options,
+)
 from training.ema import EMAWeights
 from training.learning_rate import LearningRate
 from training.publish.export import export_model, model_files
@@ -150,6 +157,7 @@ class DiffusionTraining:
         if saved is not None:
             notes += check_resume(config, processes.num_processes, saved, ())
         accelerator = self.accelerator = build_accelerator(precision, opened["run_dir"], static_graph=True)
+        set_backend_options(presets.allow_tf32, presets.deterministic)
         setup_logging(accelerator, None)
         vae.to(accelerator.device).requires_grad_(False)
 
