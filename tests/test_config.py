@@ -152,7 +152,7 @@ INVALID = [
     # Sections
     ("training_presets", "learning_rat", 1, "did you mean training_presets.learning_rate?"),
     ("loss", "lpip_weight", 1, "did you mean loss.lpips_weight?"),
-    ("data", "kl_cycle_period", 8, "valid keys are data.cache, data.cache_dir"),
+    ("data", "kl_cycle_period", 8, "valid keys are data.attribute_columns, data.cache"),
     ("output", "zzz", 1, "valid keys are output.checkpoint_every_epochs"),
 ]
 

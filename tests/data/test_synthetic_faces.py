@@ -110,7 +110,7 @@ def test_dataset_is_rendered_once_and_then_read_from_the_cache(tmp_path, monkeyp
     def fail(seed):
         raise AssertionError(f"seed {seed} is rendered again")
 
-    monkeypatch.setattr(synthetic_faces, "render_face", fail)
+    monkeypatch.setattr(synthetic_faces, "render_portrait", fail)
     assert list(synthetic_dataset(4, first_seed=0, cache_dir=str(tmp_path), num_shards=1)) == examples
 
 

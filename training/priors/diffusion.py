@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import DiffusionPrior
-from training.budget.devices import DEFAULT_EFFICIENCY, local_device
+from training.budget.devices import local_device
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
@@ -248,7 +248,7 @@ class DiffusionTraining:
         device = local_device(self.accelerator.device)
         peak = 1000 * (device.float32_tflops if precision == "no" else device.half_tflops)
         images = presets.num_epochs * self.steps_per_epoch * presets.batch_size
-        hours = 3 * gflop * images / (peak * DEFAULT_EFFICIENCY * self.accelerator.num_processes) / 3600
+        hours = 3 * gflop * images / (peak * device.efficiency * self.accelerator.num_processes) / 3600
         logger.info(
             "cost      %.1f M parameters, %.2f GFLOPs per image forward, %.2f in training, %.0f per sample; %d faces, "
             "%d steps per epoch, %d images in all: %.1f hours at %.0f %% of the peak of %s",
@@ -260,7 +260,7 @@ class DiffusionTraining:
             self.steps_per_epoch,
             images,
             hours,
-            100 * DEFAULT_EFFICIENCY,
+            100 * device.efficiency,
             device.title,
         )
 
