@@ -156,7 +156,7 @@ class DiffusionTraining:
         checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
         if saved is not None:
             notes += check_resume(config, processes.num_processes, saved, ())
-        accelerator = self.accelerator = build_accelerator(precision, opened["run_dir"], static_graph=True)
+        accelerator = self.accelerator = build_accelerator(precision, static_graph=True)
         set_backend_options(presets.allow_tf32, presets.deterministic)
         setup_logging(accelerator, None)
         vae.to(accelerator.device).requires_grad_(False)
@@ -169,7 +169,6 @@ class DiffusionTraining:
             return run_dir, claimed
 
         run_dir, claimed = self.run_dir, _ = on_main_process(accelerator, prepare)
-        accelerator.project_configuration.project_dir = accelerator.project_configuration.logging_dir = str(run_dir)
         setup_logging(accelerator, run_dir / "training.log")
         self.latents = load_file(run_dir / LATENTS_FILE)
         for line in (
@@ -205,7 +204,15 @@ class DiffusionTraining:
         self.steps_per_epoch = max(1, min(num_faces, presets.max_images_per_epoch or num_faces) // presets.batch_size)
         resumed_at = None if saved is None else (saved["progress"]["step"], saved["progress"]["epoch"])
         status = {"num_epochs": presets.num_epochs, "steps_per_epoch": self.steps_per_epoch}
-        self.tracker = Tracker(accelerator, run_dir, config.flat(), status, resumed_at)
+        self.tracker = Tracker(
+            accelerator,
+            run_dir,
+            config.flat(),
+            status,
+            trackers=config.output.trackers,
+            project=config.output.run_name,
+            resumed_at=resumed_at,
+        )
         components = {"progress": self.progress, "learning_rate": self.learning_rate}
         self.checkpoints = CheckpointManager(
             run_dir,
