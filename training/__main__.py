@@ -20,7 +20,7 @@ COMMANDS = {
     "encode": ("training.encode", "encode a data set to latents"),
     "fit_prior": ("training.priors.fit", "fit priors to the latents of training images"),
     "compare_priors": ("training.priors.compare", "compare priors with photographs"),
-    "sample": ("training.priors.sample", "generate, interpolate and save images of a trained model"),
+    "sample": ("training.priors.sample", "generate and interpolate images"),
     "demo": ("training.demo.command", "show a trained model in the browser"),
     "export_formats": ("training.publish.export_formats", "write a trained model as fp16 safetensors, ONNX or .pth"),
     "publish": ("training.publish.stage", "upload a model and its card to the Hub"),
