@@ -4,7 +4,8 @@
     python -m benchmarks.data                       # noise JPEGs of CelebA's size instead of faces
 
 Prints what one core delivers (images per second of CPU time, which other processes on the machine disturb little),
-images/s with one worker and two (threads here, processes of a DataLoader there), seconds to the first batch with
+images/s with one worker and two (threads or `data.decode_processes` here, processes of a DataLoader there; with processes
+the CPU second is one of the training process alone, which hands over what they decode), seconds to the first batch with
 nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
 to `--rows`. Not measured here: the network; the fraction of training time that waits for data, which every run logs as
 speed/data_wait_fraction.
@@ -71,12 +72,15 @@ def write_corpus(folder: Path, data_files: str | None, rows: int) -> None:
         pq.write_table(table, folder / f"train-{shard:05d}-of-{SHARDS:05d}.parquet", row_group_size=1000)
 
 
-def our_stream(folder: Path, resolution: int, workers: int, cache_dir: Path | None = None) -> TrainStream:
+def our_stream(
+    folder: Path, resolution: int, workers: int, cache_dir: Path | None = None, processes: int = 0
+) -> TrainStream:
     config = DataConfig(
         dataset="parquet",
         data_files={"train": str(folder / "*.parquet")},
         crop_px=178,
         decode_threads=workers,
+        decode_processes=processes,
         cache_dir=str(cache_dir or folder / "cache"),
     )
     return TrainStream(config, resolution=resolution, seed=0, global_batch=BATCH, rank=0, world_size=1)
@@ -175,13 +179,14 @@ def main() -> None:
                 # 0 workers: all in one process whose CPU time is taken; ours then decodes in one thread.
                 clock = time.perf_counter if workers else time.process_time
                 ours = our_batches(our_stream(folder, resolution, workers or 1), 1)
+                split = our_batches(our_stream(folder, resolution, 1, processes=workers or 1), 1)
                 plain = plain_batches(folder, resolution, workers)
-                for kind, batches in (("ours", ours), ("plain datasets", plain)):
+                for kind, batches in (("ours", ours), ("ours, processes", split), ("plain datasets", plain)):
                     rates.setdefault((kind, workers), []).append(images_per_second(batches, arguments.seconds, clock))
             medians = {key: float(np.median(values)) for key, values in rates.items()}
-            for kind in ("ours", "plain datasets"):
+            for kind in ("ours", "ours, processes", "plain datasets"):
                 cells = [f"{medians[kind, workers]:12.0f}" for workers in (0, 1, 2)]
-                print(f"{resolution:4d} px {kind:14s}       {''.join(cells)}")
+                print(f"{resolution:4d} px {kind:15s}      {''.join(cells)}")
             ratios = [medians["ours", workers] / medians["plain datasets", workers] for workers in (0, 1, 2)]
             print(f"{resolution:4d} px ratio                {''.join(f'{ratio:12.2f}' for ratio in ratios)}")
 

@@ -414,6 +414,6 @@ def test_the_benchmarks_page_has_the_estimate_of_today(capsys):
     text = capsys.readouterr().out
     (training,) = re.findall(r"^training .* = ([\d.]+) GFLOPs", text, re.MULTILINE)
     (memory,) = re.findall(r"^fits +([\d.]+) of", text, re.MULTILINE)
-    (hours,) = re.findall(r"^roofline +([\d.]+) hours", text, re.MULTILINE)
+    (hours,) = re.findall(r"^time +([\d.]+) hours", text, re.MULTILINE)
     assert f"| **one training image** | **{training}** |" in page, "rerun the commands of the page"
     assert f"| none | {memory} | {training} | {float(hours):.1f} h |" in page, "rerun the commands of the page"

@@ -1,5 +1,6 @@
 """Epochs, their order and resume; corrupt images; splits; error messages."""
 
+import dataclasses
 import hashlib
 import http.server
 import itertools
@@ -22,6 +23,7 @@ import torch
 from encoded_images import SIZE, UNREADABLE, coded_image, image_bytes, numbers_and_flips
 
 from training.config import DataConfig
+from training.data import images as data_images
 from training.data import shards, sources
 from training.data import stream as data
 from training.data.images import decode_image
@@ -129,7 +131,7 @@ def test_resume_is_the_tail_of_an_uninterrupted_epoch(tmp_path, epoch, cache, mo
     config = coded_config(tmp_path, cache=cache)
     full = read_epoch(config, epoch, seed=3)
     decoded = []
-    monkeypatch.setattr(data, "decode_image", lambda *args: decoded.append(1) or decode_image(*args))
+    monkeypatch.setattr(data_images, "decode_image", lambda *args: decoded.append(1) or decode_image(*args))
     first, second = sorted(random.Random(epoch).sample(range(1, len(full)), 2))
     for start in {first, 7, len(full) - 1, len(full)}:  # batch 7 is two refills of the buffer away
         decoded.clear()
@@ -177,7 +179,9 @@ def reading_threads() -> list[str]:
 def test_decode_threads_use_one_core_each(tmp_path, monkeypatch):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(3)
-    monkeypatch.setattr(data, "decode_image", lambda *args: seen.append(torch.get_num_threads()) or decode_image(*args))
+    monkeypatch.setattr(
+        data_images, "decode_image", lambda *args: seen.append(torch.get_num_threads()) or decode_image(*args)
+    )
     try:
         read_epoch(coded_config(tmp_path), max_batches=2)
         assert set(seen) == {1} and torch.get_num_threads() == 3
@@ -216,6 +220,16 @@ def test_too_little_data_is_an_error(tmp_path):
         read_epoch(config, global_batch=5, start_batch=3)
     with pytest.raises(ValueError, match=r"batch of 5 cannot be divided over 2"):
         open_stream(config, world_size=2, global_batch=5)
+
+
+def test_processes_decode_the_same_batches_and_replace_the_same_images(tmp_path):
+    images = images_with_corrupt_ones(60, every=10)
+    config = parquet_config({"train": write_shards(tmp_path, images, 3)}, max_corrupt_fraction=0.5)
+    wanted = read_epoch(config, max_batches=7)
+    stream = open_stream(dataclasses.replace(config, decode_processes=2))
+    assert_same(list(stream.epoch_batches(0, max_batches=7)), wanted)
+    assert stream.corrupt_examples > 0
+    assert_same(list(stream.epoch_batches(0, start_batch=3, max_batches=4)), wanted[3:])
 
 
 # ---- corrupt images ----

@@ -38,6 +38,7 @@ FIXED_ON_RESUME = (
 # Exceptions: paths and speeds.
 FREE_ON_RESUME = (
     "data.cache_dir",
+    "data.decode_processes",
     "data.decode_threads",
     "data.num_train_images",
     "data.prefetch_batches",

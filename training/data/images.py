@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -107,6 +108,17 @@ def decode_image(data: bytes, crop_px: int | None, resolution: int) -> np.ndarra
     pixels = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
     pixels = F.interpolate(pixels, (resolution,) * 2, mode="bicubic", antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()
+
+
+def decode_images(encoded: Sequence[bytes], crop_px: int | None, resolution: int) -> list["np.ndarray | CorruptImage"]:
+    """Decodes several images; in place of a corrupt one, the error of `decode_image`."""
+    results: list[np.ndarray | CorruptImage] = []
+    for data in encoded:
+        try:
+            results.append(decode_image(data, crop_px, resolution))
+        except CorruptImage as error:
+            results.append(error)
+    return results
 
 
 def _unidentified(data: bytes) -> str:

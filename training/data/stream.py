@@ -1,4 +1,4 @@
-"""Examples to batches: global batches, decoding in threads, horizontal flips, corrupt images, and resume.
+"""Examples to batches: global batches, decoding in threads or processes, horizontal flips, corrupt images, and resume.
 
 The order of an epoch (`order`) is a pure function of (seed, epoch): it is cut into global batches, and every rank reads
 and decodes its own slice of each. So no example is lost or repeated whatever the number of shards, processes and decode
@@ -12,18 +12,21 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from training.data.images import CorruptImage, DataError, decode_image
+from training.data.images import CorruptImage, DataError, decode_image, decode_images
 from training.data.order import open_examples
 from training.data.shards import encoded_bytes
 from training.io import printable
@@ -34,6 +37,7 @@ _SPARE_EXAMPLES = 32  # first examples of an epoch, which replace a global batch
 _MIN_EXAMPLES_TO_JUDGE = 200  # with fewer, one corrupt image alone would be more than 0.5 %
 _REMINDER_S = 30.0  # between log lines while no examples arrive
 _MAX_DECODE_THREADS = 16
+_EXAMPLES_PER_JOB = 8  # one hand-over to a thread or a process for each image would cost a third of its decoding
 _FREE_ON_RESUME = {"revision", "files", "folder", "files_at"}  # names and places; contents are compared
 
 
@@ -53,8 +57,17 @@ class Batch:
     attributes: torch.Tensor
 
 
+@dataclass
+class _Slot:
+    """One image of a batch: where its pixels go, references of what may be there, its place in the epoch."""
+
+    pixels: torch.Tensor
+    candidates: Iterator[Any]
+    position: int
+
+
 def decode_pool(config) -> ThreadPoolExecutor:
-    """Threads, not processes: Pillow and torch release the GIL for most of the work on an image."""
+    """Threads that decode, or that wait for the processes that do."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     default = max(1, min(_MAX_DECODE_THREADS, cores // ranks_here))
@@ -62,9 +75,32 @@ def decode_pool(config) -> ThreadPoolExecutor:
     # against 1,350 with one). The setting belongs to its thread and is the default of later threads: the first line
     # fixes this thread's own.
     torch.get_num_threads()
-    return ThreadPoolExecutor(
-        config.decode_threads or default, "decode", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    threads = 2 * config.decode_processes or config.decode_threads or default
+    return ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _start_worker() -> None:
+    """Sets up a decoding process: one thread, and an end when its parent ends, however that ends."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # which a terminal or a scheduler sends to all; the parent decides
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _decode_processes(config) -> ProcessPoolExecutor | None:
+    """Processes that decode, if configured. They are not forked from this process, which has threads and CUDA."""
+    if not config.decode_processes:
+        return None
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(config.decode_processes, context, initializer=_start_worker)
 
 
 def load_validation(config, *, resolution: int, rank: int, world_size: int) -> tuple[torch.Tensor, list[int]]:
@@ -162,6 +198,7 @@ class TrainStream:
         self.corrupt_examples = self._decoded_examples = 0
         self.wait_seconds = 0.0
         self._corrupt_examples: dict[str, str] = {}  # id: reason, in order of appearance
+        self._processes = _decode_processes(config)
 
     def epoch_batches(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> Iterator[Batch]:
         """Yields this rank's batches of an epoch. Its threads end with the iterator, however that ends.
@@ -256,11 +293,15 @@ class TrainStream:
                 if index < start_batch:
                     continue
                 pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
-                jobs = []
-                for slot, i in zip(pixels, self._local, strict=True):
-                    candidates = itertools.chain(batch[i:], batch[:i], spares)  # itself first
-                    position = index * self._global_batch + i
-                    jobs.append(pool.submit(self._fill, slot, candidates, epoch, position))
+                slots = [
+                    # Itself first.
+                    _Slot(place, itertools.chain(batch[i:], batch[:i], spares), index * self._global_batch + i)
+                    for place, i in zip(pixels, self._local, strict=True)
+                ]
+                jobs = [
+                    pool.submit(self._fill, slots[start : start + _EXAMPLES_PER_JOB], epoch)
+                    for start in range(0, len(slots), _EXAMPLES_PER_JOB)
+                ]
                 yield pixels, jobs
         self.num_examples = index * self._global_batch + len(batch)
         if index == 0 or index < start_batch:
@@ -272,30 +313,56 @@ class TrainStream:
         if batch:
             logger.info("epoch %d: the last %d images did not fill a batch and were dropped", epoch, len(batch))
 
-    def _fill(self, slot: torch.Tensor, candidates, epoch: int, position: int) -> tuple[str, tuple | None, bytes]:
-        """Decodes the first readable candidate into the slot.
+    def _fill(self, slots: list[_Slot], epoch: int) -> list[tuple[str, tuple | None, bytes]]:
+        """Decodes the first readable candidate into each slot.
 
         Returns:
-            Its id, (id, reason) of the example that belongs there if that one is corrupt, and its attributes.
+            For each slot its id, (id, reason) of the example that belongs there if that one is corrupt, and its attributes.
         """
+        firsts = self._decode([next(slot.candidates) for slot in slots])
+        return [self._fill_slot(slot, *first, epoch) for slot, first in zip(slots, firsts, strict=True)]
+
+    def _fill_slot(
+        self, slot: _Slot, example_id: str, pixels: np.ndarray | CorruptImage, attributes: bytes, epoch: int
+    ) -> tuple[str, tuple | None, bytes]:
         corrupt = None
-        for reference in candidates:
+        while isinstance(pixels, CorruptImage):
+            corrupt = corrupt or (example_id, f"{pixels}; number {slot.position} of epoch {epoch}")
+            reference = next(slot.candidates, None)
+            if reference is None:
+                raise DataError(
+                    f"data: no image of {self.config.dataset!r} is readable near {corrupt[0]} ({corrupt[1]})."
+                )
+            ((example_id, pixels, attributes),) = self._decode([reference])
+        image = torch.from_numpy(pixels)
+        if self.config.horizontal_flip:
+            # A hash and no generator: the flip depends on nothing but the example's position.
+            place = f"{self._seed}:{epoch}:{slot.position}".encode()
+            is_flipped = hashlib.blake2b(place, digest_size=1).digest()[0] & 1
+            image = image.flip(1) if is_flipped else image
+        slot.pixels.copy_(image)
+        return example_id, corrupt, attributes
+
+    def _decode(self, references: list[Any]) -> list[tuple[str, np.ndarray | CorruptImage, bytes]]:
+        """Id, pixels (or why they are corrupt) and attributes of each reference; in this thread or in a process."""
+        examples: list[tuple[str, bytes | CorruptImage, bytes]] = []
+        for reference in references:
             example = self._examples.read(reference)
-            example_id = printable(example.path or "null")
+            attributes = example.attributes or b""
             try:
                 data, example_id = encoded_bytes(example)
-                pixels = torch.from_numpy(decode_image(data, self.config.crop_px, self._resolution))
+                examples.append((example_id, data, attributes))
             except CorruptImage as error:
-                corrupt = corrupt or (example_id, f"{error}; number {position} of epoch {epoch}")
-                continue
-            if self.config.horizontal_flip:
-                # A hash and no generator: the flip depends on nothing but the example's position.
-                place = f"{self._seed}:{epoch}:{position}".encode()
-                is_flipped = hashlib.blake2b(place, digest_size=1).digest()[0] & 1
-                pixels = pixels.flip(1) if is_flipped else pixels
-            slot.copy_(pixels)
-            return example_id, corrupt, example.attributes or b""
-        raise DataError(f"data: no image of {self.config.dataset!r} is readable near {corrupt[0]} ({corrupt[1]}).")
+                examples.append((printable(example.path or "null"), error, attributes))
+        arguments = [data for _, data, _ in examples if isinstance(data, bytes)], self.config.crop_px, self._resolution
+        if self._processes is None:
+            decoded = iter(decode_images(*arguments))
+        else:
+            decoded = iter(self._processes.submit(decode_images, *arguments).result())
+        return [
+            (name, data if isinstance(data, CorruptImage) else next(decoded), attributes)
+            for name, data, attributes in examples
+        ]
 
     def _wait_for(self, handover: queue.Queue):
         began = time.perf_counter()
@@ -318,7 +385,7 @@ class TrainStream:
 
     def _finish(self, pixels: torch.Tensor, jobs: list) -> Batch:
         began = time.perf_counter()
-        results = [job.result() for job in jobs]
+        results = [result for job in jobs for result in job.result()]
         self.wait_seconds += time.perf_counter() - began
         self._decoded_examples += len(results)
         for corrupt_id, reason in (corrupt for _, corrupt, _ in results if corrupt):
