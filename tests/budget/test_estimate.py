@@ -135,7 +135,9 @@ def flops_by_shapes(config) -> dict[str, float]:
         size = model.config.sample_size
         model(torch.zeros(1, 3, size, size))
         enlarge = enlarging(model.config.pca_decode_size, size) if model.pca_branch is not None else 0.0
-        found = {"model": forward + enlarge, "model backward": backward + enlarge}
+        # The frozen PCA branch passes gradients to the encoder, if that is trained.
+        enlarge_backward = enlarge * (config.training_presets.train_only != "decoder")
+        found = {"model": forward + enlarge, "model backward": backward + enlarge_backward}
         forward = backward = 0.0
         for name, crop in config.loss.trunks:
             trunk = watch(PerceptualTrunk(name, load_weights=False).to("meta"))
