@@ -102,7 +102,7 @@ def measure_step(config: Config, batch: int, steps: int) -> dict[str, Any]:
 
 
 def measure_loader(resolution: int, seconds: float) -> dict[str, Any]:
-    """Images/s of the data path for 1, 2, 4, ... decode threads, from JPEGs of CelebA's size in a local cache."""
+    """Images/s of the data path by decode threads and processes, from JPEGs of CelebA's size in a local cache."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = [count for count in (1, 2, 4, 8, 16) if count == 1 or count <= cores]
     with tempfile.TemporaryDirectory() as name:
@@ -111,7 +111,11 @@ def measure_loader(resolution: int, seconds: float) -> dict[str, Any]:
         next(our_batches(our_stream(Path(name), resolution, workers[-1]), 1))  # completes the cache
         rates = {}
         for count in workers:
-            rates[str(count)] = images_per_second(our_batches(our_stream(Path(name), resolution, count), 2), seconds)
+            stream = our_stream(Path(name), resolution, count)
+            rates[f"{count} threads"] = images_per_second(our_batches(stream, 2), seconds)
+        for count in (each for each in workers if each > 2):
+            stream = our_stream(Path(name), resolution, 1, processes=count)
+            rates[f"{count} processes"] = images_per_second(our_batches(stream, 2), seconds)
     return {"cores": cores, "images_per_second": rates}
 
 
@@ -258,7 +262,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
         return found["error"]
     if name == "loader":
         rates = ", ".join(f"{count}: {rate:.0f}" for count, rate in found["images_per_second"].items())
-        return f"images/s by decode threads {rates} ({found['cores']} cores)"
+        return f"images/s with {rates} ({found['cores']} cores)"
     if name == "loop":
         return (
             f"{1e3 * found['seconds_between_steps']:.1f} ms between steps, {1e3 * found['seconds_waiting']:.1f} of them "
