@@ -261,7 +261,7 @@ def test_a_step_takes_the_longest_of_compute_memory_and_launches():
 
 
 def test_hours_fall_with_efficiency_and_peak(light):
-    compute_only = {"bandwidth_gbps": 1e9, "kernel_us": 0, "launch_us": 0}
+    compute_only = {"bandwidth_gbps": 1e9, "kernel_us": 0, "launch_us": 0, "tf32_tflops": 0}
     hours = [
         estimate_cost(light, 1, 1000, device=replace(DEVICES[name], efficiency=efficiency, **compute_only))
         for name, efficiency in (("rtx3090", 0.5), ("rtx3090", 0.25), ("a100", 0.5))
@@ -269,6 +269,10 @@ def test_hours_fall_with_efficiency_and_peak(light):
     hours = [estimate["time"]["hours"] for estimate in hours]
     assert hours[1] / hours[0] == pytest.approx(2, rel=1e-3)
     assert hours[2] / hours[0] == pytest.approx(35.6 / 19.5, rel=1e-3)  # the tiny configuration computes in float32
+    tf32 = estimate_cost(light, 1, 1000, device=replace(DEVICES["a100"], **compute_only | {"tf32_tflops": 156}))
+    assert tf32["device"]["tflops"] == 156
+    light.training_presets.allow_tf32 = False
+    assert estimate_cost(light, 1, 1000, device=DEVICES["a100"])["device"]["tflops"] == 19.5
 
 
 def test_processes_exchange_gradients():

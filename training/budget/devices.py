@@ -31,11 +31,12 @@ class Device:
         cuda_name: What CUDA calls it.
         half_tflops: Dense bf16 or fp16 matrix products with float32 accumulation, TFLOP/s, without sparsity; of a measured
             device, convolutions of the reference configuration's sizes.
-        float32_tflops: Float32 outside the tensor cores, TFLOP/s (TF32 is off by default).
+        float32_tflops: Float32 without TF32, TFLOP/s.
         memory_gib: Its memory, GiB. Vendors write GB and mean GiB here.
         bandwidth_gbps: Of that memory, GB/s.
         link: How devices of one machine exchange gradients.
         link_gbps: Rate that an all-reduce reaches over that link in each direction, GB/s; an assumption.
+        tf32_tflops: Float32 convolutions with TF32, TFLOP/s; 0 where there is none.
         efficiency: Fraction of the peak that convolutions and matrix products reach. For the table an assumption, as are
             the next three; a measured device has 1 because its rates are those of convolutions.
         bandwidth_efficiency: Fraction of the memory bandwidth that the other operations reach.
@@ -52,6 +53,7 @@ class Device:
     bandwidth_gbps: float
     link: str = "PCIe 4.0"
     link_gbps: float = 12
+    tf32_tflops: float = 0
     efficiency: float = 0.6
     bandwidth_efficiency: float = 0.8
     kernel_us: float = 2
@@ -61,42 +63,42 @@ class Device:
 
 DEVICES: dict[str, Device] = {
     "rtx3090": Device(
-        title="RTX 3090", half_tflops=71, float32_tflops=35.6, memory_gib=24, bandwidth_gbps=936,
+        title="RTX 3090", half_tflops=71, tf32_tflops=35.5, float32_tflops=35.6, memory_gib=24, bandwidth_gbps=936,
         cuda_name="NVIDIA GeForce RTX 3090",
         source="NVIDIA Ampere GA102 GPU Architecture whitepaper",
     ),
     "rtx4090": Device(
-        title="RTX 4090", half_tflops=165.2, float32_tflops=82.6, memory_gib=24, bandwidth_gbps=1008,
+        title="RTX 4090", half_tflops=165.2, tf32_tflops=82.6, float32_tflops=82.6, memory_gib=24, bandwidth_gbps=1008,
         cuda_name="NVIDIA GeForce RTX 4090",
         source="NVIDIA Ada GPU Architecture whitepaper",
     ),
     "rtx5090": Device(
-        title="RTX 5090", half_tflops=209.5, float32_tflops=104.8, memory_gib=32, bandwidth_gbps=1792,
+        title="RTX 5090", half_tflops=209.5, tf32_tflops=104.75, float32_tflops=104.8, memory_gib=32, bandwidth_gbps=1792,
         cuda_name="NVIDIA GeForce RTX 5090", link="PCIe 5.0", link_gbps=24,
         source="NVIDIA RTX Blackwell GPU Architecture whitepaper",
     ),
     "l4": Device(
-        title="L4", half_tflops=121, float32_tflops=30.3, memory_gib=24, bandwidth_gbps=300,
+        title="L4", half_tflops=121, tf32_tflops=60.5, float32_tflops=30.3, memory_gib=24, bandwidth_gbps=300,
         cuda_name="NVIDIA L4",
         source="NVIDIA L4 datasheet (half of its rate with sparsity)",
     ),
     "l40s": Device(
-        title="L40S", half_tflops=362, float32_tflops=91.6, memory_gib=48, bandwidth_gbps=864,
+        title="L40S", half_tflops=362, tf32_tflops=181, float32_tflops=91.6, memory_gib=48, bandwidth_gbps=864,
         cuda_name="NVIDIA L40S",
         source="NVIDIA L40S datasheet",
     ),
     "a100": Device(
-        title="A100 80 GB SXM", half_tflops=312, float32_tflops=19.5, memory_gib=80, bandwidth_gbps=2039,
+        title="A100 80 GB SXM", half_tflops=312, tf32_tflops=156, float32_tflops=19.5, memory_gib=80, bandwidth_gbps=2039,
         cuda_name="NVIDIA A100-SXM4-80GB", link="NVLink 3", link_gbps=200,
         source="NVIDIA A100 datasheet",
     ),
     "h100": Device(
-        title="H100 SXM", half_tflops=989, float32_tflops=67, memory_gib=80, bandwidth_gbps=3350,
+        title="H100 SXM", half_tflops=989, tf32_tflops=494.5, float32_tflops=67, memory_gib=80, bandwidth_gbps=3350,
         cuda_name="NVIDIA H100 80GB HBM3", link="NVLink 4", link_gbps=300,
         source="NVIDIA H100 datasheet (half of its rate with sparsity)",
     ),
     "h200": Device(
-        title="H200 SXM", half_tflops=989, float32_tflops=67, memory_gib=141, bandwidth_gbps=4800,
+        title="H200 SXM", half_tflops=989, tf32_tflops=494.5, float32_tflops=67, memory_gib=141, bandwidth_gbps=4800,
         cuda_name="NVIDIA H200", link="NVLink 4", link_gbps=300,
         source="NVIDIA H200 datasheet (half of its rate with sparsity)",
     ),

@@ -219,6 +219,8 @@ def estimate_cost(
     half = presets.mixed_precision != "no" and (
         presets.mixed_precision != "auto" or device.half_tflops > device.float32_tflops
     )
+    if device.tf32_tflops and presets.allow_tf32:
+        device = replace(device, float32_tflops=device.tf32_tflops)
     tflops = _tflops(device)[half]
     micro_batch = micro_batch_size(config, num_processes)
     local_batch = presets.batch_size // num_processes

@@ -26,6 +26,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.builders import build_model, freeze_parameters
 from training.config import Config
 from training.data.images import normalize
+from training.distributed import AUTOCAST_DTYPES
 from training.losses.objective import ReconstructionLoss, vae_loss
 from training.randomness import sample_crops
 
@@ -35,9 +36,6 @@ GIB = 2**30
 # the allocator loses between blocks of different sizes.
 CONTEXT_BYTES = 0.75 * GIB
 FRAGMENTED_FRACTION = 0.1
-
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 _PERSISTENT = ("weights", "gradients", "optimizer state", "EMA weights", "trunk weights")
 _TRANSIENT = ("saved activations", "saved in the losses", "temporary")  # grow with the batch
@@ -153,7 +151,7 @@ class _Ledger(TorchDispatchMode):
             flop = 0 if count is None else count(*args, **(kwargs or {}), out_val=out)
             written = new or outputs
             traffic = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *written))
-            half = bool(outputs) and outputs[0].dtype in _HALF.values()
+            half = bool(outputs) and outputs[0].dtype in (torch.bfloat16, torch.float16)
             launches = _LAUNCHES.get(name, 1)
             self.operations.append(Operation(float(flop), traffic, half, launches, self.in_backward))
         return out
@@ -173,12 +171,14 @@ def trace_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, pre
         ValueError: The model's section cannot be built.
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        return _trace_step(config, build_model(config), _fake_loss(config), micro_batch, keeps_gradients, precision)
+        return _trace_step(
+            config, build_model(config), _fake_loss(config, precision), micro_batch, keeps_gradients, precision
+        )
 
 
-def _fake_loss(config: Config) -> ReconstructionLoss:
+def _fake_loss(config: Config, precision: str) -> ReconstructionLoss:
     with unset_fake_temporarily(), torch.device("meta"):
-        loss = ReconstructionLoss.from_config(config.loss, "meta", load_weights=False)
+        loss = ReconstructionLoss.from_config(config.loss, "meta", dtype=AUTOCAST_DTYPES[precision], load_weights=False)
     for network in loss.networks:
         for module in network.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -230,7 +230,7 @@ def _trace_step(
             ledger.enter(tensor, saving)
         return tensor
 
-    autocast = torch.autocast("cpu", dtype=_HALF.get(precision), enabled=precision in _HALF)
+    autocast = torch.autocast("cpu", dtype=AUTOCAST_DTYPES[precision], enabled=precision != "no")
     # As in `training.step.TrainStep.gradients`, where accelerate's wrapper puts the model under autocast of its own.
     with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pixels = normalize(torch.zeros(micro_batch, 3, resolution, resolution, dtype=torch.uint8))
