@@ -271,8 +271,9 @@ def test_hours_fall_with_efficiency_and_peak(light):
     assert hours[2] / hours[0] == pytest.approx(35.6 / 19.5, rel=1e-3)  # the tiny configuration computes in float32
     tf32 = estimate_cost(light, 1, 1000, device=replace(DEVICES["a100"], **compute_only | {"tf32_tflops": 156}))
     assert tf32["device"]["tflops"] == 156
-    light.training_presets.allow_tf32 = False
-    assert estimate_cost(light, 1, 1000, device=DEVICES["a100"])["device"]["tflops"] == 19.5
+    values = light.to_dict()
+    values["training_presets"]["allow_tf32"] = False
+    assert estimate_cost(config_from_dict(values), 1, 1000, device=DEVICES["a100"])["device"]["tflops"] == 19.5
 
 
 def test_processes_exchange_gradients():
