@@ -513,9 +513,9 @@ def test_without_attribute_columns_batches_have_none(tmp_path):
     assert read_epoch(coded_config(tmp_path, 12, 1))[0].attributes.shape == (6, 0)
 
 
-@pytest.mark.parametrize(("name", "held"), [("hat", "holds nothing"), ("image", "holds struct")])
-def test_an_attribute_column_that_holds_no_numbers_is_refused(tmp_path, name, held):
-    with pytest.raises(ValueError, match=f"data.attribute_columns: '{name}' {held}.*name columns of booleans"):
+@pytest.mark.parametrize(("name", "content"), [("hat", "holds nothing"), ("image", "holds struct")])
+def test_an_attribute_column_that_holds_no_numbers_raises(tmp_path, name, content):
+    with pytest.raises(ValueError, match=f"data.attribute_columns: '{name}' {content}.*name columns of booleans"):
         open_source(coded_config(tmp_path, 12, 1, attribute_columns=[name]), "train")
 
 

@@ -66,7 +66,7 @@ def checkpoint_tensors(run_dir) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_run_trains_validates_draws_and_exports(session, tmp_path):
+def test_a_run_trains_validates_samples_and_exports(session, tmp_path):
     code, training = train(tmp_path)
     assert code == 0 and training.progress.step == 3 * STEPS
     lines = [json.loads(line) for line in (training.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -81,7 +81,7 @@ def test_a_run_trains_validates_draws_and_exports(session, tmp_path):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(session, tmp_path, monkeypatch):
-    expected = checkpoint_tensors(train(tmp_path / "whole")[1].run_dir)
+    expected = checkpoint_tensors(train(tmp_path / "uninterrupted")[1].run_dir)
     step = DiffusionTraining._step
 
     def stop_at_step_four(self, stop):
