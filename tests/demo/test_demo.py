@@ -19,6 +19,7 @@ import tiny
 import yaml
 from PIL import Image
 
+from modeling.latent_prior import GaussianPrior
 from training.demo import command
 from training.publish.space import stage_space
 
@@ -33,8 +34,12 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
+    """A model with a Gaussian prior that knows the directions of two attributes."""
     folder = tmp_path_factory.mktemp("demo") / "vae_tiny"
     tiny.random_vae().save_pretrained(folder)
+    prior = GaussianPrior(16, attributes=("Smiling", "Wearing_Hat"))
+    prior.directions.data.fill_(1.0)
+    prior.save_pretrained(folder / "priors" / "gaussian")
     return folder
 
 
@@ -154,6 +159,15 @@ class TestBrowser:
         tab.get_by_label("number input for position").press("Enter")
         page.wait_for_function("before => document.querySelector('#shown img').src !== before", arg=before)
 
+    def test_edit_an_attribute(self, page):
+        tab = open_tab(page, "Edit")
+        choose_example(tab)
+        tab.get_by_label("number input for Wearing Hat").fill("2")
+        tab.get_by_label("number input for Wearing Hat").press("Enter")
+        tab.get_by_role("button", name="Edit", exact=True).click()
+        tab.locator(".thumbnail-item").nth(1).wait_for()
+        assert tab.locator(".caption-label").all_inner_texts() == ["reconstruction", "edited"]
+
     def test_one_latent_dimension(self, page):
         tab = open_tab(page, "Latent")
         assert "of 16 latent dimensions are active" in tab.inner_text()
@@ -192,4 +206,4 @@ def test_the_app_of_the_space_builds_the_demo_without_this_project(model, tmp_pa
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     title, tabs = json.loads(done.stdout.splitlines()[-1])
-    assert title == "vae_tiny" and tabs == ["Reconstruct", "Samples", "Interpolate", "Latent"]
+    assert title == "vae_tiny" and tabs == ["Reconstruct", "Samples", "Interpolate", "Edit", "Latent"]

@@ -83,6 +83,10 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
     """
     size = pipe.vae.config.sample_size
     priors = ["standard", *pipe.fitted_priors]
+    # Attributes of faces that the Gaussian prior has directions of, and those that the diffusion prior was trained on.
+    editable, conditions = (
+        [] if prior is None else list(prior.config.attributes) for prior in (pipe.gaussian, pipe.diffusion)
+    )
     faces = [Image.open(path).convert("RGB") for path in examples]
     example_latents = torch.cat([pipe.encode(face) for face in faces]).flatten(1).float().cpu()
     variances, order = example_latents.var(dim=0).sort(descending=True)
@@ -100,8 +104,18 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         pairs = [(original, f"original, {size}x{size}"), (decoded, "reconstruction"), (difference, "difference x 4")]
         return pairs, f"PSNR {psnr(original, decoded):.2f} dB"
 
-    def sample(prior: str, temperature: float, seed: float, count: float) -> list[Image.Image]:
-        return pipe(int(count), prior, temperature, _generator(seed)).images
+    def sample(
+        prior: str, temperature: float, seed: float, count: float, present: list[str], guidance: float
+    ) -> list[Image.Image]:
+        chosen: dict[str, Any] = (
+            {"attributes": dict.fromkeys(present, 1), "guidance_scale": guidance} if present else {}
+        )
+        return pipe(int(count), prior, temperature, _generator(seed), **chosen).images
+
+    def edit(image: Image.Image | None, *amounts: float) -> list[tuple[Image.Image, str]]:
+        _require(image)
+        changes = {name: amount for name, amount in zip(editable, amounts) if amount}
+        return [(pipe.edit(image, {})[0], "reconstruction"), (pipe.edit(image, changes)[0], "edited")]
 
     def end_latents(image: Image.Image | None, seed: float, prior: str) -> Tensor:
         if image is not None:
@@ -151,8 +165,11 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
                 temperature = gr.Slider(0, 1.5, value=0.8, step=0.05, label="temperature")
                 seed = gr.Number(0, label="seed", precision=0)
                 count = gr.Slider(1, _MAX_SAMPLES, value=16, step=1, label="images")
+            with gr.Row(visible=bool(conditions)):
+                present = gr.Dropdown(conditions, multiselect=True, label="attributes, with the prior diffusion")
+                guidance = gr.Slider(1, 5, value=1.5, step=0.1, label="guidance, with attributes")
             button, output = gr.Button("Sample", variant="primary"), gr.Gallery(label="samples", columns=8, **gallery)
-            button.click(sample, [prior, temperature, seed, count], output, **queue)
+            button.click(sample, [prior, temperature, seed, count, present, guidance], output, **queue)
         with gr.Tab("Interpolate"):
             gr.Markdown("Between two images; where one is missing, a sample of its seed takes its place.")
             with gr.Row():
@@ -169,6 +186,18 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
             strip = gr.Gallery(label="all images", columns=_STEPS, **gallery | {"height": 140})
             button.click(interpolate, [*ends, *seeds, prior], [strip, frames, position, shown], **queue)
             position.input(lambda frames, place: frames[int(place) - 1] if frames else None, [frames, position], shown)
+        with gr.Tab("Edit", visible=bool(editable)), gr.Row():
+            with gr.Column(scale=2):
+                image = image_upload("face")
+                offer_examples(list(examples), image)
+            with gr.Column(scale=3):
+                output = gr.Gallery(label="result", columns=2, **gallery)
+                button = gr.Button("Edit", variant="primary")
+                gr.Markdown(
+                    "1 is the mean difference between faces with and without the attribute; below 0 removes it."
+                )
+                amounts = [gr.Slider(-3, 3, value=0, step=0.25, label=name.replace("_", " ")) for name in editable]
+            button.click(edit, [image, *amounts], output, **queue)
         with gr.Tab("Latent"):
             gr.Markdown(
                 f"{active} of {len(order)} latent dimensions are active: their posterior mean varies by more than "
