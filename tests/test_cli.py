@@ -74,7 +74,7 @@ def test_wrong_types_and_impossible_shapes(cli):
     error = cli.error(model__encoder_block_out_channels="64")
     assert "section model" in error and "int" in error
     error = cli.error(model__latent_dim="1024")
-    assert "16 x 1 x 1 = 16, but latent_dim is 1024: change one of them" in error
+    assert "latent_dim must be latent_channels x latent_size^2 = 16 x 1^2 = 16, got 1024" in error
 
 
 def test_a_missing_configuration(cli, capsys):

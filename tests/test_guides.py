@@ -51,6 +51,7 @@ NOT_RUN = {
     "mkdir": "a folder for the next command",
     "python - <<": "downloads weights; see test_weights_for_a_machine_without_a_network",
     "until python": "tests/test_launchers.py checks the exit codes",
+    "CUDA_VISIBLE_DEVICES": "needs several GPUs",
     "test $?": "part of the loop before",
     "done": "part of the loop before",
     "python -m training.evaluate $MODEL stabilityai/": "needs a network; tests/evaluate compares models of diffusers",
@@ -160,6 +161,7 @@ def workplace(tmp_path_factory, faces) -> Iterator[Path]:
         ("ultra", "ultra_high_quality", {}, {}),
         ("ultra_spatial", "ultra_spatial", SPATIAL, {}),
         ("own_faces", "own_faces", {}, own),
+        ("quickstart", "quickstart", {}, {}),
     ):
         values = tiny.tiny_settings(folder, faces, model=model, data=data, training_presets={"num_epochs": 1})
         values["output"] |= {"run_name": run_name, "runs_dir": "runs", "model_dir": "model_weights"}

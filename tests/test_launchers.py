@@ -137,7 +137,9 @@ def assert_stopped(launched: Launched) -> Path:
     newest = list_checkpoints(run_dir)[-1]
     verify(newest)
     assert read_state(newest)["progress"]["step"] == status["step"] < 2 * STEPS
-    assert "stopped by SIGTERM; resume with --resume auto" in (run_dir / "training.log").read_text()
+    assert (
+        "stopped by SIGTERM; resume with the same command and --resume auto" in (run_dir / "training.log").read_text()
+    )
     assert not list((run_dir / "checkpoints").glob(".*"))
     return run_dir
 

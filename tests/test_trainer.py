@@ -378,23 +378,24 @@ def test_the_time_limit_ends_a_run_cleanly(faces, tmp_path):
     AutoencoderKLUltra.from_pretrained(ended.status["model_dir"])
 
 
-def test_the_time_limit_in_mid_epoch_is_no_epoch_without_improvement(finished, faces, tmp_path, monkeypatch):
-    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS, "max_train_minutes": 1e-6})
+@pytest.mark.parametrize(("seconds_left", "last_step"), [(1e-6, 12), (0, 10)])
+def test_the_time_limit_counts_all_sessions_and_is_no_epoch_without_improvement(
+    finished, faces, tmp_path, monkeypatch, seconds_left, last_step
+):
+    before = json.loads((finished.folder / "checkpoints" / "step_00000010" / STATE_FILE).read_text())
+    limit = (before["progress"]["train_seconds"] + seconds_left) / 60
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS, "max_train_minutes": limit})
     folder = Path(config.output.runs_dir) / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
-    before = json.loads((folder / "checkpoints" / "step_00000010" / STATE_FILE).read_text())
     monkeypatch.setattr(trainer_module, "validate", scripted([0.9]))  # worse than the best
     ended = run(config, "auto")
-    assert (ended.code, ended.status["step"], ended.status["reason"]) == (
-        0,
-        12,
-        "the limit of 1e-06 minutes of training",
-    )
-    after = json.loads((folder / "checkpoints" / "step_00000012" / STATE_FILE).read_text())
+    assert (ended.code, ended.status["step"]) == (0, last_step)
+    assert ended.status["reason"] == f"the limit of {limit:g} minutes of training"
+    after = json.loads((folder / "checkpoints" / f"step_{last_step:08d}" / STATE_FILE).read_text())
     assert after["learning_rate"] == before["learning_rate"]
     for name in ("best", "early_stopping_bad_epochs"):
         assert after["progress"][name] == before["progress"][name]
-    assert after["progress"]["batch"] == 2
+    assert after["progress"]["batch"] == last_step - 10
 
 
 def test_gradients_that_stay_infinite_roll_a_run_back_once_then_end_it(finished, faces, tmp_path):

@@ -323,7 +323,9 @@ class TrainingPresets(KLSchedule):
     train_only: str = constrained("all", choices=("all", "encoder", "decoder"))  # the other half of the model is frozen
     kl_control_enabled: bool = True  # false: beta is kl_beta_init after the warm-up
     max_images_per_epoch: int | None = constrained(None, ge=1)  # shorter epochs; null: all training images
-    max_train_minutes: float | None = constrained(None, gt=0)  # stop cleanly after this training time; null: never
+    max_train_minutes: float | None = constrained(
+        None, gt=0
+    )  # end the run after this training time, over all resumes; null: never
     seed: int = constrained(0, ge=0, le=2**64 - 1)  # of initial weights, example order, flips, crops, posterior noise
 
     def _check_together(self) -> None:

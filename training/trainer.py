@@ -74,7 +74,7 @@ class Trainer:
                     self.checkpoints.save()
             self.checkpoints.wait()
             if reason == STOPPED:
-                self.report.event(f"stopped by {stop.received}; resume with --resume auto")
+                self.report.event(f"stopped by {stop.received}; resume with the same command and --resume auto")
                 self.report.status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
             self._finish(reason)
@@ -97,6 +97,9 @@ class Trainer:
     def _train(self, stop: StopSignal) -> str:
         """Trains until something ends the run; returns what, `STOPPED` for a signal."""
         presets, progress = self.config.training_presets, self.progress
+        limit = presets.max_train_minutes
+        if limit is not None and progress.train_seconds >= 60 * limit:  # resumed; the same on all processes
+            return f"the limit of {limit:g} minutes of training"
         if progress.step == 0:
             self._validate("before training")
         while progress.epoch < presets.num_epochs:

@@ -100,7 +100,7 @@ def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
         (
             "data",
             {"horizontal_flip": False, "shuffle_buffer": 8},
-            "data.horizontal_flip (True -> False), data.shuffle_buf",
+            "data.horizontal_flip (true -> false), data.shuffle_buf",
         ),
         ("loss", {"lpips_weight": 0.3}, "loss.lpips_weight (0.2 -> 0.3)"),
         (
@@ -108,9 +108,9 @@ def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
             {"batch_size": 5, "seed": 1},
             "training_presets.batch_size (4 -> 5), training_presets.seed",
         ),
-        ("training_presets", {"optimizer": "adamw"}, "training_presets.optimizer ('adam' -> 'adamw')"),
+        ("training_presets", {"optimizer": "adamw"}, 'training_presets.optimizer ("adam" -> "adamw")'),
         ("training_presets", {"ema_decay": 0}, "training_presets.ema_decay (0.9999 -> 0.0)"),
-        ("output", {"run_name": "other"}, "output.run_name ('tiny' -> 'other')"),
+        ("output", {"run_name": "other"}, 'output.run_name ("tiny" -> "other")'),
     ],
 )
 def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, section, changes, named):
@@ -136,7 +136,7 @@ def test_a_change_is_accepted_where_it_is_allowed_by_name(finished, session, fac
     trainer.tracker.close()
     trainer.setup.folder.release()
     assert trainer.progress.step == 10
-    assert "data.horizontal_flip was True, is now False" in (run_dir / "training.log").read_text()
+    assert "data.horizontal_flip was true, is now false" in (run_dir / "training.log").read_text()
 
     (tmp_path / "tiny.json").write_text(json.dumps(values))
     command = [

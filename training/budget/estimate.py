@@ -263,6 +263,7 @@ def estimate_cost(
         scale = cost["gflop_average"] / cost["gflop_training"] * steps * presets.num_epochs / 3600
         estimate["time"]["hours"] = scale * seconds["step"]
         estimate["time"]["roofline_hours"] = scale * roofline_seconds["step"]
+        estimate["time"]["limit_minutes"] = config.training_presets.max_train_minutes
     return estimate
 
 
@@ -325,7 +326,7 @@ def format_estimate(estimate: dict[str, Any], layout: str) -> str:
     epoch = estimate["epoch"]
     lines.append(
         f"epoch     {epoch['images']} images / {batch['batch_size']} = {epoch['steps']} steps; x {epoch['epochs']} epochs "
-        f"= {epoch['steps'] * epoch['epochs']} steps, {epoch['total_flop'] / 1e15:.3g} PFLOPs"
+        f"= {epoch['steps'] * epoch['epochs']} steps, {_number(epoch['total_flop'] / 1e15)} PFLOPs"
     )
     if not math.isclose(estimate["gflop_average"], estimate["gflop_training"]):
         lines.append(
@@ -336,6 +337,9 @@ def format_estimate(estimate: dict[str, Any], layout: str) -> str:
         f"per full-size step: {_milliseconds(seconds['forward'])} forward, {_milliseconds(seconds['backward'])} backward, "
         f"{_milliseconds(seconds['optimizer'])} optimizer"
     )
+    limit = time["limit_minutes"]
+    if limit is not None and limit < 60 * time["hours"]:
+        lines.append(f"limit     {limit:g} minutes: training_presets.max_train_minutes ends the run before")
     if device["launch_us"]:
         waits = "the device waits for the host" if seconds["host"] == seconds["step"] else "hidden behind the device"
         lines.append(
@@ -359,7 +363,13 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
+    if hours < 1:
+        return f"{60 * hours:.3g} minutes" if 60 * hours >= 1 else f"{3600 * hours:.3g} seconds"
+    return f"{_number(hours)} hours" if hours < 100 else f"{hours / 24:,.0f} days"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _fit(estimate: dict[str, Any]) -> str:

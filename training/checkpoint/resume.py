@@ -5,6 +5,7 @@ Reads only; the trainer loads what is found.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,9 +135,14 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
     ]
     if refused:
-        shown = ", ".join(f"{key} ({saved.get(key)!r} -> {now.get(key)!r})" for key in refused)
+        shown = ", ".join(f"{key} ({_json(saved, key)} -> {_json(now, key)})" for key in refused)
         raise ValueError(
-            f"--resume: the checkpoint was trained with other values of {shown}: set them back, start a new run, or "
-            f"accept the change with --allow-changed {' '.join(refused)}."
+            f"--resume: the checkpoint was trained with other values of {shown}: repeat the --set options of that run, "
+            f"start a new run, or accept the change with --allow-changed {' '.join(refused)}."
         )
-    return [f"resume: {key} was {saved.get(key)!r}, is now {now.get(key)!r}" for key in changed]
+    return [f"resume: {key} was {_json(saved, key)}, is now {_json(now, key)}" for key in changed]
+
+
+def _json(values: dict[str, Any], key: str) -> str:
+    """A value as the configuration has it."""
+    return json.dumps(values.get(key))

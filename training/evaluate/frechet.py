@@ -144,7 +144,9 @@ def load_trunks(
         try:
             trunks[name] = PerceptualTrunk(name, weights).to(device)
         except ValueError as error:
-            raise ValueError(f"{error}. On this command line: --trunk-weights, --lpips and --frechet.") from error
+            raise ValueError(
+                f"{error}. On this command line: --trunk-weights DIR, or --lpips and --frechet with st_alexnet or none."
+            ) from error
     return trunks
 
 

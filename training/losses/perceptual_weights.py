@@ -105,8 +105,8 @@ def _torchvision_state(name: str, weights_dir: str | os.PathLike | None) -> tupl
         raise ValueError(
             f"no weights for the perceptual trunk {name!r}: loss.trunk_weights {folder}, torch's hub cache "
             f"has no {path}, and downloading {weights.url} failed ({_first_line(error)}); set "
-            f"loss.trunk_weights to a folder with {file_name}, or put the file into the cache, or choose the "
-            f"trunk {_WITHOUT_DOWNLOAD[name]!r}, whose weights come by pip"
+            f"loss.trunk_weights to a folder with {file_name}, or put the file into the cache, or use the trunk "
+            f"{_WITHOUT_DOWNLOAD[name]!r}, whose weights come by pip (loss.trunk, loss.lpips_trunk, output.eval_lpips_trunk)"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout_before)

@@ -289,7 +289,7 @@ class DiffusionTraining:
                     self.checkpoints.save()
             self.checkpoints.wait()
             if reason is None:
-                self._event(f"stopped by {stop.received}; resume with --resume auto")
+                self._event(f"stopped by {stop.received}; resume with the same command and --resume auto")
                 self.tracker.update_status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
             on_main_process(self.accelerator, lambda: export_model(self.checkpoints.best_model_dir, self.target))
