@@ -224,10 +224,10 @@ def _align(arguments: argparse.Namespace) -> None:
 
 def _deviation(image: Image.Image, face: Face) -> float:
     """How far the eyes are from CelebA's in the center square of a photograph, as a fraction of its size."""
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
+    size = min(image.size)
+    left, top = ((length - size) / 2 for length in image.size)
     pairs = ((face.left_eye, LEFT_EYE), (face.right_eye, RIGHT_EYE))
-    return max(abs(complex((x - left) / side - u, (y - top) / side - v)) for (x, y), (u, v) in pairs)
+    return max(abs(complex((x - left) / size - u, (y - top) / size - v)) for (x, y), (u, v) in pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

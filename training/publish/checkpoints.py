@@ -83,7 +83,7 @@ def push_checkpoints(run_dir: Path, repo_id: str) -> str:
 
 
 class CheckpointUploader:
-    """Uploads checkpoints in a thread while training continues; a failure is logged, and the next upload makes up for it.
+    """Uploads checkpoints in a thread while training continues; a failed upload is logged, and repeated with the next.
 
     Args:
         run_dir: The run's folder.
