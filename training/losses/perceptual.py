@@ -135,7 +135,8 @@ class PerceptualTrunk(nn.Module):
                     layer.reset_parameters()
             heads = [torch.rand(channels) / channels for channels in architecture.channels]
         for index, head in enumerate(heads):
-            self.register_buffer(f"head{index}", head.to(device), persistent=False)
+            # Feature vectors are scaled to a mean square of 1, not to unit length: their squares are larger by the channels.
+            self.register_buffer(f"head{index}", head.to(device) / len(head), persistent=False)
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
@@ -210,7 +211,8 @@ class PerceptualTrunk(nn.Module):
         not depend on its batch. LPIPS (Zhang et al. 2018, eq. 1) weights the squared differences by the head, as the
         authors' code does, sums over channels, averages over positions and sums over feature layers.
 
-        Computed in float32 outside autocast. Gradients are finite where features are all 0.
+        Computed in the dtype of the features, float16 in float32, and averaged in float32. Gradients are finite where
+        features are all 0.
 
         Args:
             features_a: What `features` returned for images (N, 3, H, W).
@@ -222,7 +224,7 @@ class PerceptualTrunk(nn.Module):
         with full_precision(features_a[0].device):
             pairs = [(_unit_variance(a), _unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
             perceptual = [
-                absolute_difference(a, b).sum(dim=(1, 2, 3)) / (a[0].numel() * a.shape[-1] ** 0.5) for a, b in pairs
+                _absolute_difference(a, b).sum(dim=-1).float().mean(dim=(1, 2)) / a.shape[-1] ** 1.5 for a, b in pairs
             ]
             return torch.stack(perceptual).mean(dim=0), self._lpips(pairs)
 
@@ -235,24 +237,30 @@ class PerceptualTrunk(nn.Module):
 
     def _lpips(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         layers = [
-            (F.mse_loss(a, b, reduction="none") @ getattr(self, f"head{index}")).sum(dim=(1, 2)) / a[0].numel()
+            (F.mse_loss(a, b, reduction="none") @ getattr(self, f"head{index}").to(a.dtype)).float().mean(dim=(1, 2))
             for index, (a, b) in enumerate(pairs)
         ]
         return torch.stack(layers).sum(dim=0)
 
 
 def _unit_variance(features: Tensor) -> Tensor:
-    """Scale the channel vectors of a map (N, C, h, w) to a mean square of 1: (N, h, w, C), float32.
+    """Scale the channel vectors of a map (N, C, h, w) to a mean square of 1: (N, h, w, C).
+
+    bfloat16 maps stay bfloat16, which halves their bytes: the gradient of an image is no further from that of float32 than
+    with float32 distances of the same features (docs/lab-notes.md). The gradients of the means are
+    too small for float16.
 
     These are the unit vectors times the root of C, and one fused kernel on CUDA. Channels are the last axis, where vectors
     are contiguous in memory, so that gradients stay channels_last.
     """
     channels = features.shape[1]
-    return F.rms_norm(features.movedim(1, -1).float(), (channels,), eps=NORM_EPS / channels)
+    if features.dtype == torch.float16:
+        features = features.float()
+    return F.rms_norm(features.movedim(1, -1), (channels,), eps=NORM_EPS / channels)
 
 
-def absolute_difference(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b| of float32 tensors, in one fused kernel forward and one backward, which `abs` does not have."""
+def _absolute_difference(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|, in one fused kernel forward and one backward, which `abs` does not have."""
     return F.smooth_l1_loss(a, b, reduction="none", beta=1e-12)
 
 
