@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training import pca_init
+from training import pca_init, setup
+from training.config import Config
+from training.data.synthetic_faces.render import render_portrait
 from training.pca_init import (
     fit_pca_branch,
     flip_symmetric_components,
@@ -221,6 +223,9 @@ def test_latents_are_centered_and_white(layout):
     np.testing.assert_allclose(latents.T @ latents / len(latents), np.eye(count), atol=1e-4)
     _, variances, _ = pca(patches(images, model.config.pca_size, model.config.latent_size))
     assert result["kept_fraction"] == pytest.approx(variances[:count].sum() / variances.sum(), rel=1e-5)
+    rows = patches(images, model.config.pca_size, model.config.latent_size)
+    mean_variance = rows.mean(axis=0).reshape(3, -1).var(axis=1).mean() * rows.shape[1]
+    assert result["mean_fraction"] == pytest.approx(mean_variance / (mean_variance + rows.var(axis=0).sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -324,6 +329,19 @@ def test_the_reported_kl_is_that_of_the_posterior(layout):
     # The means of whitened latents contribute 1/2 on average.
     logvar = model.logvar_bias.bias.detach()
     assert kl == pytest.approx(0.5 * (logvar.exp() - logvar).mean().item(), rel=1e-3)
+
+
+def test_images_that_are_not_aligned_give_a_warning(monkeypatch, caplog):
+    portraits = np.stack([render_portrait(seed)[0][20:198] for seed in range(48)])
+    faces = F.adaptive_avg_pool2d(torch.from_numpy(portraits).permute(0, 3, 1, 2).float(), SIZE).to(torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    shifts = torch.randint(0, SIZE, (48, 2), generator=generator).tolist()
+    shifted = torch.stack([face.roll(shift, dims=(1, 2)) for face, shift in zip(faces, shifts)])
+    for images, expected in ((faces, False), (shifted, True)):
+        monkeypatch.setattr(setup, "first_training_images", lambda *arguments, images=images: images)
+        caplog.clear()
+        setup._fit_pca_branch(Config(), model_for("vector"), torch.device("cpu"))
+        assert ("do not look like aligned faces" in caplog.text) == expected
 
 
 def test_too_few_images_leave_channels_at_the_prior(caplog):

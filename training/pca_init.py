@@ -156,8 +156,9 @@ def fit_pca_branch(
         copies: Augmented copies (`training.data.images.random_affine`) of each image to fit as well.
 
     Returns:
-        `kept_fraction` of the variance at `pca_size`, number of `components` found, and `kl_per_dimension`, nats per
-        dimension of the initial posterior over the images.
+        `kept_fraction` of the variance at `pca_size`, number of `components` found, `kl_per_dimension`, nats per
+        dimension of the initial posterior over the images, and `mean_fraction`, the variance of the mean patch over its
+        pixels as a fraction of the variance of all pixels.
 
     Raises:
         ValueError: There is no PCA branch, the images have another size or type, or no component can be found.
@@ -244,9 +245,11 @@ def fit_pca_branch(
             count,
             len(images),
         )
+    mean_variance = mean.view(3, -1).var(dim=1, correction=0).mean() * len(mean)
     return {
         "kept_fraction": (variances.sum() / total).item(),
         "components": found,
+        "mean_fraction": (mean_variance / (mean_variance + total)).item(),
         # KL depends on the mean through its square only, so the root mean square gives the average over images.
         "kl_per_dimension": kl_per_dimension((squared_sum / number).sqrt()[None], logvar[None]).mean().item(),
     }
