@@ -135,7 +135,7 @@ def test_every_process_decides_as_one_process_does(folders):
 def test_only_the_main_process_writes(folders):
     (run,) = (folders[1] / "runs").iterdir()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 4]
     logged = re.search(r"4 = 2 x 2 processes; (\d) x (\d) images per forward pass", (run / "training.log").read_text())
     assert int(logged[1]) * int(logged[2]) == 2
     assert "[0] INFO" in (run / "training.log").read_text() and "[1]" not in (run / "training.log").read_text()

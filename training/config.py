@@ -363,7 +363,7 @@ class OutputConfig(_Section):
     model_dir: str = "model_weights"  # the trained model is exported to <model_dir>/vae_<run_name>/
     log_every_steps: int = constrained(
         50, ge=1
-    )  # optimizer steps between lines of metrics.jsonl and points of the trackers
+    )  # optimizer steps between lines of metrics.jsonl and points of the trackers; the first step has its own
     # Trackers of experiments: "tensorboard", "trackio" and "wandb" (a package each, see the extras). Trackio and Weights &
     # Biases show the runs of one run_name as a project, and stay on this machine unless the environment says otherwise.
     trackers: list = field(default_factory=lambda: ["tensorboard"])

@@ -187,6 +187,8 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     # All checks have passed; from here on files are written.
     run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin))
     setup_logging(accelerator, run_dir / "training.log")
+    num_validation = accelerator.reduce(torch.tensor(len(validation_images), device=accelerator.device)).item()
+    notes.append(f"held out  {num_validation} images for validation")
     _log_start(config, accelerator, stream, run_dir, precision, precision_source, [*notes, *claimed])
 
     is_new = checkpoint is None

@@ -167,7 +167,7 @@ class Trainer:
                 progress.batch += 1
                 progress.images_seen += presets.batch_size
                 self._example_ids = batch.example_ids
-                log_due = progress.step % self.config.output.log_every_steps == 0
+                log_due = progress.step == 1 or progress.step % self.config.output.log_every_steps == 0
                 if log_due or reason is not None:
                     reason = self._complete_step(self.train_step.finish(), stop) or reason
                 if log_due:

@@ -73,7 +73,7 @@ def test_unknown_memory_is_none(monkeypatch):
 
 
 def test_the_progress_line_shows_non_finite_metrics(caplog):
-    progress = Progress(epoch=1, step=7)
+    progress = Progress(epoch=0, step=7)
     add_step(progress, total=math.nan)
     with caplog.at_level("INFO"):
         ProgressLine(None, 0).show(progress, take_window(progress), 60.0)

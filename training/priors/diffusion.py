@@ -393,7 +393,7 @@ class DiffusionTraining:
         progress.train_seconds += seconds
         for name, value in {**terms, "optim/grad_norm": grad_norm, "steps": 1.0, "seconds": seconds}.items():
             progress.window[name] = progress.window.get(name, 0.0) + value
-        if progress.step % self.config.output.log_every_steps == 0:
+        if progress.step == 1 or progress.step % self.config.output.log_every_steps == 0:
             self._log_window()
         return flags
 
@@ -413,7 +413,7 @@ class DiffusionTraining:
         self.tracker.update_status(state="running", seconds_left=left, **progress.where)
         logger.info(
             "epoch %d step %d: loss %.4f grad_norm %.2f images/s %.1f minutes_left %.0f",
-            progress.epoch, progress.step, values["loss/velocity"], values["optim/grad_norm"],
+            progress.epoch + 1, progress.step, values["loss/velocity"], values["optim/grad_norm"],
             values["speed/images_per_second"], left / 60,
         )  # fmt: skip
 

@@ -137,7 +137,7 @@ class ProgressLine:
         self._bar: tqdm | None = None
 
     def show(self, progress: Progress, values: dict[str, Any], seconds_left: float | None) -> None:
-        """Show the metrics of `Progress.take_window`."""
+        """Show the metrics of `Progress.take_window`; epochs and steps count from 1."""
         left = "?" if seconds_left is None else str(datetime.timedelta(seconds=round(seconds_left)))
         text = (
             f"loss {values['loss/total']:.4f} mse {values['loss/mse']:.5f} kl {values['loss/kl']:.3f} "
@@ -145,7 +145,7 @@ class ProgressLine:
             f"images/s {values['speed/images_per_second']:.1f} time_left {left}"
         )
         if not sys.stderr.isatty():
-            logger.info("epoch %d step %d: %s", progress.epoch, progress.step, text)
+            logger.info("epoch %d step %d: %s", progress.epoch + 1, progress.step, text)
             return
         if self._bar is None:
             self._bar = tqdm(total=self._total, initial=self._initial, unit="step", dynamic_ncols=True)
