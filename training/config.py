@@ -280,7 +280,11 @@ class TrainingPresets(KLSchedule):
     # Images per forward pass of one process; gradients are accumulated over the micro-batches of a batch. null:
     # batch_size / processes; "auto": the most that fits in memory, found by trial and halved when memory runs out.
     micro_batch_size: int | str | None = constrained(None, ge=1, choices=("auto",))
-    learning_rate: float = constrained(5e-5, gt=0)  # after the warm-up and before the first plateau
+    learning_rate: float = constrained(5e-5, gt=0)  # after the warm-up and before it is lowered
+    # "plateau": ReduceLROnPlateau. The others follow the fraction of num_epochs that is done: "constant"; "cosine" to
+    # min_learning_rate; "warmup_stable_decay", constant until the last lr_decay_fraction, then to min_learning_rate.
+    lr_schedule: str = constrained("plateau", choices=("plateau", "constant", "cosine", "warmup_stable_decay"))
+    lr_decay_fraction: float = constrained(0.2, gt=0, le=1)  # "warmup_stable_decay": last part of the run
     optimizer: str = constrained("adam", choices=("adam", "adamw"))  # L2 weight decay (adam) or decoupled (adamw)
     weight_decay: float = constrained(1e-5, ge=0)  # of all trained weights
     adam_beta1: float = constrained(0.9, gt=0, lt=1)  # decay of the first moment, per step
@@ -291,11 +295,11 @@ class TrainingPresets(KLSchedule):
     # checkpoint with another example order; the second time the run stops.
     max_skipped_in_a_row: int = constrained(20, ge=1)
     # Epochs without improvement of the validation reconstruction loss, whose weights are fixed and which beta does not
-    # affect, before ReduceLROnPlateau multiplies the learning rate by plateau_factor.
+    # affect, before ReduceLROnPlateau (lr_schedule "plateau") multiplies the learning rate by plateau_factor.
     plateau_patience: int = constrained(10, ge=1)
     plateau_factor: float = constrained(0.5, gt=0, lt=1)  # factor of the learning rate on a plateau
     plateau_threshold: float = constrained(1e-4, ge=0)  # relative improvement that counts, also for the best model
-    min_learning_rate: float = constrained(1e-7, ge=0)  # lower limit of the learning rate on plateaus
+    min_learning_rate: float = constrained(1e-7, ge=0)  # lower limit of the learning rate, after the warm-up
     early_stopping_patience: int = constrained(20, ge=0)  # epochs without improvement before the run stops; 0: never
     ema_decay: float = constrained(0.9999, ge=0, lt=1)  # of the EMA weights, which are validated and exported; 0: off
     ema_power: float = constrained(0.75, gt=0, le=1)  # warm-up: decay is 1 - (1 + step)^-power until ema_decay

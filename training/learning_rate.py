@@ -1,7 +1,8 @@
-"""The learning rate of a run: linear warm-up over the first optimizer steps, then ReduceLROnPlateau."""
+"""The learning rate of a run: linear warm-up over the first optimizer steps, then ReduceLROnPlateau or a fixed schedule."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,26 +41,30 @@ class LearningRate:
         """Epochs without improvement since the last one or the last reduction."""
         return self._plateau.num_bad_epochs
 
-    def before_step(self, step: int) -> None:
-        """Sets the warm-up rate; after the warm-up the rate belongs to the plateau scheduler.
+    def before_step(self, step: int, fraction: float) -> None:
+        """Sets the rate of a step; after the warm-up that of "plateau" belongs to the plateau scheduler.
 
         Args:
             step: Optimizer steps done.
+            fraction: Of the run that is done, in [0, 1].
         """
-        warmup = self._presets.lr_warmup_steps
-        if step <= warmup:
-            factor = min(1.0, (step + 1) / (warmup + 1))
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._presets.learning_rate * group["lr_scale"] * factor
+        presets = self._presets
+        if presets.lr_schedule == "plateau" and step > presets.lr_warmup_steps:
+            return
+        floor = min(presets.min_learning_rate, presets.learning_rate)
+        rate = floor + (presets.learning_rate - floor) * _decay(presets, fraction)
+        rate *= min(1.0, (step + 1) / (presets.lr_warmup_steps + 1))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
 
     def after_epoch(self, validation_loss: float, step: int) -> tuple[float, float]:
-        """Feeds a validation loss to the plateau scheduler, except during warm-up.
+        """Feeds a validation loss to the plateau scheduler, except during warm-up and with another schedule.
 
         Returns:
             The learning rate before and after.
         """
         before = self.value
-        if step > self._presets.lr_warmup_steps:
+        if self._presets.lr_schedule == "plateau" and step > self._presets.lr_warmup_steps:
             self._plateau.step(validation_loss)
         return before, self.value
 
@@ -77,3 +82,12 @@ class LearningRate:
         for group, rate in zip(self._optimizer.param_groups, state["rates"], strict=True):
             group["lr"] = rate * (self._presets.learning_rate / state["learning_rate"])
         self._plateau.load_state_dict(state["plateau"])
+
+
+def _decay(presets: TrainingPresets, fraction: float) -> float:
+    """Factor of the learning rate after a fraction of the run, from 1 to 0."""
+    if presets.lr_schedule == "cosine":  # Loshchilov and Hutter 2017, without restarts
+        return 0.5 * (1 + math.cos(math.pi * fraction))
+    if presets.lr_schedule == "warmup_stable_decay":  # Haegele et al. 2024, https://arxiv.org/abs/2405.18392
+        return 1 - math.sqrt(max(0.0, 1 - (1 - fraction) / presets.lr_decay_fraction))
+    return 1.0

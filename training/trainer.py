@@ -101,6 +101,7 @@ class Trainer:
         if limit is not None and progress.train_seconds >= 60 * limit:  # resumed; the same on all processes
             return f"the limit of {limit:g} minutes of training"
         if progress.step == 0:
+            progress.steps_per_epoch = self.setup.steps_per_epoch
             self._validate("before training")
         while progress.epoch < presets.num_epochs:
             bad_epochs = progress.early_stopping_bad_epochs
@@ -153,7 +154,7 @@ class Trainer:
                     if progress.skipped_in_a_row == 0:  # never return to a series of skipped steps
                         self.checkpoints.save()
                         self._clock, self._save_due = time.monotonic(), False
-                self.learning_rate.before_step(progress.step)
+                self.learning_rate.before_step(progress.step, progress.fraction(presets.num_epochs))
                 previous = self.train_step(
                     batch.pixels,
                     step=progress.step,

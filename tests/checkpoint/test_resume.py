@@ -201,6 +201,19 @@ def test_bf16_with_a_trained_pca_branch_and_no_ema(faces, tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_a_learning_rate_that_follows_the_run_resumes_exactly(faces, tmp_path):
+    folders = []
+    for stops in ({}, {STEPS + 2: signal.SIGTERM}):
+        presets = {"num_epochs": 2, "lr_schedule": "cosine", "lr_warmup_steps": 0}
+        config = tiny.tiny_config(tmp_path / str(len(stops)), faces, training_presets=presets)
+        ended = run(config, stop_after=stops)
+        folders.append((run(config, "auto") if stops else ended).folder)
+    assert differences(*folders) == []
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["optim/learning_rate"] for line in lines if line["kind"] == "train"]
+    assert measured[0] > measured[-1] > 0 and measured == sorted(measured, reverse=True)
+
+
 @pytest.mark.slow
 def test_resuming_compiled_and_back_changes_nothing(finished, faces, tmp_path, monkeypatch):
     """Compiled for the eager backend: the tensors of a checkpoint have the same names and are bitwise identical."""

@@ -224,6 +224,7 @@ class DiffusionTraining:
             warn=lambda message: self.tracker.event(message, "warning", **self.progress.where),
             best_metric="validation/velocity_loss",
         )
+        self.progress.steps_per_epoch = self.steps_per_epoch
         if checkpoint is not None:
             self.checkpoints.restore(checkpoint, saved)
             logger.info("resumed from %s: epoch %d, step %d", checkpoint, self.progress.epoch, self.progress.step)
@@ -355,7 +356,7 @@ class DiffusionTraining:
     def _step(self, stop: StopSignal) -> dict[str, bool]:
         """One optimizer step; returns the flags that all processes agree on."""
         presets, progress, started = self.config.training_presets, self.progress, time.monotonic()
-        self.learning_rate.before_step(progress.step)
+        self.learning_rate.before_step(progress.step, progress.fraction(presets.num_epochs))
         loss = self._loss(
             sample_batch(self.latents, "train", self.prior, presets.batch_size, (presets.seed, progress.step))
         )

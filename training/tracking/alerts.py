@@ -263,7 +263,8 @@ class Alerts:
 
     def _check_learning_rate(self, learning_rate: float | None, images_seen: int) -> list[str]:
         presets = self._presets
-        if learning_rate is None or images_seen <= (presets.lr_warmup_steps + 1) * presets.batch_size:
+        warming_up = images_seen <= (presets.lr_warmup_steps + 1) * presets.batch_size
+        if learning_rate is None or warming_up or presets.lr_schedule != "plateau":  # others fall as configured
             return []
         reduced = max(presets.min_learning_rate, learning_rate * presets.plateau_factor)
         at_minimum = learning_rate - reduced <= _SCHEDULER_EPS

@@ -34,6 +34,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # to a checkpoint, after too many non-finite gradients
+    steps_per_epoch: int | None = None  # as the run knew it when it started, for the learning rate of a resumed run
     log_beta: float | None = None  # KLController.log_beta for the next step, without the values of the last one
     best: dict[str, Any] | None = None  # validation metrics of the best model
     latents: dict[str, Any] | None = None  # scaling of the latents, as the last validation measured it
@@ -109,6 +110,11 @@ class Progress:
             "speed/data_wait_fraction": waited / max(seconds, 1e-9),
             "speed/memory_gib": _memory_gib(),
         }
+
+    def fraction(self, num_epochs: int) -> float:
+        """Fraction of the epochs of the run that is done; only full epochs count where their length was unknown."""
+        part = 0.0 if self.steps_per_epoch is None else min(1.0, self.batch / self.steps_per_epoch)
+        return min(1.0, (self.epoch + part) / num_epochs)
 
     def seconds_left(
         self, presets: TrainingPresets, steps_per_epoch: int | None, images_per_second: float
