@@ -176,12 +176,17 @@ def test_an_invalid_value_is_an_error_with_key_value_and_remedy(section, key, va
         ({"data": {"dataset": "imagefolder"}}, "data.data_dir must be the folder of the images, got null."),
         (
             {"data": {"data_dir": "my/faces"}},
-            'data.data_dir must be null unless data.dataset is "imagefolder", got "my/',
+            'must be null unless data.dataset is "imagefolder" (set data.dataset=imagefolder, too), got "my/',
         ),
         (
             {"data": {"data_files": {"train": "a"}}},
-            'data.data_files must be null unless data.dataset is "parquet", got {',
+            'must be null unless data.dataset is "parquet" (set data.dataset=parquet, too), got {',
         ),
+        (
+            {"output": {"trackers": "trackio,wandb"}},
+            'output.trackers must be a list, such as ["trackio", "wandb"], got "trackio,wandb".',
+        ),
+        ({"data": {"attribute_columns": "Smiling"}}, 'must be a list, such as ["Smiling"], got "Smiling".'),
         ({"hub": {"push": True}}, 'hub.repo_id must be "organization/name" where hub.push is true, got null.'),
         (
             {"loss": {f"{name}_weight": 0 for name in ("mse", "l1", "perceptual", "lpips")}},

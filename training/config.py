@@ -101,7 +101,8 @@ def _checked(key: str, value: Any, annotation: Any, limits: Mapping[str, Any]) -
     choices = [f'"{choice}"' for choice in limits.get("choices", ())]
     words = [word for each in types for word in (choices if each is str and choices else [_TYPES[each]])]
     valid = type(value) in types and (not isinstance(value, str) or not choices or value in limits["choices"])
-    _require(valid, key, _either(words), value)
+    example = f", such as {json.dumps(value.split(','))}" if list in types and isinstance(value, str) else ""
+    _require(valid, key, _either(words) + example, value)
     _require(value != "", key, "a non-empty string" + (" or null" if NoneType in types else ""), value)
     if type(value) in (int, float):
         within = all(compare(value, limits[name]) for name, (compare, _) in _COMPARISONS.items() if name in limits)
@@ -185,11 +186,13 @@ class DataConfig(_Section):
         if self.dataset == "parquet":
             self._require(bool(self.data_files), "data_files", 'an object such as {"train": "path/train-*.parquet"}')
         else:
-            self._require(self.data_files is None, "data_files", 'null unless data.dataset is "parquet"')
+            wanted = 'null unless data.dataset is "parquet" (set data.dataset=parquet, too)'
+            self._require(self.data_files is None, "data_files", wanted)
         if self.dataset == "imagefolder":
             self._require(self.data_dir is not None, "data_dir", "the folder of the images")
         else:
-            self._require(self.data_dir is None, "data_dir", 'null unless data.dataset is "imagefolder"')
+            wanted = 'null unless data.dataset is "imagefolder" (set data.dataset=imagefolder, too)'
+            self._require(self.data_dir is None, "data_dir", wanted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

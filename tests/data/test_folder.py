@@ -146,6 +146,15 @@ def test_logged_counts_add_up_to_the_files_that_exist(tmp_path, caplog):
     assert indices == list(range(10))  # the limit counts images, and not the hidden files before them
 
 
+def test_a_folder_is_logged_once_without_empty_parts(tmp_path, caplog):
+    write_images(tmp_path, range(10))
+    caplog.set_level("INFO")
+    config = folder_config(tmp_path, validation_split=None, holdout_fraction=0.4)
+    for role in ("train", "validation", "train"):
+        open_source(config, role)
+    assert caplog.messages == [f"data.data_dir {tmp_path}: 10 images in split 'train'"]
+
+
 def test_the_limit_counts_readable_images(tmp_path, caplog):
     write_images(tmp_path / "train", range(3))
     write_images(tmp_path / "validation", range(10, 14), "z{}.png")

@@ -315,6 +315,30 @@ def test_validation_is_fixed_and_divided_over_the_ranks(tmp_path, caplog):
     assert pixels.shape == (0, 3, SIZE, SIZE) and indices == []
 
 
+def test_few_held_out_images_are_a_warning(tmp_path, caplog):
+    write_folder(tmp_path, range(30))
+    config = parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path), validation_split=None)
+    _, indices = validation_images(dataclasses.replace(config, holdout_fraction=0.1))
+    (line,) = caplog.messages
+    assert line.startswith(f"data.holdout_fraction=0.1 holds out {len(indices)} of about 30 images")
+    assert line.endswith("; set it to 0.27")
+    caplog.clear()
+    validation_images(dataclasses.replace(config, holdout_fraction=0.45))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("count", "words"), [(33, "image of each epoch does"), (35, "3 images of each epoch do")])
+def test_an_incomplete_batch_is_logged_once(tmp_path, caplog, count, words):
+    caplog.set_level("INFO")
+    write_folder(tmp_path, range(count))
+    stream = open_stream(parquet_config(None, dataset="imagefolder", data_dir=str(tmp_path)), global_batch=8)
+    for epoch in (0, 1):
+        assert len(list(stream.epoch_batches(epoch))) == 4
+    assert [message for message in caplog.messages if "fill" in message] == [
+        f"the last {words} not fill a batch: dropped"
+    ]
+
+
 def write_folder(folder: Path, numbers) -> None:
     for number in numbers:
         path = folder / f"person{number % 3}" / f"{number}.png"
@@ -399,7 +423,7 @@ def test_plain_binary_columns_are_read(tmp_path):
         ),
         ({"image_column": "label"}, r"image_column='label' holds int64 in .*parquet', not encoded images"),
         ({"dataset": "imagefolder", "data_dir": "nowhere"}, r"data_dir='nowhere' is not a folder"),
-        ({"dataset": "imagefolder", "data_dir": "EMPTY"}, r"holds no image \(.*\.jpg.*\); left out: nothing"),
+        ({"dataset": "imagefolder", "data_dir": "EMPTY"}, r"holds no image \(.*\.jpg.*\)\.$"),
         (
             {"dataset": "no/such/name"},
             r"'no/such/name': neither parquet, imagefolder, synthetic_faces nor a Hub id",

@@ -59,8 +59,7 @@ def list_split(data_dir: str, split: str, train_split: str, validation_split: st
     paths = sorted(listing.images)
     if not paths:
         suffixes = ", ".join(sorted(_image_suffixes()))
-        left_out = _counts(listing)
-        raise ValueError(f"data.data_dir: {str(folder)!r} holds no image ({suffixes}); left out: {left_out}.")
+        raise ValueError(f"data.data_dir: {str(folder)!r} holds no image ({suffixes}){_left_out(listing)}.")
     if split == train_split != validation_split and validation_split and (root / validation_split).is_dir():
         shared = set(listing.images.values()) & set(_list(root / validation_split).images.values())
         if shared:
@@ -69,11 +68,18 @@ def list_split(data_dir: str, split: str, train_split: str, validation_split: st
                 f"{validation_split!r} share {len(shared)} images, such as {printable(min(shared))!r}; give each split "
                 "a folder of its own, or set data.validation_split to null to hold out a fraction."
             )
-    logger.info(
-        "data.data_dir %s: %d images in split %r; left out: %s; %d files outside of the split",
-        printable(data_dir), len(paths), split, _counts(listing), _count_files(root, skip=folder),
-    )  # fmt: skip
+    outside = _count_files(root, skip=folder)
+    _log_once(
+        f"data.data_dir {printable(data_dir)}: {len(paths)} images in split {split!r}{_left_out(listing)}"
+        + (f"; {outside} files outside of the split" if outside else "")
+    )
     return folder, paths
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    """Training, validation and PCA initialization list the same folder."""
+    logger.info("%s", message)
 
 
 def readable_paths(paths: list[str], limit: int) -> list[str]:
@@ -194,6 +200,6 @@ def _is_image(path: str) -> bool:
         return False
 
 
-def _counts(listing: _Listing) -> str:
+def _left_out(listing: _Listing) -> str:
     counts = [f"{count} {printable(reason)}" for reason, count in sorted(listing.left_out.items())]
-    return ", ".join(counts) or "nothing"
+    return f"; left out: {', '.join(counts)}" if counts else ""

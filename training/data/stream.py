@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import queue
@@ -29,6 +30,7 @@ import torch
 from training.data.images import CorruptImage, DataError, decode_image, decode_images
 from training.data.order import open_examples
 from training.data.shards import encoded_bytes
+from training.data.sources import open_source
 from training.io import printable
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ _SPARE_EXAMPLES = 32  # first examples of an epoch, which replace a global batch
 _MIN_EXAMPLES_TO_JUDGE = 200  # with fewer, one corrupt image alone would be more than 0.5 %
 _REMINDER_S = 30.0  # between log lines while no examples arrive
 _MAX_DECODE_THREADS = 16
+_MIN_HELD_OUT = 8  # the metrics of fewer validation images say little
 _EXAMPLES_PER_JOB = 8  # one hand-over to a thread or a process for each image would cost a third of its decoding
 _FREE_ON_RESUME = {"revision", "files", "folder", "files_at"}  # names and places; contents are compared
 
@@ -129,7 +132,10 @@ def load_validation(config, *, resolution: int, rank: int, world_size: int) -> t
             logger.warning("corrupt validation image %d skipped: %s", numbered_example[0], error)
             return None
 
-    mine = list(itertools.islice(enumerate(examples.first()), rank, None, world_size))
+    mine, count = [], 0
+    for count, example in enumerate(examples.first(), start=1):
+        if (count - 1) % world_size == rank:
+            mine.append((count - 1, example))
     with decode_pool(config) as pool:
         decoded = zip(mine, pool.map(decode, mine), strict=True)
         readable = {index: pixels for (index, _), pixels in decoded if pixels is not None}
@@ -141,9 +147,23 @@ def load_validation(config, *, resolution: int, rank: int, world_size: int) -> t
                 "together; raise it, add images, or name a data.validation_split"
             )
         raise ValueError(f"data: {config.dataset!r} has no readable image to validate on: {remedy}.")
+    if rank == 0 and config.validation_split is None and count < min(_MIN_HELD_OUT, config.max_validation_images):
+        _warn_of_few(config, count)
     shape = (len(readable), resolution, resolution, 3)
     pixels = np.array(list(readable.values()), np.uint8).reshape(shape)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), list(readable)
+
+
+def _warn_of_few(config, count: int) -> None:
+    fraction, num_train = config.holdout_fraction, None
+    if config.dataset == "imagefolder":
+        num_train = open_source(config, "train").num_examples
+    num_images = count / fraction if num_train is None else num_train + count
+    better = min(0.4, math.ceil(100 * _MIN_HELD_OUT / num_images) / 100)
+    logger.warning(
+        "data.holdout_fraction=%g holds out %d of about %d images: the validation metrics say little; set it to %g",
+        fraction, count, num_images, better,
+    )  # fmt: skip
 
 
 def validation_attributes(config, indices: list[int]) -> torch.Tensor:
@@ -199,6 +219,7 @@ class TrainStream:
         self.wait_seconds = 0.0
         self._corrupt_examples: dict[str, str] = {}  # id: reason, in order of appearance
         self._processes = _decode_processes(config)
+        self._has_logged_dropped = False
 
     def epoch_batches(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> Iterator[Batch]:
         """Yields this rank's batches of an epoch. Its threads end with the iterator, however that ends.
@@ -310,8 +331,10 @@ class TrainStream:
                 f"{self._global_batch}, and batch {start_batch} was asked for. Use a smaller batch or more "
                 "data; a resume needs the data that the run was started with."
             )
-        if batch:
-            logger.info("epoch %d: the last %d images did not fill a batch and were dropped", epoch, len(batch))
+        if batch and not self._has_logged_dropped:
+            self._has_logged_dropped = True
+            dropped = "image of each epoch does" if len(batch) == 1 else f"{len(batch)} images of each epoch do"
+            logger.info("the last %s not fill a batch: dropped", dropped)
 
     def _fill(self, slots: list[_Slot], epoch: int) -> list[tuple[str, tuple | None, bytes]]:
         """Decodes the first readable candidate into each slot.
