@@ -94,6 +94,8 @@ def test_faces_are_written_and_what_is_dropped_is_reported(detector, tmp_path, c
     assert results["broken.jpg"].startswith("not readable")
     out = capsys.readouterr().out
     assert "not aligned like CelebA" in out and "3 photographs: 1 " in out
+    assert align.main([str(source), "--check"]) == 1
+    assert ": not aligned like CelebA, eyes " in capsys.readouterr().out
     assert align.main([str(source), str(output), "--min-eye-distance", "200"]) == 0
     assert "1 too small" in capsys.readouterr().out
     left, right = detector.face.left_eye, detector.face.right_eye

@@ -148,8 +148,8 @@ def test_missing_trunk_weights(cli, monkeypatch, tmp_path):
     error = cli.error(loss__trunk="vgg16")
     for place in (
         "loss.trunk_weights",
-        "torch's hub cache",
-        "downloading https://",
+        "torch/hub",
+        "downloaded from https://",
         "vgg16_features.safetensors",
         "st_vgg16",
     ):

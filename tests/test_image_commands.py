@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from modeling.pipeline import FaceVAEPipeline
 from training import compare, encode, reconstruct, synthetic_faces
 from training.data.synthetic_faces.render import render_face
+from training.evaluate import command as evaluate
 from training.evaluate.measure import bootstrap_means
 
 SIZE = tiny.SETTINGS["model"]["sample_size"]
@@ -83,7 +85,8 @@ def test_reconstruct_prints_a_line_for_each_image_and_skips_corrupt_ones(models,
     command = [models[0], *files, "--lpips", "none", "--output", str(tmp_path / "strip.png")]
     assert reconstruct.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("PSNR, dB ") and lines[0].endswith(files[0]) and lines[1].endswith("  mean")
+    assert re.match(r"PSNR [\d.]+ dB  SSIM [\d.-]+  /", lines[0]) and lines[0].endswith(files[0])
+    assert lines[1].endswith("  mean")
     assert lines[2] == f"{tmp_path / 'strip.png'}: 1 originals (left) and reconstructions (right)"
     assert "broken.jpg skipped" in caplog.text
 
@@ -93,7 +96,7 @@ def test_reconstruct_prints_a_line_for_each_image_and_skips_corrupt_ones(models,
     [
         (["nowhere.jpg"], "nowhere.jpg does not exist"),
         (["empty"], "'empty' holds no image"),
-        (["text.jpg"], "none of 1 files is a readable image; text.jpg: not an image of a known format"),
+        (["text.jpg"], "no file is a readable image: give"),
         (["face.png", "--output", "strip.txt"], "--output strip.txt"),
         (["face.png", "--lpips", "resnet"], "resnet"),
     ],
@@ -106,6 +109,17 @@ def test_user_errors_of_reconstruct_are_one_line(models, tmp_path, monkeypatch, 
     assert reconstruct.main([models[0], "--lpips", "none", *arguments]) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.splitlines()[-1].startswith("error: ") and message in error.splitlines()[-1]
+
+
+def test_the_feature_network_of_the_configuration_is_the_default(models, photographs, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"output": {"eval_lpips_trunk": "st_alexnet"}}))
+    images = ["--data", f"imagefolder:{photographs}", "--max-images", "2", "--config", file]
+    assert "lpips_st_alexnet" in output(capsys, compare, *models, *images)["metrics"]
+    (model,) = output(capsys, evaluate, models[0], *images)["models"]
+    assert {"lpips_st_alexnet", "frechet_st_alexnet"} < model["reconstruction"].keys()
+    result = output(capsys, reconstruct, models[0], photographs, "--config", file, "--output", tmp_path / "strip.png")
+    assert "lpips_st_alexnet" in result["mean"]
 
 
 # ---- compare ----

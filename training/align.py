@@ -66,7 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="photographs; subfolders are searched, too")
     parser.add_argument("output", metavar="OUT", type=Path, nargs="?", help="folder for the aligned faces")
-    parser.add_argument("--check", action="store_true", help="write nothing; report whether the folder is aligned")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; report whether the folder is aligned (exit code 0) or not (1)",
+    )
     parser.add_argument(
         "--size", type=positive_int, default=256, metavar="N", help="size of the faces, pixels (default: %(default)s)"
     )
@@ -168,7 +172,7 @@ def _load(path: Path) -> Image.Image:
         raise ValueError(f"not readable ({error})") from error
 
 
-def _align(arguments: argparse.Namespace) -> None:
+def _align(arguments: argparse.Namespace) -> int:
     if (arguments.output is None) != arguments.check:
         raise ValueError("give the folder OUT for the aligned faces, or --check.")
     files = list_images([arguments.folder])[: arguments.max_images]
@@ -206,10 +210,15 @@ def _align(arguments: argparse.Namespace) -> None:
         target = arguments.output / name.with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
         square.save(target)
+    is_aligned = False
     if deviations:
         median = sorted(deviations)[len(deviations) // 2]
-        state = "aligned like CelebA" if median <= _ALIGNED else "not aligned like CelebA: train on aligned faces"
-        print(f"eyes are {median:.1%} of the size from their places (median of {len(deviations)} faces): {state}")
+        is_aligned = median <= _ALIGNED
+        state = "aligned" if is_aligned else "not aligned"
+        print(
+            f"{arguments.folder}: {state} like CelebA, eyes {median:.1%} of the size from their places "
+            f"(median of {len(deviations)} faces)"
+        )
     if not arguments.check:
         counts = Counter(row["result"].partition(" (")[0] for row in rows)
         print(f"{len(rows)} photographs: " + ", ".join(f"{count} {result}" for result, count in counts.most_common()))
@@ -220,6 +229,7 @@ def _align(arguments: argparse.Namespace) -> None:
             writer.writerows(rows)
     elif not deviations:
         raise ValueError(f"{arguments.folder}: no face was found in {len(files)} photographs.")
+    return 0 if is_aligned or not arguments.check else 1
 
 
 def _deviation(image: Image.Image, face: Face) -> float:

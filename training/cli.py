@@ -12,6 +12,7 @@ Imports the standard library only, so that `--help` and a misspelled option do n
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -63,7 +64,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "image size, pixels (default: the model's sample_size)",
     },
-    "--lpips": {"metavar": "TRUNKS", "help": "feature networks of LPIPS, separated by commas, or none"},
+    "--lpips": {"metavar": "NETWORKS", "help": "feature networks of LPIPS, separated by commas, or none"},
     "--batch-size": {"type": positive_int, "metavar": "N", "help": "images per forward pass"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, ... (default: the accelerator if there is one)"},
     "--json": {"action": "store_true", "help": "print one JSON object instead of text"},
@@ -199,8 +200,8 @@ def resolve_model(model: str, subfolder: str | None = None) -> ModelSource:
     elif not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
             raise ValueError(
-                f"there is no folder {model}, and it is not a Hub id (organization/model): give the folder of an "
-                "exported model, a run or a checkpoint, or a Hub id."
+                f"there is no folder {model}{_similar_folders(folder)}, and it is not a Hub id (organization/model): "
+                "give the folder of an exported model, a run or a checkpoint, or a Hub id."
             )
         return _find_on_hub(model, subfolder)
     for place in (folder / name for name in ([subfolder] if subfolder else []) + [".", "vae"]):
@@ -214,21 +215,30 @@ def resolve_model(model: str, subfolder: str | None = None) -> ModelSource:
     )
 
 
+def _similar_folders(missing: Path) -> str:
+    """Folders whose names are like that of one that does not exist, as a part of a message."""
+    names = [path.name for path in missing.parent.glob("*") if path.is_dir()]
+    # A low cutoff: the name of a run without its time is like that of the run.
+    found = difflib.get_close_matches(missing.name, names, cutoff=0.5)
+    return f" (similar: {', '.join(str(missing.parent / name) for name in found)})" if found else ""
+
+
 def _find_on_hub(model: str, subfolder: str | None) -> ModelSource:
     import huggingface_hub
     from huggingface_hub import errors
 
+    similar = _similar_folders(Path(model))
     for place in ([subfolder] if subfolder else []) + [None, "vae"]:
         try:
             path = huggingface_hub.hf_hub_download(model, "config.json", subfolder=place)
             return ModelSource(model, place, _read_object(Path(path)))
         except errors.LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but caused by the network
-            raise ValueError(f"there is no folder {model}, and the Hub does not answer ({error}).") from error
+            raise ValueError(f"there is no folder {model}{similar}, and the Hub does not answer ({error}).") from error
         except errors.EntryNotFoundError:
             continue
         except errors.HfHubHTTPError as error:
             raise ValueError(
-                f"there is no folder {model}, and the Hub denies access to the model of that name ({error}): check the name, or "
+                f"there is no folder {model}{similar}, and the Hub denies access to the model of that name ({error}): check the name, or "
                 "log in (`hf auth login`)."
             ) from error
     raise ValueError(f"{model} on the Hub holds no model: looked for config.json and vae/config.json.")

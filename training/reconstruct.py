@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.cli import add_option, lpips_trunks, run, select_device
+from training.config import Config, load_config
 
 _STRIP_IMAGES, _STRIP_PAIRS = 64, 4  # at most in the strip; in one row of it
 
@@ -26,7 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of images")
     add_option(parser, "--crop-px")
     add_option(parser, "--resolution")
-    add_option(parser, "--lpips", default="alexnet")
+    add_option(parser, "--config", help="configuration of the training, for the default of --lpips")
+    add_option(
+        parser,
+        "--lpips",
+        help="feature networks of LPIPS, separated by commas, or none (default: output.eval_lpips_trunk of --config, "
+        "else alexnet)",
+    )
     add_option(parser, "--trunk-weights")
     add_option(parser, "--batch-size", default=8)
     add_option(parser, "--device")
@@ -61,6 +68,7 @@ def list_images(places: Sequence[Path]) -> list[Path]:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config) if arguments.config else Config()
     files = list_images(arguments.images)
     import torch
     from torchvision.utils import make_grid, save_image
@@ -73,8 +81,9 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
     device = select_device(arguments.device)
     model = load_autoencoder(arguments.model, None, arguments.resolution, device)
-    lpips = lpips_trunks(arguments.lpips)
-    networks = MetricNetworks(lpips, load_trunks(lpips, arguments.trunk_weights, device, model.resolution), None)
+    lpips = lpips_trunks(arguments.lpips or config.output.eval_lpips_trunk)
+    weights = arguments.trunk_weights or config.loss.trunk_weights
+    networks = MetricNetworks(lpips, load_trunks(lpips, weights, device, model.resolution), None)
     decoded, skipped = {}, {}
     for file in files:
         try:
@@ -83,8 +92,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             skipped[str(file)] = str(error)
             logging.warning("%s skipped: %s", file, error)
     if not decoded:
-        file, reason = next(iter(skipped.items()))
-        raise ValueError(f"none of {len(skipped)} files is a readable image; {file}: {reason}.")
+        raise ValueError("no file is a readable image: give JPEG, PNG or WebP files, or folders of them.")
     images, indices = torch.stack([*decoded.values()]).permute(0, 3, 1, 2), list(range(len(decoded)))
     result = measure(model, images, indices, networks=networks, batch_size=arguments.batch_size, device=device)
 
@@ -112,7 +120,11 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
         return
     labels = [label_and_format(name, networks) for name in names]
     for file, *values in [*zip(decoded, *metrics.values()), ("mean", *(value.mean() for value in metrics.values()))]:
-        print("  ".join(f"{label} {form.format(value)}" for (label, form), value in zip(labels, values)) + f"  {file}")
+        texts = []
+        for (label, form), value in zip(labels, values):
+            unit = " dB" if label.endswith(", dB") else ""
+            texts.append(f"{label.removesuffix(', dB')} {form.format(value)}{unit}")
+        print(*texts, file, sep="  ")
     print(f"{arguments.output}: {len(strip) // 2} originals (left) and reconstructions (right)")
 
 

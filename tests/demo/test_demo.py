@@ -69,6 +69,7 @@ def address(model, tmp_path_factory):
     yield found[0]
     demo.send_signal(signal.SIGINT)
     assert demo.wait(timeout=30) in (0, 130), log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()  # errors of a visitor are shown on the page alone
 
 
 @pytest.fixture(scope="module")

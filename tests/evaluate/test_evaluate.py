@@ -323,6 +323,17 @@ def test_a_hub_that_does_not_answer(config_file, capsys, monkeypatch):
     assert "there is no folder someone/something-not-cached, and the Hub does not answer" in line
 
 
+def test_a_misspelled_folder_names_similar_ones(models, config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("vae_quickstart", "other"):
+        (tmp_path / "model_weights" / name).mkdir(parents=True)
+    for wrong in ("model_weights/vae_quickstrat", "./model_weights/vae_quickstrat"):
+        line = error(capsys, wrong, "--config", config_file, *TRUNK)
+        assert line.startswith(f"error: there is no folder {wrong} (similar: model_weights/vae_quickstart), and ")
+    assert "similar:" not in error(capsys, "nothing/similar", "--config", config_file, *TRUNK)
+
+
 def test_impossible_data_and_metrics(models, config_file, tmp_path, capsys):
     ours = models / "ours"
     rest = ("--config", config_file, *TRUNK, "--device", "cpu")
@@ -334,8 +345,8 @@ def test_impossible_data_and_metrics(models, config_file, tmp_path, capsys):
     assert "matches no file" in error(capsys, ours, *TRUNK, "--data", f"parquet:{tmp_path}/*.parquet")
     assert "no training images besides" in error(capsys, ours, "--data", "parquet:x-*.parquet", "--pca", "4")
     assert "determine at most 19 components" in error(capsys, ours, *rest, "--pca", "20")
-    assert "unknown perceptual trunk 'vgg'" in error(capsys, ours, *rest, "--lpips", "vgg")
-    assert "too small for the trunk st_alexnet" in error(capsys, models / "kl", *rest, "--resolution", "16")
+    assert "unknown feature network 'vgg'" in error(capsys, ours, *rest, "--lpips", "vgg")
+    assert "too small for the feature network st_alexnet" in error(capsys, models / "kl", *rest, "--resolution", "16")
     assert "SSIM needs images of at least 11 pixels, these have 8" in error(
         capsys, models / "kl", *rest, "--resolution", "8"
     )

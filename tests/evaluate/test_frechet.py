@@ -142,9 +142,9 @@ def test_networks_that_cannot_be_loaded(tmp_path, monkeypatch):
 
 def test_trunks_are_loaded_once_and_checked(tmp_path):
     assert list(load_trunks(["st_alexnet", "st_alexnet"], None, CPU, 21)) == ["st_alexnet"]
-    with pytest.raises(ValueError, match="images of 20 pixels are too small for the trunk st_alexnet.* 21"):
+    with pytest.raises(ValueError, match="images of 20 pixels are too small for the feature network st_alexnet.* 21"):
         load_trunks(["st_alexnet"], None, CPU, 20)
-    with pytest.raises(ValueError, match="unknown perceptual trunk 'vgg'.*--lpips"):
+    with pytest.raises(ValueError, match="unknown feature network 'vgg': choose one of [^-]*$"):
         load_trunks(["vgg"], None, CPU, 64)
-    with pytest.raises(ValueError, match="is not a folder.*--trunk-weights"):
+    with pytest.raises(ValueError, match="is not a folder"):
         load_trunks(["alexnet"], str(tmp_path / "none"), CPU, 64)

@@ -345,7 +345,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("name", LPIPS_NETS)
     def test_without_any_source_the_error_names_all_three_and_the_remedy(self, name, hub_cache, tmp_path):
-        with pytest.raises(ValueError, match="no weights for the perceptual trunk") as caught:
+        with pytest.raises(ValueError, match=f"weights of the feature network {name} cannot be downloaded") as caught:
             PerceptualTrunk(name, weights_dir=tmp_path)
         message = str(caught.value)
         for part in (
@@ -413,7 +413,7 @@ class TestWeights:
         assert "\n" not in str(caught.value)
 
     def test_unknown_name_missing_folder_and_missing_package(self, tmp_path, monkeypatch):
-        with pytest.raises(ValueError, match="unknown perceptual trunk 'vgg19': choose one of vgg16, alexnet"):
+        with pytest.raises(ValueError, match="unknown feature network 'vgg19': choose one of vgg16, alexnet"):
             PerceptualTrunk("vgg19")
         with pytest.raises(ValueError, match="which is not a folder"):
             PerceptualTrunk("vgg16", weights_dir=tmp_path / "absent")

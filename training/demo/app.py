@@ -50,8 +50,8 @@ def image_upload(label: str) -> gr.Image:
             if width * height <= _MAX_PIXELS and min(width, height) >= _MIN_SIZE_PX:
                 return decode(payload)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            raise gr.Error("This file is not a readable image: use JPEG, PNG or WebP.") from None
-        raise gr.Error(
+            raise _error("This file is not a readable image: use JPEG, PNG or WebP.") from None
+        raise _error(
             f"The image has {width}x{height} pixels: it must have at least {_MIN_SIZE_PX}x{_MIN_SIZE_PX} and at most "
             f"{_MAX_PIXELS // 1_000_000} megapixels."
         )
@@ -110,7 +110,10 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         chosen: dict[str, Any] = (
             {"attributes": dict.fromkeys(present, 1), "guidance_scale": guidance} if present else {}
         )
-        return pipe(int(count), prior, temperature, _generator(seed), **chosen).images
+        try:
+            return pipe(int(count), prior, temperature, _generator(seed), **chosen).images
+        except ValueError as error:  # such as attributes without the diffusion prior
+            raise _error(str(error)) from None
 
     def edit(image: Image.Image | None, *amounts: float) -> list[tuple[Image.Image, str]]:
         _require(image)
@@ -140,7 +143,7 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
         )
         images = decode_flat(latents)
         difference = strong_difference(images[0], images[-1])
-        return [*zip(images, captions), (difference, "first to last, difference x 4")], text
+        return [*zip(images, captions), (difference, "difference x 4")], text
 
     # One queue: one computation at a time for all visitors and tabs.
     queue: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -219,12 +222,17 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
     return demo.queue(max_size=16)
 
 
+def _error(message: str) -> gr.Error:
+    """An error of the visitor: shown on the page, without a traceback in the terminal."""
+    return gr.Error(message, print_exception=False)
+
+
 def _require(image: Image.Image | None) -> None:
     if image is None:
-        raise gr.Error("Upload an image, or choose an example.")
+        raise _error("Upload an image, or choose an example.")
 
 
 def _generator(seed: float | None) -> torch.Generator:
     if seed is None or not 0 <= seed < 2**63:
-        raise gr.Error(f"The seed must be an integer from 0 to {2**63 - 1}.")
+        raise _error(f"The seed must be an integer from 0 to {2**63 - 1}.")
     return torch.Generator().manual_seed(int(seed))

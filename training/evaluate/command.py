@@ -35,25 +35,32 @@ def add_measurement_options(parser: argparse.ArgumentParser, lpips: str, frechet
 
     Args:
         parser: The parser.
-        lpips, frechet: Defaults.
+        lpips, frechet: Defaults; `output.eval_lpips_trunk` of --config replaces them if it is not among those of LPIPS.
     """
     parser.add_argument("--subfolder", metavar="NAME", help="folder inside MODEL to look into first, such as vae")
     data = parser.add_argument_group("images")
-    add_option(data, "--data")
-    add_option(data, "--config", help="configuration whose section data names the images; --data replaces its source")
+    held_out = "training images are measured, too: give --config RUN/config.json for the held-out ones"
+    add_option(data, "--data", help=f"synthetic_faces, imagefolder:DIR, parquet:GLOB or a Hub data set; {held_out}")
+    add_option(data, "--config", help="configuration whose validation images are measured; --data replaces the source")
     add_option(data, "--set")
     data.add_argument("--split", metavar="NAME", help="default: the one that training validates on")
     data.add_argument("--max-images", type=positive_int, metavar="N", help="first N images of the split (2,048)")
     add_option(data, "--crop-px")
     add_option(data, "--resolution")
     metrics = parser.add_argument_group("metrics")
-    add_option(metrics, "--lpips", default=lpips)
+    names_another = "unless output.eval_lpips_trunk of --config is another"
+    add_option(
+        metrics,
+        "--lpips",
+        help=f"feature networks of LPIPS, separated by commas, or none (default: {lpips}, {names_another})",
+    )
     metrics.add_argument(
         "--frechet",
-        default=frechet,
         metavar="NETWORK",
-        help="features of the Frechet distance: a trunk (%(default)s), dinov2, dinov2:MODEL, inception, or none",
+        help="features of the Frechet distance: a feature network of LPIPS, dinov2, dinov2:MODEL, inception, or none "
+        f"(default: {frechet}{'' if frechet == 'none' else ', ' + names_another})",
     )
+    parser.set_defaults(default_lpips=lpips, default_frechet=frechet)
     add_option(metrics, "--trunk-weights")
     add_option(metrics, "--batch-size", default=8)
     add_option(metrics, "--device")
@@ -141,8 +148,13 @@ def measure_models(
     smallest = min(model.resolution for model in models)
     if smallest < 11:
         raise ValueError(f"SSIM needs images of at least 11 pixels, these have {smallest}: raise --resolution.")
-    lpips = lpips_trunks(arguments.lpips)
-    frechet = None if arguments.frechet == "none" else FrechetFeatures(arguments.frechet, device)
+    default_lpips, default_frechet = arguments.default_lpips, arguments.default_frechet
+    if arguments.config is not None and config.output.eval_lpips_trunk not in lpips_trunks(default_lpips):
+        default_lpips = config.output.eval_lpips_trunk
+        default_frechet = "none" if default_frechet == "none" else default_lpips
+    lpips = lpips_trunks(arguments.lpips or default_lpips)
+    frechet_name = arguments.frechet or default_frechet
+    frechet = None if frechet_name == "none" else FrechetFeatures(frechet_name, device)
     trunk_names = [*lpips, *([frechet.trunk_name] if frechet is not None and frechet.trunk_name else [])]
     weights = arguments.trunk_weights or config.loss.trunk_weights
     networks = MetricNetworks(lpips, load_trunks(trunk_names, weights, device, smallest), frechet)

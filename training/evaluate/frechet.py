@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from training.data.images import denormalize
 from training.data.shards import in_one_line
 from training.losses.perceptual import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, PerceptualTrunk
+from training.losses.perceptual_weights import MissingWeightsError
 
 # ViT-L/14 and its class token are what Stein et al. 2023 ("Exposing flaws of generative model evaluation metrics and
 # their unfair treatment of diffusion models") found closest to human judgment.
@@ -131,21 +132,22 @@ def load_trunks(
         resolution: Smallest size of the images, pixels.
 
     Raises:
-        ValueError: Unknown name, no weights, or images too small for a trunk.
+        ValueError: Unknown name, no weights, or images too small for a network.
     """
     trunks = {}
     for name in dict.fromkeys(names):
         if name in ARCHITECTURES and resolution < ARCHITECTURES[name].min_size:
             raise ValueError(
-                f"images of {resolution} pixels are too small for the trunk {name}, which needs "
-                f"{ARCHITECTURES[name].min_size}: name other trunks in --lpips and --frechet (or none), or give "
+                f"images of {resolution} pixels are too small for the feature network {name}, which needs "
+                f"{ARCHITECTURES[name].min_size}: name another in --lpips and --frechet (or none), or give "
                 "--resolution."
             )
         try:
             trunks[name] = PerceptualTrunk(name, weights).to(device)
-        except ValueError as error:
+        except MissingWeightsError as error:
             raise ValueError(
-                f"{error}. On this command line: --trunk-weights DIR, or --lpips and --frechet with st_alexnet or none."
+                "give --lpips st_alexnet or none (likewise --frechet), which need no download, or --trunk-weights DIR: "
+                f"{error.problem}."
             ) from error
     return trunks
 

@@ -113,7 +113,7 @@ class PerceptualTrunk(nn.Module):
     def __init__(self, name: str, weights_dir: str | os.PathLike | None = None, load_weights: bool = True):
         super().__init__()
         if name not in ARCHITECTURES:
-            raise ValueError(f"unknown perceptual trunk {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"unknown feature network {name!r}: choose one of {', '.join(ARCHITECTURES)}")
         architecture = ARCHITECTURES[name]
         self.name = name
         self.min_size = architecture.min_size

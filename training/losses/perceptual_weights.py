@@ -30,6 +30,18 @@ _HEADS = {
 _WITHOUT_DOWNLOAD = {"vgg16": "st_vgg16", "alexnet": "st_alexnet", "squeezenet": "st_alexnet"}
 
 
+class MissingWeightsError(ValueError):
+    """Weights that are not on this machine and cannot be downloaded.
+
+    Attributes:
+        problem: The message without the remedies, which name configuration keys.
+    """
+
+    def __init__(self, problem: str, remedies: str) -> None:
+        super().__init__(f"{problem}: {remedies}")
+        self.problem = problem
+
+
 def load_weights(
     name: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -101,12 +113,12 @@ def _torchvision_state(name: str, weights_dir: str | os.PathLike | None) -> tupl
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        folder = "is not set" if weights_dir is None else f"({weights_dir}) has no {file_name}"
-        raise ValueError(
-            f"no weights for the perceptual trunk {name!r}: loss.trunk_weights {folder}, torch's hub cache "
-            f"has no {path}, and downloading {weights.url} failed ({_first_line(error)}); set "
-            f"loss.trunk_weights to a folder with {file_name}, or put the file into the cache, or use the trunk "
-            f"{_WITHOUT_DOWNLOAD[name]!r}, whose weights come by pip (loss.trunk, loss.lpips_trunk, output.eval_lpips_trunk)"
+        folder = "is null" if weights_dir is None else f"{weights_dir} has none"
+        raise MissingWeightsError(
+            f"the weights of the feature network {name} cannot be downloaded from {weights.url} ({_first_line(error)})",
+            f"use {_WITHOUT_DOWNLOAD[name]} (loss.trunk, loss.lpips_trunk, output.eval_lpips_trunk), whose weights come "
+            f"with `pip install stlpips-pytorch`, or set loss.trunk_weights to a folder with {file_name} (it {folder}), "
+            f"or put the file at {path}",
         ) from error
     finally:
         socket.setdefaulttimeout(timeout_before)
