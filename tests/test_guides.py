@@ -8,6 +8,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -177,6 +178,7 @@ def workplace(tmp_path_factory, faces) -> Iterator[Path]:
         patch.chdir(folder)
         call(["python", "train_vae.py", "--config", "configs/ultra.json"])
         model = "model_weights/vae_ultra_high_quality"
+        shutil.copytree(model, "model_weights/vae_quickstart")
         values["model"] = {"patch_size": 2, "block_out_channels": [8, 16], "layers_per_block": [1, 1, 1]}
         values["data"]["attribute_columns"] = ["Eyeglasses", "Smiling"]
         values["output"]["run_name"] = "diffusion_prior"
