@@ -100,10 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _load_config(arguments)
 
         # Imported late: --help and a misspelled key do not wait for torch.
+        from training.setup import FinishedRun
         from training.trainer import Trainer
 
         allowed = [key for keys in arguments.allow_changed for key in keys]
-        return Trainer(config, arguments.resume, allowed).run()
+        try:
+            return Trainer(config, arguments.resume, allowed).run()
+        except FinishedRun as finished:
+            if os.environ.get("RANK", "0") == "0":
+                print(finished, file=sys.stderr)
+            return 0
     except (ValueError, UserError) as error:
         # Only errors of the main process are known to be printed by another process.
         if not getattr(error, "from_main_process", False):

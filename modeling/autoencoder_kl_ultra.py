@@ -71,20 +71,23 @@ def pixel_unshuffle(x: Tensor, factor: int, like: Tensor | None = None) -> Tenso
     """`F.pixel_unshuffle` in the memory format of `like`, by default of `x`.
 
     On CUDA torch's own returns and sends back NCHW, so channels_last maps are rearranged here, in one copy each way. On the
-    CPU torch's own keeps channels_last and takes half the time.
+    CPU torch's own keeps channels_last, in half of the time, but tells torch.compile that it returned NCHW.
     """
     if (x if like is None else like).is_contiguous():
         return F.pixel_unshuffle(x, factor).contiguous()
     if x.device.type == "cpu":
-        return F.pixel_unshuffle(x.contiguous(memory_format=torch.channels_last), factor)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return F.pixel_unshuffle(x, factor).contiguous(memory_format=torch.channels_last)
     patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, factor)).unflatten(1, (-1, factor))  # (N, h, f, w, f, C)
     return patches.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """`F.pixel_shuffle` in the memory format of `x`: see `pixel_unshuffle`."""
-    if x.is_contiguous() or x.device.type == "cpu":
+    if x.is_contiguous():
         return F.pixel_shuffle(x, factor)
+    if x.device.type == "cpu":
+        return F.pixel_shuffle(x, factor).contiguous(memory_format=torch.channels_last)
     patches = x.permute(0, 2, 3, 1).unflatten(3, (-1, factor, factor))  # (N, h, w, C, f, f)
     return patches.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 

@@ -223,9 +223,6 @@ def test_latents_are_centered_and_white(layout):
     np.testing.assert_allclose(latents.T @ latents / len(latents), np.eye(count), atol=1e-4)
     _, variances, _ = pca(patches(images, model.config.pca_size, model.config.latent_size))
     assert result["kept_fraction"] == pytest.approx(variances[:count].sum() / variances.sum(), rel=1e-5)
-    rows = patches(images, model.config.pca_size, model.config.latent_size)
-    mean_variance = rows.mean(axis=0).reshape(3, -1).var(axis=1).mean() * rows.shape[1]
-    assert result["mean_fraction"] == pytest.approx(mean_variance / (mean_variance + rows.var(axis=0).sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -329,6 +326,23 @@ def test_the_reported_kl_is_that_of_the_posterior(layout):
     # The means of whitened latents contribute 1/2 on average.
     logvar = model.logvar_bias.bias.detach()
     assert kl == pytest.approx(0.5 * (logvar.exp() - logvar).mean().item(), rel=1e-3)
+
+
+def test_the_fraction_of_the_contrast_in_the_mean():
+    rows = patches(some_images(), 16, 1).reshape(-1, 3, 256)
+    of_mean, rest = rows.mean(axis=0).var(axis=1).sum(), rows.var(axis=0).mean(axis=1).sum()
+    assert pca_init.mean_fraction(some_images(), 16) == pytest.approx(of_mean / (of_mean + rest), rel=1e-5)
+
+
+def test_images_that_the_pca_branch_does_not_describe_give_a_warning(monkeypatch, caplog):
+    model, images = model_for("spatial"), some_images()
+    fit_pca_branch(model, images, NOISE)
+    of_more_contrast = (3 * (images.float() - 128) + 128).clamp(0, 255).to(torch.uint8)
+    for given, expected in ((images, False), (of_more_contrast, True)):
+        monkeypatch.setattr(setup, "first_training_images", lambda *arguments, given=given: given)
+        caplog.clear()
+        setup._check_pca_branch(Config(), model)
+        assert ("pca_refit=true" in caplog.text) == expected
 
 
 def test_images_that_are_not_aligned_give_a_warning(monkeypatch, caplog):

@@ -42,8 +42,8 @@ def load_initial_weights(model: AutoencoderKLUltra, init_from: str) -> dict[str,
         )
         options = [f"model.{key}={json.dumps(there, separators=(',', ':'))}" for key, there, _ in differing]
         raise ValueError(
-            f"training_presets.init_from {init_from} has another architecture ({shown}): take its values with "
-            f"{' '.join(f'--set {shlex.quote(option)}' for option in options)}, or start from another model."
+            f"training_presets.init_from {init_from} has another architecture ({shown}): start from another model, or take "
+            f"its values with {' '.join(f'--set {shlex.quote(option)}' for option in options)}"
         )
     model.load_state_dict(saved)
     source = resolve_model(init_from).path

@@ -25,6 +25,7 @@ from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import TrainingState
 from training.config import Config
+from training.data.images import normalize
 from training.data.stream import TrainStream, first_training_images, load_validation
 from training.distributed import (
     AUTOCAST_DTYPES,
@@ -43,11 +44,12 @@ from training.learning_rate import LearningRate
 from training.losses.kl_control import KLController
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
-from training.pca_init import fit_pca_branch
+from training.pca_init import fit_pca_branch, mean_fraction
 from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
+from training.run_files import read_json
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -59,6 +61,10 @@ logger = logging.getLogger(__name__)
 # Below this fraction of the contrast in their mean (`fit_pca_branch`) images are not aligned. Measured at 32 pixels: aligned
 # photographs of faces 0.09 to 0.12, photographs at scales of 0.5 to 1 and shifted accordingly 0.05, rotated 0.02 to 0.03.
 _ALIGNED_MEAN_FRACTION = 0.06
+# Mean square of the PCA coefficients of images that a PCA branch does not describe: measured 0.5 to 1.4 for images of the
+# kind that it was fitted to, 2.4 for another crop, 3.5 for photographs and a branch of rendered faces.
+_OTHER_IMAGES_MEAN_SQUARE = 2.0
+_CHECKED_IMAGES = 512
 ROLLBACK_SEED = 1_000_003  # added to the seed at each roll-back, for another example order and other noise; a prime
 
 
@@ -147,6 +153,7 @@ def build_run(config: Config, resume: str | None = None, allow_changed: Sequence
         allow_changed: Keys that a resume may find changed (see `check_resume`).
 
     Raises:
+        FinishedRun: The run that `resume` names has nothing left to do.
         ValueError: The configuration does not fit the model, the data, the checkpoint or the machine.
     """
     folder = RunFolder(config)
@@ -184,6 +191,9 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     if saved is not None and "data" not in allow_changed:
         stream.check_resume(saved["data"])
 
+    if saved is not None:
+        on_main_process(accelerator, lambda: _check_unfinished(config, opened["run_dir"], saved))
+
     # All checks have passed; from here on files are written.
     run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin))
     setup_logging(accelerator, run_dir / "training.log")
@@ -192,7 +202,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     _log_start(config, accelerator, stream, run_dir, precision, precision_source, [*notes, *claimed])
 
     is_new = checkpoint is None
-    _initialize_model(config, model, accelerator, fit_pca=is_new and (presets.init_from is None or presets.pca_refit))
+    _initialize_model(config, model, accelerator, is_new)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(config, model, parameters, accelerator.device)
     # The main process's weights reach the other processes here, before the EMA weights are copied from them.
@@ -386,18 +396,44 @@ def _log_start(
         logger.info(line)
 
 
-def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, fit_pca: bool) -> None:
+def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Accelerator, is_new: bool) -> None:
     """Initializes the PCA branch, moves the model to the device and sets its memory format."""
     presets = config.training_presets
     freeze_parameters(model, presets)
-    if fit_pca and model.pca_branch is not None:
+    if is_new and model.pca_branch is not None and (presets.init_from is None or presets.pca_refit):
         # `prepare` sends the weights to the other processes; an error must reach them here.
         on_main_process(accelerator, lambda: _fit_pca_branch(config, model, accelerator.device))
+    elif is_new and model.pca_branch is not None:
+        on_main_process(accelerator, lambda: _check_pca_branch(config, model))
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if presets.channels_last:
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
+
+
+class FinishedRun(Exception):
+    """A resumed run has nothing left to do; the message says what to change."""
+
+
+def _check_unfinished(config: Config, run_dir: Path, saved: dict[str, Any]) -> None:
+    """Raises FinishedRun if the run has finished and exported its model, and its configuration asks for nothing more."""
+    status, progress, presets = read_json(run_dir / "status.json"), saved["progress"], config.training_presets
+    limit, patience = presets.max_train_minutes, presets.early_stopping_patience
+    if status.get("state") != "finished" or not Path(status.get("model_dir") or "").is_dir():
+        return
+    if progress["epoch"] >= presets.num_epochs:
+        remedy = "raise training_presets.num_epochs"
+    elif limit is not None and progress["train_seconds"] >= 60 * limit:
+        remedy = "raise training_presets.max_train_minutes"
+    elif patience and progress["early_stopping_bad_epochs"] >= patience:
+        remedy = "raise training_presets.early_stopping_patience"
+    else:
+        return
+    raise FinishedRun(
+        f"{run_dir} has finished ({status.get('reason')}), and its model is in {status['model_dir']}: nothing was changed. "
+        f"To train longer, {remedy}; to train anew, leave out --resume."
+    )
 
 
 @float32_without_tf32()
@@ -419,11 +455,36 @@ def _fit_pca_branch(config: Config, model: AutoencoderKLUltra, device: torch.dev
         100 * result["kept_fraction"],
         result["kl_per_dimension"],
     )
-    if model.config.latent_layout == "vector" and result["mean_fraction"] < _ALIGNED_MEAN_FRACTION:
+    if model.config.latent_layout == "vector":
+        _check_alignment(images)
+
+
+def _check_alignment(images: Tensor) -> None:
+    """Warns about images that are not aligned, by the contrast of their mean."""
+    fraction = mean_fraction(images[:_CHECKED_IMAGES])
+    if fraction < _ALIGNED_MEAN_FRACTION:
         logger.warning(
             "these images do not look like aligned faces: their mean holds %.0f %% of the contrast, where aligned faces "
             "have 9 to 12 %%. One set of components describes unaligned faces poorly; see `python -m training.align --help`.",
-            100 * result["mean_fraction"],
+            100 * fraction,
+        )
+
+
+@torch.no_grad()
+def _check_pca_branch(config: Config, model: AutoencoderKLUltra) -> None:
+    """Warns about training images that the PCA branch of `init_from` does not describe."""
+    presets = config.training_presets
+    images = first_training_images(config.data, model.config.sample_size, presets.seed, _CHECKED_IMAGES)
+    if model.config.latent_layout == "vector":
+        _check_alignment(images)
+    coefficients = [model.pca_branch.encoder(normalize(part)) for part in images.split(64)]
+    mean_square = torch.cat(coefficients).square().mean().item()
+    if mean_square > _OTHER_IMAGES_MEAN_SQUARE:
+        logger.warning(
+            "the PCA branch of %s was fitted to other images: the mean square of its coefficients is %.1f for these, and "
+            "1 for its own. Set training_presets.pca_refit=true to fit it to these.",
+            presets.init_from,
+            mean_square,
         )
 
 

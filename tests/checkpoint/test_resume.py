@@ -20,6 +20,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.builders import build_model
 from training.config import config_from_dict
 from training.run_files import list_checkpoints
+from training.setup import FinishedRun
 from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
 
@@ -80,11 +81,12 @@ def test_a_stop_at_the_last_step_of_an_epoch_and_a_kill_after_its_validation_cha
     assert differences(third.folder, finished.folder) == []
 
 
-def test_a_finished_run_resumes_to_its_end(finished, faces, tmp_path):
+def test_a_run_that_was_killed_after_its_last_step_resumes_to_its_end(finished, faces, tmp_path):
     """Nothing is left to train, and no result changes."""
     config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
     folder = Path(config.output.runs_dir) / finished.folder.name
     shutil.copytree(finished.folder, folder, symlinks=True)
+    (folder / "status.json").write_text(json.dumps(finished.status | {"state": "running"}))
     again = run(config, "auto")
     assert (again.code, again.folder, again.status["step"]) == (0, folder, EPOCHS * STEPS)
     assert again.status["best"] == finished.status["best"]
@@ -165,6 +167,21 @@ def test_resume_takes_new_optimizer_settings(finished, session, tmp_path):
     assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
     assert plateau.best < math.inf  # restored from the checkpoint
     assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, session, capsys):
+    files = {
+        path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file() and path.name != "run.lock"
+    }
+    config = finished.config.to_dict()
+    config["training_presets"]["learning_rate"] = 0.5
+    with pytest.raises(FinishedRun, match="has finished .*raise training_presets.num_epochs; to train anew"):
+        Trainer(config_from_dict(config), str(finished.folder))
+    assert {path: path.read_bytes() for path in files} == files
+    file = finished.folder.parent / "finished.json"
+    file.write_text(json.dumps(config))
+    assert train_vae.main(["--config", str(file), "--resume", str(finished.folder)]) == 0
+    assert "nothing was changed" in capsys.readouterr().err
 
 
 def test_resume_auto_without_a_run_starts_a_new_one(faces, session, tmp_path):

@@ -35,9 +35,17 @@ def test_an_export_replaces_an_older_one_with_its_priors(source, tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_an_export_of_the_same_model_keeps_its_priors(source, tmp_path):
+    export.export_model(source, tmp_path / "vae")
+    (tmp_path / "vae" / "priors").mkdir()
+    export.export_model(source, tmp_path / "vae")
+    assert (tmp_path / "vae" / "priors").is_dir()
+
+
 def test_a_full_disk_leaves_the_older_export(source, tmp_path, monkeypatch):
     folder = tmp_path / "models" / "vae"
     export.export_model(source, folder)
+    (folder / "config.json").write_text("{}")  # of another model
     before = contents(folder)
 
     def full(path: Path, data: bytes) -> None:

@@ -126,18 +126,23 @@ def draw_plots(record: RunRecord, folder: Path) -> list[str]:
 # ---------------------------------------------------------------------- the card
 
 
-def write_card(folder: Path, repo_id: str, record: RunRecord | None) -> None:
+def write_card(folder: Path, repo_id: str, record: RunRecord | None, with_photographs: bool = False) -> None:
     """Write README.md and `images/` into a model's folder.
 
     Args:
         folder: Holds the exported model.
         repo_id: "organization/name", for the examples in the card.
         record: The run; without it the card describes the model only.
+        with_photographs: Include the grid of validation images and their reconstructions. Without it only that of
+            synthetic faces is, because people have a say in pictures of them, and so has the owner of a data set.
     """
     images: list[str] = []
     if record is not None:
         images = draw_plots(record, folder / "images")
+        private = not with_photographs and record.config.data.dataset != "synthetic_faces"
         for kind, path in record.grids.items():
+            if private and kind == "reconstructions":
+                continue
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "images" / f"{kind}.png")
             images.append(f"{kind}.png")
@@ -225,13 +230,14 @@ def _table_row(key: str, metric: Metric) -> str:
 
 
 def snippet(repo_id: str, size: int, variant: str | None = None) -> str:
-    """Code that loads and uses a published model, in six lines."""
+    """Code that loads and uses a published model."""
     options = "trust_remote_code=True" + ("" if variant is None else f', variant="{variant}"')
     return f"""from diffusers import AutoModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image
 vae, images = AutoModel.from_pretrained("{repo_id}", {options}), VaeImageProcessor()
-latents = vae.encode(images.preprocess(load_image("face.png"), {size}, {size})).latent_dist.mode().detach()
+pixels = images.preprocess(load_image("face.png"), {size}, {size}, resize_mode="crop")
+latents = vae.encode(pixels).latent_dist.mode().detach()
 images.postprocess(vae.decode(latents).sample.detach())[0].save("reconstruction.png")"""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import inspect
 import os
 import shutil
@@ -23,11 +24,15 @@ def export_model(source: Path, folder: Path) -> None:
 
     Args:
         source: The model's folder in a checkpoint.
-        folder: Destination; an older export there is removed, with the priors that were fitted to it.
+        folder: Destination. An export of another model there is removed, with the priors that were fitted to it; that of
+            this model stays as it is.
 
     Raises:
         OSError: The disk is full or fails; an older export is unchanged.
     """
+    copies = [(path, folder / path.name) for path in source.iterdir()]
+    if all(copy.is_file() and filecmp.cmp(path, copy, shallow=False) for path, copy in copies):
+        return
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)

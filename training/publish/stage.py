@@ -2,7 +2,7 @@
 
     python -m training.publish runs/quickstart_20250101_120000 --repo-id org/name --dry-run  # list the files; no network
     python -m training.publish runs/quickstart_20250101_120000 --repo-id org/name [--public] [--create-pr]
-    python -m training.publish model_weights/vae_quickstart --repo-id org/name  # a card without metrics
+    python -m training.publish model_weights/vae_quickstart --repo-id org/name  # finds its run in runs/
     python -m training.publish MODEL --repo-id org/name --space    # and a Space org/name-demo, the demo in the browser
 
 The files of the repository (weights, `config.json`, source, priors, card, grids, plots, training configuration) are
@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
+import filecmp
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -26,10 +29,12 @@ from typing import Any
 
 from training.cli import run
 from training.config import HubConfig
-from training.run_files import find_model
+from training.run_files import WEIGHTS, best_checkpoint, find_model, is_run
+
+logger = logging.getLogger(__name__)
 
 
-def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
+def stage(source: Path, folder: Path, repo_id: str, with_photographs: bool = False) -> list[str]:
     """Gather the files of the repository.
 
     A README.md in the model's folder is the user's own card and replaces the generated one.
@@ -38,6 +43,8 @@ def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
         source: A run's folder, a checkpoint's, or an exported model's.
         folder: Empty; receives the files.
         repo_id: "organization/name", for the card.
+        with_photographs: Include the grid that shows images of the data set beside their reconstructions. Images of
+            `synthetic_faces` are always included.
 
     Returns:
         Names of the files in the model's folder that are not published.
@@ -52,6 +59,7 @@ def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
     if not (found := find_model(source)) and not source.is_dir():
         raise ValueError(f"{source} does not exist: give the folder of a run, or of an exported model.")
     model, run_dir = found or (source, None)
+    run_dir = run_dir or find_run_of(model)
     record = None if run_dir is None else read_run(run_dir)
     files = files_to_publish(model)
     for name, path in files.items():
@@ -61,11 +69,34 @@ def stage(source: Path, folder: Path, repo_id: str) -> list[str]:
     if record is not None:
         settings = without_paths(record.config.to_dict())
         (folder / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    write_card(folder, repo_id, record)
+    else:
+        logger.warning(
+            "%s: its run was not found, so the card has no metrics, training, data and license: publish the run's folder.",
+            source,
+        )
+    write_card(folder, repo_id, record, with_photographs)
     if "README.md" in files:
         shutil.copyfile(files["README.md"], folder / "README.md")
     present = (path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file())
     return sorted(set(present) - set(files))
+
+
+def find_run_of(model: Path) -> Path | None:
+    """The run whose best model an exported one is, by the name in its header, in `runs/` here or beside its parent."""
+    from training.publish.hub import safetensors_header
+
+    try:
+        header = json.loads(safetensors_header(model / WEIGHTS))
+    except (OSError, ValueError):
+        return None
+    name = Path(header.get("__metadata__", {}).get("run", "")).name
+    for runs in (Path("runs"), model.absolute().parents[1] / "runs"):
+        if name and is_run(runs / name):
+            with contextlib.suppress(ValueError):  # it has no valid model any more
+                checkpoint, _ = best_checkpoint(runs / name)
+                if filecmp.cmp(checkpoint / "model" / WEIGHTS, model / WEIGHTS, shallow=False):
+                    return runs / name
+    return None
 
 
 def check_loadable(folder: Path) -> None:
@@ -125,13 +156,14 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-def publish(source: Path, hub: HubConfig, create_pr: bool = False) -> str:
+def publish(source: Path, hub: HubConfig, create_pr: bool = False, with_photographs: bool = False) -> str:
     """Upload a model with its card; may be repeated.
 
     Args:
         source: A run's folder, a checkpoint's, or an exported model's.
         hub: Repository and visibility.
         create_pr: Open a pull request instead of writing to the main branch.
+        with_photographs: See `stage`.
 
     Returns:
         The URL of the repository, or of the pull request.
@@ -143,7 +175,7 @@ def publish(source: Path, hub: HubConfig, create_pr: bool = False) -> str:
     from training.publish.hub import push
 
     with tempfile.TemporaryDirectory(prefix="publish_") as folder:
-        stage(source, Path(folder), str(hub.repo_id))
+        stage(source, Path(folder), str(hub.repo_id), with_photographs)
         return push(Path(folder), hub, create_pr)
 
 
@@ -173,8 +205,8 @@ def publish_command(source: Path, hub: HubConfig) -> str:
     return shlex.join(arguments + ([] if hub.private else ["--public"]))
 
 
-def _dry_run(source: Path, hub: HubConfig, with_space: bool) -> None:
-    """List the files that would be uploaded; needs no network and no token."""
+def _dry_run(source: Path, hub: HubConfig, with_space: bool, with_photographs: bool, output: Path | None) -> None:
+    """List the files that would be uploaded, and keep them in `output`; needs no network and no token."""
     from training.publish.hub import files_to_publish, refuse_secrets
     from training.publish.space import space_name, stage_space
 
@@ -186,8 +218,12 @@ def _dry_run(source: Path, hub: HubConfig, with_space: bool) -> None:
             print(f"  {size:>14,}  {name}")
         print(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files, no secrets found")
 
+    if output is not None and output.exists():
+        raise ValueError(f"--output {output} exists: give a new folder.")
     with tempfile.TemporaryDirectory(prefix="publish_") as folder:
-        left_out = stage(source, Path(folder), str(hub.repo_id))
+        left_out = stage(source, Path(folder), str(hub.repo_id), with_photographs)
+        if output is not None:
+            shutil.copytree(folder, output)
         show(str(hub.repo_id), files_to_publish(Path(folder)))
     for name in left_out:
         print(f"  not published: {name}")
@@ -212,7 +248,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--space", action="store_true", help="also upload the Space ORG/NAME-demo, which shows the model"
     )
+    parser.add_argument(
+        "--with-photographs",
+        action="store_true",
+        help="include the grid of validation images and their reconstructions; you need the right to publish them",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the files; needs no network and no token")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="with --dry-run: keep the files, such as the card, there"
+    )
     return parser
 
 
@@ -220,10 +264,12 @@ def _publish(arguments: argparse.Namespace) -> None:
     if arguments.repo_id.count("/") != 1 or not all(arguments.repo_id.split("/")):
         raise ValueError(f"--repo-id must be organization/name, got {arguments.repo_id}.")
     hub = HubConfig(push=True, repo_id=arguments.repo_id, private=not arguments.public)
+    if arguments.output is not None and not arguments.dry_run:
+        raise ValueError("--output needs --dry-run.")
     if arguments.dry_run:
-        _dry_run(arguments.source, hub, arguments.space)
+        _dry_run(arguments.source, hub, arguments.space, arguments.with_photographs, arguments.output)
         return
-    print(publish(arguments.source, hub, arguments.create_pr))
+    print(publish(arguments.source, hub, arguments.create_pr, arguments.with_photographs))
     if arguments.space:
         print(publish_space(hub, arguments.create_pr))
 
