@@ -449,6 +449,7 @@ def test_a_run_that_recovers_after_a_roll_back_ends_well(faces, tmp_path):
     assert json.loads((checkpoint / STATE_FILE).read_text())["progress"]["rollbacks"] == 1
     log = (trainer.run_dir / "training.log").read_text()
     assert "rolled back from step 5 to step_00000002" in log and "finished: 2 epochs" in log
+    (trainer.run_dir / "status.json").unlink()  # which says that nothing is left to do
     with tiny.process_state():
         again = Trainer(config, str(trainer.run_dir))
         again.tracker.close()

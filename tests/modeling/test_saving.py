@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -79,6 +80,7 @@ def test_push_to_hub_uploads_the_source(monkeypatch, tmp_path):
         uploaded.update({path.name: path.read_bytes() for path in Path(folder).iterdir()})
 
     monkeypatch.setattr(AutoencoderKLUltra, "_upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # looking for a card would retry for minutes
     for module in (diffusers.utils.hub_utils, diffusers.models.modeling_utils):
         monkeypatch.setattr(module, "create_repo", lambda repo_id, **_: type("Repo", (), {"repo_id": repo_id}))
     model = fresh("vector")
