@@ -405,6 +405,8 @@ def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Ac
         on_main_process(accelerator, lambda: _fit_pca_branch(config, model, accelerator.device))
     elif is_new and model.pca_branch is not None:
         on_main_process(accelerator, lambda: _check_pca_branch(config, model))
+    if presets.compile:
+        model.to_json_string()  # it adds entries to the configuration; at the first checkpoint they would compile again
     if presets.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if presets.channels_last:
