@@ -157,7 +157,9 @@ class DataConfig(_Section):
     crop_px: int | None = constrained(None, ge=16)  # size of the center crop before resizing; null: largest square
     horizontal_flip: bool = True  # flip each training image horizontally with probability 1/2
     shuffle_buffer: int = constrained(2048, ge=1)  # examples in the streaming shuffle buffer (about 10 kB each)
-    num_train_images: int | None = constrained(None, ge=1)  # for cost estimates where the data set has no count
+    num_train_images: int | None = constrained(
+        None, ge=1
+    )  # for estimates and lr_schedule where the data set has no count
     max_validation_images: int = constrained(2048, ge=1)  # first readable ones of the split, decoded once and kept
     max_corrupt_fraction: float = constrained(0.01, ge=0, le=1)  # the run stops above this fraction of corrupt images
     decode_threads: int = constrained(0, ge=0)  # 0: one per CPU core, at most 16

@@ -49,7 +49,7 @@ from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
-from training.run_files import read_json
+from training.run_files import find_model, read_json
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -58,7 +58,7 @@ from training.tracking.trackers import Tracker, check_trackers, setup_logging
 
 logger = logging.getLogger(__name__)
 
-# Below this fraction of the contrast in their mean (`fit_pca_branch`) images are not aligned. Measured at 32 pixels: aligned
+# Below this fraction of the contrast in their mean (`mean_fraction`) images are not aligned. Measured at 32 pixels: aligned
 # photographs of faces 0.09 to 0.12, photographs at scales of 0.5 to 1 and shifted accordingly 0.05, rotated 0.02 to 0.03.
 _ALIGNED_MEAN_FRACTION = 0.06
 # Mean square of the PCA coefficients of images that a PCA branch does not describe: measured 0.5 to 1.4 for images of the
@@ -131,9 +131,13 @@ class Run:
 
     def apply_progress(self, saved: dict[str, Any]) -> None:
         """Applies a restored progress to the model's configuration, the step and the stream."""
+        presets, before = self.config.training_presets, saved["config"]["training_presets"]
+        changed = any(before.get(name) != getattr(presets, name) for name in ("max_images_per_epoch", "batch_size"))
+        if changed or "steps_per_epoch" not in saved["progress"]:
+            self.progress.steps_per_epoch = self.steps_per_epoch
         if self.progress.latents is not None:
             self.model.register_to_config(**self.progress.latents)
-        if self.config.training_presets.micro_batch_size == "auto":  # rounding depends on the micro-batch size
+        if presets.micro_batch_size == "auto":  # rounding depends on the micro-batch size
             self.train_step.micro_batch = min(saved["micro_batch"], self.train_step.micro_batch)
         self.reseed()
 
@@ -178,6 +182,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     model = build_model(config)
     if saved is not None:
         notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
+        on_main_process(accelerator, lambda: _check_unfinished(config, opened["run_dir"], saved))
     origin = {}
     if checkpoint is None and presets.init_from is not None:
         origin = on_main_process(accelerator, lambda: load_initial_weights(model, presets.init_from))
@@ -190,9 +195,6 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     stream, validation_images, validation_indices = _open_data(config, model, accelerator)
     if saved is not None and "data" not in allow_changed:
         stream.check_resume(saved["data"])
-
-    if saved is not None:
-        on_main_process(accelerator, lambda: _check_unfinished(config, opened["run_dir"], saved))
 
     # All checks have passed; from here on files are written.
     run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin))
@@ -391,6 +393,15 @@ def _log_start(
         logger.warning(
             "this CPU has no bfloat16 instructions: bf16 is emulated and slower than float32 (auto avoids it)"
         )
+    presets = config.training_presets
+    if presets.lr_schedule in ("cosine", "warmup_stable_decay") and (
+        presets.early_stopping_patience or presets.max_train_minutes is not None
+    ):
+        logger.warning(
+            "training_presets.lr_schedule=%s lowers the learning rate towards the end of num_epochs, before which early "
+            "stopping or max_train_minutes may end the run: set early_stopping_patience=0 and max_train_minutes=null",
+            presets.lr_schedule,
+        )
     images = stream.num_examples or config.data.num_train_images
     for line in (*describe_estimate(config, accelerator.num_processes, images).splitlines(), *notes):
         logger.info(line)
@@ -422,7 +433,14 @@ def _check_unfinished(config: Config, run_dir: Path, saved: dict[str, Any]) -> N
     """Raises FinishedRun if the run has finished and exported its model, and its configuration asks for nothing more."""
     status, progress, presets = read_json(run_dir / "status.json"), saved["progress"], config.training_presets
     limit, patience = presets.max_train_minutes, presets.early_stopping_patience
-    if status.get("state") != "finished" or not Path(status.get("model_dir") or "").is_dir():
+    if status.get("state") != "finished" or config.hub.push:  # an upload may be missing, and can be repeated
+        return
+    target = Path(config.output.model_dir) / f"vae_{config.output.run_name}"
+    try:
+        found = find_model(run_dir)
+    except ValueError:  # the best model is damaged
+        return
+    if found is None or found[0].absolute() != target.absolute():
         return
     if progress["epoch"] >= presets.num_epochs:
         remedy = "raise training_presets.num_epochs"
@@ -433,7 +451,7 @@ def _check_unfinished(config: Config, run_dir: Path, saved: dict[str, Any]) -> N
     else:
         return
     raise FinishedRun(
-        f"{run_dir} has finished ({status.get('reason')}), and its model is in {status['model_dir']}: nothing was changed. "
+        f"{run_dir} has finished ({status.get('reason')}), and its model is in {target}: nothing was changed. "
         f"To train longer, {remedy}; to train anew, leave out --resume."
     )
 
@@ -484,7 +502,7 @@ def _check_pca_branch(config: Config, model: AutoencoderKLUltra) -> None:
     if mean_square > _OTHER_IMAGES_MEAN_SQUARE:
         logger.warning(
             "the PCA branch of %s was fitted to other images: the mean square of its coefficients is %.1f for these, and "
-            "1 for its own. Set training_presets.pca_refit=true to fit it to these.",
+            "about 1 for its own. Set training_presets.pca_refit=true (with train_only=all) to fit it to these.",
             presets.init_from,
             mean_square,
         )

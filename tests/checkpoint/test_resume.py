@@ -18,9 +18,10 @@ from torch._dynamo.utils import counters
 
 import train_vae
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import setup
 from training.builders import build_model
 from training.config import config_from_dict
-from training.run_files import list_checkpoints
+from training.run_files import STATE_FILE, list_checkpoints
 from training.setup import FinishedRun
 from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
@@ -183,6 +184,20 @@ def test_resuming_a_finished_run_changes_nothing(finished, session, capsys):
     file.write_text(json.dumps(config))
     assert train_vae.main(["--config", str(file), "--resume", str(finished.folder)]) == 0
     assert "nothing was changed" in capsys.readouterr().err
+
+
+def test_a_finished_run_continues_where_something_is_left_to_do(finished, tmp_path):
+    saved = json.loads((list_checkpoints(finished.folder)[-1] / STATE_FILE).read_text())
+    for section, changes in (
+        ("training_presets", {"num_epochs": EPOCHS + 1}),
+        ("output", {"model_dir": str(tmp_path)}),  # to export to
+        ("hub", {"push": True, "repo_id": "org/name"}),
+    ):
+        values = finished.config.to_dict()
+        values[section] |= changes
+        setup._check_unfinished(config_from_dict(values), finished.folder, saved)
+    with pytest.raises(FinishedRun):
+        setup._check_unfinished(finished.config, finished.folder, saved)
 
 
 def test_resume_auto_without_a_run_starts_a_new_one(faces, session, tmp_path):

@@ -78,3 +78,12 @@ def test_the_progress_line_shows_non_finite_metrics(caplog):
     with caplog.at_level("INFO"):
         ProgressLine(None, 0).show(progress, take_window(progress), 60.0)
     assert "epoch 1 step 7: loss nan mse 0.10000 kl 2.000 " in caplog.text and "time_left 0:01:00" in caplog.text
+
+
+def test_the_fraction_of_a_run():
+    progress = Progress(epoch=2, batch=3, steps_per_epoch=6)
+    assert progress.fraction(10) == 0.25
+    for unknown in (None, 0):
+        progress.steps_per_epoch = unknown
+        assert progress.fraction(10) == 0.2
+    assert Progress(epoch=1, batch=9, steps_per_epoch=6).fraction(2) == 1.0  # epochs were longer than expected

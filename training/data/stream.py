@@ -159,10 +159,11 @@ def _warn_of_few(config, count: int) -> None:
     if config.dataset == "imagefolder":
         num_train = open_source(config, "train").num_examples
     num_images = count / fraction if num_train is None else num_train + count
-    better = min(0.4, math.ceil(100 * _MIN_HELD_OUT / num_images) / 100)
+    better = math.ceil(100 * max(fraction * _MIN_HELD_OUT / count, _MIN_HELD_OUT / num_images)) / 100
+    remedy = f"set it to {better:g}" if better < 0.5 else "add images, or name a data.validation_split"
     logger.warning(
-        "data.holdout_fraction=%g holds out %d of about %d images: the validation metrics say little; set it to %g",
-        fraction, count, num_images, better,
+        "data.holdout_fraction=%g holds out %d of about %d images: the validation metrics say little; %s",
+        fraction, count, num_images, remedy,
     )  # fmt: skip
 
 

@@ -39,7 +39,10 @@ class MissingWeightsError(ValueError):
 
     def __init__(self, problem: str, remedies: str) -> None:
         super().__init__(f"{problem}: {remedies}")
-        self.problem = problem
+        self.problem, self._remedies = problem, remedies
+
+    def __reduce__(self) -> tuple:  # other processes raise it, too
+        return type(self), (self.problem, self._remedies)
 
 
 def load_weights(
@@ -113,11 +116,11 @@ def _torchvision_state(name: str, weights_dir: str | os.PathLike | None) -> tupl
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        folder = "is null" if weights_dir is None else f"{weights_dir} has none"
+        folder = "it is null now" if weights_dir is None else f"{weights_dir} has none"
         raise MissingWeightsError(
             f"the weights of the feature network {name} cannot be downloaded from {weights.url} ({_first_line(error)})",
             f"use {_WITHOUT_DOWNLOAD[name]} (loss.trunk, loss.lpips_trunk, output.eval_lpips_trunk), whose weights come "
-            f"with `pip install stlpips-pytorch`, or set loss.trunk_weights to a folder with {file_name} (it {folder}), "
+            f"with `pip install stlpips-pytorch`, or set loss.trunk_weights to a folder with {file_name} ({folder}), "
             f"or put the file at {path}",
         ) from error
     finally:

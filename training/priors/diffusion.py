@@ -224,10 +224,10 @@ class DiffusionTraining:
             warn=lambda message: self.tracker.event(message, "warning", **self.progress.where),
             best_metric="validation/velocity_loss",
         )
-        self.progress.steps_per_epoch = self.steps_per_epoch
         if checkpoint is not None:
             self.checkpoints.restore(checkpoint, saved)
             logger.info("resumed from %s: epoch %d, step %d", checkpoint, self.progress.epoch, self.progress.step)
+        self.progress.steps_per_epoch = self.steps_per_epoch
         self._log_cost(num_faces, precision)
 
     def _set_statistics(self) -> None:

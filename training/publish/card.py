@@ -141,7 +141,7 @@ def write_card(folder: Path, repo_id: str, record: RunRecord | None, with_photog
         images = draw_plots(record, folder / "images")
         private = not with_photographs and record.config.data.dataset != "synthetic_faces"
         for kind, path in record.grids.items():
-            if private and kind == "reconstructions":
+            if private and "reconstructions" in kind:
                 continue
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "images" / f"{kind}.png")

@@ -59,8 +59,14 @@ def stage(source: Path, folder: Path, repo_id: str, with_photographs: bool = Fal
     if not (found := find_model(source)) and not source.is_dir():
         raise ValueError(f"{source} does not exist: give the folder of a run, or of an exported model.")
     model, run_dir = found or (source, None)
-    run_dir = run_dir or find_run_of(model)
-    record = None if run_dir is None else read_run(run_dir)
+    record, problem = None, "its run was not found, or has a better model"
+    try:
+        if run_dir := run_dir or find_run_of(model):
+            record = read_run(run_dir)
+    except ValueError as error:
+        if found is not None and found[1] is not None:  # the run is what the user named
+            raise
+        problem = str(error)
     files = files_to_publish(model)
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +77,9 @@ def stage(source: Path, folder: Path, repo_id: str, with_photographs: bool = Fal
         (folder / "training_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
         logger.warning(
-            "%s: its run was not found, so the card has no metrics, training, data and license: publish the run's folder.",
+            "%s: the card has no metrics, training, data and license (%s): publish the run's folder if its best model is meant.",
             source,
+            problem,
         )
     write_card(folder, repo_id, record, with_photographs)
     if "README.md" in files:
@@ -90,7 +97,7 @@ def find_run_of(model: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     name = Path(header.get("__metadata__", {}).get("run", "")).name
-    for runs in (Path("runs"), model.absolute().parents[1] / "runs"):
+    for runs in (Path("runs"), model.absolute().parent.parent / "runs"):
         if name and is_run(runs / name):
             with contextlib.suppress(ValueError):  # it has no valid model any more
                 checkpoint, _ = best_checkpoint(runs / name)
@@ -222,9 +229,10 @@ def _dry_run(source: Path, hub: HubConfig, with_space: bool, with_photographs: b
         raise ValueError(f"--output {output} exists: give a new folder.")
     with tempfile.TemporaryDirectory(prefix="publish_") as folder:
         left_out = stage(source, Path(folder), str(hub.repo_id), with_photographs)
+        show(str(hub.repo_id), files_to_publish(Path(folder)))
         if output is not None:
             shutil.copytree(folder, output)
-        show(str(hub.repo_id), files_to_publish(Path(folder)))
+            output.chmod(0o755)  # that of a temporary folder is 0700
     for name in left_out:
         print(f"  not published: {name}")
     if with_space:

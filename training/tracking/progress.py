@@ -113,7 +113,7 @@ class Progress:
 
     def fraction(self, num_epochs: int) -> float:
         """Fraction of the epochs of the run that is done; only full epochs count where their length was unknown."""
-        part = 0.0 if self.steps_per_epoch is None else min(1.0, self.batch / self.steps_per_epoch)
+        part = min(1.0, self.batch / self.steps_per_epoch) if self.steps_per_epoch else 0.0
         return min(1.0, (self.epoch + part) / num_epochs)
 
     def seconds_left(
