@@ -357,6 +357,7 @@ class TestWeights:
         ):
             assert part in message
         assert "\n" not in message
+        assert str(pickle.loads(pickle.dumps(caught.value))) == message  # on the way to other processes
 
     def test_a_server_that_never_answers_does_not_hang_the_start(self, hub_cache, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as silent:
