@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import pickle
 import socket
 import sys
 import time
