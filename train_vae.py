@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _load_config(arguments)
 
         # Imported late: --help and a misspelled key do not wait for torch.
-        from training.setup import FinishedRun
+        from training.checkpoint.resume import FinishedRun
         from training.trainer import Trainer
 
         allowed = [key for keys in arguments.allow_changed for key in keys]

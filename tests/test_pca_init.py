@@ -334,15 +334,14 @@ def test_the_fraction_of_the_contrast_in_the_mean():
     assert pca_init.mean_fraction(some_images(), 16) == pytest.approx(of_mean / (of_mean + rest), rel=1e-5)
 
 
-def test_images_that_the_pca_branch_does_not_describe_give_a_warning(monkeypatch, caplog):
+def test_images_that_the_pca_branch_does_not_describe_give_a_warning(caplog):
     model, images = model_for("spatial"), some_images()
     fit_pca_branch(model, images, NOISE)
     of_more_contrast = (3 * (images.float() - 128) + 128).clamp(0, 255).to(torch.uint8)
     for given, expected in ((images, False), (of_more_contrast, True)):
-        monkeypatch.setattr(setup, "first_training_images", lambda *arguments, given=given: given)
         caplog.clear()
-        setup._check_pca_branch(Config(), model)
-        assert ("pca_refit=true" in caplog.text) == expected
+        pca_init.check_images(model, given, fitted_to="model_weights/vae_base")
+        assert ("the PCA branch of model_weights/vae_base was fitted to other images" in caplog.text) == expected
 
 
 def test_images_that_are_not_aligned_give_a_warning(monkeypatch, caplog):

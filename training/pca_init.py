@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.autoencoder_kl_ultra import LOGVAR_MIN, AutoencoderKLUltra
-from training.data.images import random_affine
+from training.data.images import normalize, random_affine
 from training.losses.objective import kl_per_dimension
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,13 @@ _CHUNK = 128  # images converted to float at once: 0.1 GB at 256 px
 _SMALLEST_FRACTION = 1e-9  # of the largest variance; components below it are rounding errors and are left out
 _EXACT_SIZE = 4096  # largest matrix whose eigenvectors are all computed: 20 s on two cores, cubic beyond
 _EXTRA_COLUMNS, _ITERATIONS = 200, 6  # of the subspace iteration
+CHECKED_IMAGES = 512  # images that `check_images` looks at
+# Below this fraction of the contrast in their mean (`mean_fraction`) images are not aligned. Measured at 32 pixels: aligned
+# photographs of faces 0.09 to 0.12, photographs at scales of 0.5 to 1 and shifted accordingly 0.05, rotated 0.02 to 0.03.
+_ALIGNED_MEAN_FRACTION = 0.06
+# Mean square of the PCA coefficients of images that a PCA branch does not describe: measured 0.5 to 1.4 for images of the
+# kind that it was fitted to, 2.4 for another crop, 3.5 for photographs and a branch of rendered faces.
+_OTHER_IMAGES_MEAN_SQUARE = 2.0
 
 
 def principal_components(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -267,3 +274,32 @@ def mean_fraction(images: Tensor, size: int = 32) -> float:
     of_mean = mean.flatten(1).var(dim=1, correction=0).sum()
     rest = (small - mean).square().mean(dim=(0, 2, 3)).sum()
     return (of_mean / (of_mean + rest)).item()
+
+
+@torch.no_grad()
+def check_images(model: AutoencoderKLUltra, images: Tensor, fitted_to: str | None = None) -> None:
+    """Warn about training images that a PCA branch describes poorly.
+
+    Args:
+        model: On the CPU if `fitted_to` is given.
+        images: (N, 3, sample_size, sample_size), uint8; the first `CHECKED_IMAGES` are enough.
+        fitted_to: Name of the model whose PCA branch is kept, for the message; None if it is fitted to these images.
+    """
+    images = images[:CHECKED_IMAGES]
+    if model.config.latent_layout == "vector" and (fraction := mean_fraction(images)) < _ALIGNED_MEAN_FRACTION:
+        logger.warning(
+            "these images do not look like aligned faces: their mean holds %.0f %% of the contrast, where aligned faces "
+            "have 9 to 12 %%. One set of components describes unaligned faces poorly; see `python -m training.align --help`.",
+            100 * fraction,
+        )
+    if fitted_to is None:
+        return
+    coefficients = [model.pca_branch.encoder(normalize(part)) for part in images.split(_CHUNK)]
+    mean_square = torch.cat(coefficients).square().mean().item()
+    if mean_square > _OTHER_IMAGES_MEAN_SQUARE:
+        logger.warning(
+            "the PCA branch of %s was fitted to other images: the mean square of its coefficients is %.1f for these, and "
+            "about 1 for its own. Set training_presets.pca_refit=true (with train_only=all) to fit it to these.",
+            fitted_to,
+            mean_square,
+        )

@@ -21,11 +21,10 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.estimate import describe_estimate, estimate_micro_batch
 from training.builders import build_model, build_optimizer, freeze_parameters, micro_batch_size
 from training.checkpoint.manager import CheckpointManager
-from training.checkpoint.resume import check_resume
+from training.checkpoint.resume import check_resume, check_unfinished
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import TrainingState
 from training.config import Config
-from training.data.images import normalize
 from training.data.stream import TrainStream, first_training_images, load_validation
 from training.distributed import (
     AUTOCAST_DTYPES,
@@ -44,12 +43,11 @@ from training.learning_rate import LearningRate
 from training.losses.kl_control import KLController
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
-from training.pca_init import fit_pca_branch, mean_fraction
+from training.pca_init import CHECKED_IMAGES, check_images, fit_pca_branch
 from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
-from training.run_files import find_model, read_json
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -58,13 +56,6 @@ from training.tracking.trackers import Tracker, check_trackers, setup_logging
 
 logger = logging.getLogger(__name__)
 
-# Below this fraction of the contrast in their mean (`mean_fraction`) images are not aligned. Measured at 32 pixels: aligned
-# photographs of faces 0.09 to 0.12, photographs at scales of 0.5 to 1 and shifted accordingly 0.05, rotated 0.02 to 0.03.
-_ALIGNED_MEAN_FRACTION = 0.06
-# Mean square of the PCA coefficients of images that a PCA branch does not describe: measured 0.5 to 1.4 for images of the
-# kind that it was fitted to, 2.4 for another crop, 3.5 for photographs and a branch of rendered faces.
-_OTHER_IMAGES_MEAN_SQUARE = 2.0
-_CHECKED_IMAGES = 512
 ROLLBACK_SEED = 1_000_003  # added to the seed at each roll-back, for another example order and other noise; a prime
 
 
@@ -182,7 +173,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     model = build_model(config)
     if saved is not None:
         notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
-        on_main_process(accelerator, lambda: _check_unfinished(config, opened["run_dir"], saved))
+        on_main_process(accelerator, lambda: check_unfinished(config, opened["run_dir"], saved))
     origin = {}
     if checkpoint is None and presets.init_from is not None:
         origin = on_main_process(accelerator, lambda: load_initial_weights(model, presets.init_from))
@@ -425,42 +416,12 @@ def _initialize_model(config: Config, model: AutoencoderKLUltra, accelerator: Ac
     model.to(accelerator.device)
 
 
-class FinishedRun(Exception):
-    """A resumed run has nothing left to do; the message says what to change."""
-
-
-def _check_unfinished(config: Config, run_dir: Path, saved: dict[str, Any]) -> None:
-    """Raises FinishedRun if the run has finished and exported its model, and its configuration asks for nothing more."""
-    status, progress, presets = read_json(run_dir / "status.json"), saved["progress"], config.training_presets
-    limit, patience = presets.max_train_minutes, presets.early_stopping_patience
-    if status.get("state") != "finished" or config.hub.push:  # an upload may be missing, and can be repeated
-        return
-    target = Path(config.output.model_dir) / f"vae_{config.output.run_name}"
-    try:
-        found = find_model(run_dir)
-    except ValueError:  # the best model is damaged
-        return
-    if found is None or found[0].absolute() != target.absolute():
-        return
-    if progress["epoch"] >= presets.num_epochs:
-        remedy = "raise training_presets.num_epochs"
-    elif limit is not None and progress["train_seconds"] >= 60 * limit:
-        remedy = "raise training_presets.max_train_minutes"
-    elif patience and progress["early_stopping_bad_epochs"] >= patience:
-        remedy = "raise training_presets.early_stopping_patience"
-    else:
-        return
-    raise FinishedRun(
-        f"{run_dir} has finished ({status.get('reason')}), and its model is in {target}: nothing was changed. "
-        f"To train longer, {remedy}; to train anew, leave out --resume."
-    )
-
-
 @float32_without_tf32()
 def _fit_pca_branch(config: Config, model: AutoencoderKLUltra, device: torch.device) -> None:
     """Fits the PCA branch to the first images of the stream."""
     presets, started = config.training_presets, time.monotonic()
     images = first_training_images(config.data, model.config.sample_size, presets.seed, presets.pca_init_images)
+    check_images(model, images)
     if device.type == "cuda":  # MPS has no eigenvalue solver
         model.to(device)
     copies = presets.pca_init_augmented_copies
@@ -475,37 +436,13 @@ def _fit_pca_branch(config: Config, model: AutoencoderKLUltra, device: torch.dev
         100 * result["kept_fraction"],
         result["kl_per_dimension"],
     )
-    if model.config.latent_layout == "vector":
-        _check_alignment(images)
 
 
-def _check_alignment(images: Tensor) -> None:
-    """Warns about images that are not aligned, by the contrast of their mean."""
-    fraction = mean_fraction(images[:_CHECKED_IMAGES])
-    if fraction < _ALIGNED_MEAN_FRACTION:
-        logger.warning(
-            "these images do not look like aligned faces: their mean holds %.0f %% of the contrast, where aligned faces "
-            "have 9 to 12 %%. One set of components describes unaligned faces poorly; see `python -m training.align --help`.",
-            100 * fraction,
-        )
-
-
-@torch.no_grad()
 def _check_pca_branch(config: Config, model: AutoencoderKLUltra) -> None:
-    """Warns about training images that the PCA branch of `init_from` does not describe."""
+    """Warns if the PCA branch of `init_from` does not describe the training images."""
     presets = config.training_presets
-    images = first_training_images(config.data, model.config.sample_size, presets.seed, _CHECKED_IMAGES)
-    if model.config.latent_layout == "vector":
-        _check_alignment(images)
-    coefficients = [model.pca_branch.encoder(normalize(part)) for part in images.split(64)]
-    mean_square = torch.cat(coefficients).square().mean().item()
-    if mean_square > _OTHER_IMAGES_MEAN_SQUARE:
-        logger.warning(
-            "the PCA branch of %s was fitted to other images: the mean square of its coefficients is %.1f for these, and "
-            "about 1 for its own. Set training_presets.pca_refit=true (with train_only=all) to fit it to these.",
-            presets.init_from,
-            mean_square,
-        )
+    images = first_training_images(config.data, model.config.sample_size, presets.seed, CHECKED_IMAGES)
+    check_images(model, images, fitted_to=presets.init_from)
 
 
 def _build_ema(config: Config, parameters: list[nn.Parameter], accelerator: Accelerator) -> EMAWeights | None:

@@ -18,11 +18,10 @@ from torch._dynamo.utils import counters
 
 import train_vae
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training import setup
 from training.builders import build_model
+from training.checkpoint.resume import FinishedRun, check_unfinished
 from training.config import config_from_dict
 from training.run_files import STATE_FILE, list_checkpoints
-from training.setup import FinishedRun
 from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
 
@@ -195,9 +194,9 @@ def test_a_finished_run_continues_where_something_is_left_to_do(finished, tmp_pa
     ):
         values = finished.config.to_dict()
         values[section] |= changes
-        setup._check_unfinished(config_from_dict(values), finished.folder, saved)
+        check_unfinished(config_from_dict(values), finished.folder, saved)
     with pytest.raises(FinishedRun):
-        setup._check_unfinished(finished.config, finished.folder, saved)
+        check_unfinished(finished.config, finished.folder, saved)
 
 
 def test_resume_auto_without_a_run_starts_a_new_one(faces, session, tmp_path):

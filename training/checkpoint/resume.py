@@ -15,8 +15,10 @@ from training.config import Config, unknown_key
 from training.run_files import (
     InvalidCheckpointError,
     best_checkpoint,
+    find_model,
     list_checkpoints,
     list_runs,
+    read_json,
     saved_config,
     verify,
 )
@@ -146,3 +148,43 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
 def _json(values: dict[str, Any], key: str) -> str:
     """A value as the configuration has it."""
     return json.dumps(values.get(key))
+
+
+class FinishedRun(Exception):
+    """A resumed run has nothing left to do; the message says what to change."""
+
+
+def check_unfinished(config: Config, run_dir: Path, saved: dict[str, Any]) -> None:
+    """Check that something is left to do for a run that is resumed.
+
+    Args:
+        config: The configuration.
+        run_dir: The run's folder.
+        saved: State of the checkpoint that it resumes from.
+
+    Raises:
+        FinishedRun: It has finished and exported its model, and the configuration asks for nothing more.
+    """
+    status, progress, presets = read_json(run_dir / "status.json"), saved["progress"], config.training_presets
+    limit, patience = presets.max_train_minutes, presets.early_stopping_patience
+    if status.get("state") != "finished" or config.hub.push:  # an upload may be missing, and can be repeated
+        return
+    target = Path(config.output.model_dir) / f"vae_{config.output.run_name}"
+    try:
+        found = find_model(run_dir)
+    except ValueError:  # the best model is damaged
+        return
+    if found is None or found[0].absolute() != target.absolute():
+        return
+    if progress["epoch"] >= presets.num_epochs:
+        remedy = "raise training_presets.num_epochs"
+    elif limit is not None and progress["train_seconds"] >= 60 * limit:
+        remedy = "raise training_presets.max_train_minutes"
+    elif patience and progress["early_stopping_bad_epochs"] >= patience:
+        remedy = "raise training_presets.early_stopping_patience"
+    else:
+        return
+    raise FinishedRun(
+        f"{run_dir} has finished ({status.get('reason')}), and its model is in {target}: nothing was changed. "
+        f"To train longer, {remedy}; to train anew, leave out --resume."
+    )
