@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(config).to(accelerator.device)
     freeze_parameters(model, config.training_presets)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(config, model, parameters, accelerator.device)
+    optimizer = build_optimizer(config.training_presets, model, parameters, accelerator.device)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

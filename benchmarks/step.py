@@ -79,7 +79,7 @@ class Bench:
             load_weights=trunk_weights is not None,
         )
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(config, self.model, self.parameters, self.device)
+        optimizer = build_optimizer(config.training_presets, self.model, self.parameters, self.device)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = EMAWeights(self.parameters, decay=presets.ema_decay) if presets.ema_decay > 0 else None
         self.resolution = self.model.config.sample_size

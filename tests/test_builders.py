@@ -26,7 +26,7 @@ def test_the_optimizer_has_the_trained_half_only(train_only, pca_lr_scale):
     assert {
         name for name, _ in model.named_parameters() if name.startswith(tuple(f"{each}." for each in expected))
     } == (trained.keys())
-    optimizer = build_optimizer(config, model, list(trained.values()), torch.device("cpu"))
+    optimizer = build_optimizer(config.training_presets, model, list(trained.values()), torch.device("cpu"))
     groups = optimizer.param_groups
     assert sum(len(group["params"]) for group in groups) == len(trained)
     assert all(group["weight_decay"] == 0.1 for group in groups)

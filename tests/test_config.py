@@ -126,7 +126,7 @@ INVALID = [
     ("loss", "perceptual_crop_px", 31, "must be at least 32, got 31."),
     ("output", "keep_checkpoints", 0, "must be at least 2, got 0."),
     # Choices
-    ("training_presets", "optimizer", "sgd", 'must be "adam" or "adamw", got "sgd".'),
+    ("training_presets", "optimizer", "sgd", 'must be "adam", "adamw" or "muon", got "sgd".'),
     ("training_presets", "mixed_precision", "fp8", 'must be "auto", "no", "bf16" or "fp16", got "fp8".'),
     ("training_presets", "micro_batch_size", "x", 'must be an integer, "auto" or null, got "x".'),
     ("loss", "trunk", "resnet", 'must be "vgg16", "alexnet", "squeezenet", "st_alexnet" or "st_vgg16", got "resnet".'),

@@ -97,7 +97,7 @@ def test_every_key_is_described_once_with_its_default():
         ("model.latents_std", "array of numbers or null"),
         ("training_presets.kl_cycle_enabled", "boolean"),
         ("output.run_name", "string"),
-        ("training_presets.optimizer", "string, one of adam, adamw"),
+        ("training_presets.optimizer", "string, one of adam, adamw, muon"),
         ("training_presets.micro_batch_size", 'integer or string or null, at least 1, or "auto"'),
     ],
 )

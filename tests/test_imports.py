@@ -49,7 +49,7 @@ LAYERS = [
         "training.signals",
         "training.step",
     ),
-    ("training.ema", "training.randomness"),
+    ("training.ema", "training.muon", "training.randomness"),
     ("training.data", "training.losses"),
     ("training.cli", "training.config", "training.io", "training.launch", "training.run_files"),
     ("modeling",),

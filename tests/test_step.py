@@ -19,6 +19,7 @@ from training import step as step_module
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss, kl_per_dimension
 from training.losses.perceptual import PerceptualTrunk
+from training.muon import Muon
 from training.randomness import sample_step_noise
 from training.step import OutOfMemory, StepResult, TrainStep
 
@@ -63,6 +64,14 @@ def make_step(loss, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=False
     settings = {"loss": loss, "seed": SEED, "latent_shape": LATENT, "micro_batch": 8, "max_grad_norm": 1e9}
     ema_weights = EMAWeights(parameters, decay=0.9, use_ema_warmup=True, power=0.75) if ema else None
     return TrainStep(accelerator, *prepared, parameters, ema=ema_weights, **(settings | changes))
+
+
+def muon(parameters: list[nn.Parameter], lr: float) -> Muon:
+    """Muon for the convolutions, with the fused kernel of AdamW for the rest."""
+    groups = [
+        {"params": [p for p in parameters if (p.ndim == 4) == each], "muon": each, "lr": lr} for each in (True, False)
+    ]
+    return Muon(groups, betas=(0.9, 0.999), weight_decay=0.1, fused=True)
 
 
 def complete(train_step: TrainStep, pixels: torch.Tensor, **settings) -> StepResult:
@@ -164,7 +173,7 @@ def test_the_gradient_equals_that_of_the_plain_formula(session, loss, pixels):
 
 
 @pytest.mark.parametrize("beta", [math.nan, math.inf])
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.AdamW, fused=True)])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.AdamW, fused=True), muon])
 def test_a_gradient_that_is_not_finite_changes_nothing(session, loss, pixels, beta, optimizer):
     step = make_step(loss, ema=True, optimizer=optimizer)
     complete(step, pixels[:2], step=0, beta=0.01)  # so that optimizer and EMA weights have a state
@@ -291,10 +300,11 @@ def test_a_step_returns_the_result_of_the_one_before(session, loss, pixels):
         assert all(map(torch.equal, one, other))
 
 
-def test_float16_overflow_skips_the_step_and_lowers_the_scale(session, loss, pixels, monkeypatch):
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.Adam, fused=True), muon])
+def test_float16_overflow_skips_the_step_and_lowers_the_scale(session, loss, pixels, monkeypatch, optimizer):
     """With a GradScaler, whose scale is part of a checkpoint; clipping sees gradients without the scale."""
     plain = complete(make_step(loss), pixels[:2], step=0, beta=0.01)
-    step = make_step(loss, ema=True, optimizer=partial(torch.optim.Adam, fused=True))
+    step = make_step(loss, ema=True, optimizer=optimizer)
     accelerator = step.accelerator
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     step.optimizer = AcceleratedOptimizer(step.optimizer.optimizer, scaler=accelerator.scaler)

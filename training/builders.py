@@ -7,8 +7,12 @@ import inspect
 import torch
 from torch import nn
 
-from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.autoencoder_kl_ultra import AutoencoderKLUltra, Downsample, ResBlock, Upsample
+from modeling.latent_prior import ModulatedBlock
 from training.config import Config, TrainingPresets, unknown_key
+from training.muon import Muon
+
+_BLOCKS = (ResBlock, Downsample, Upsample, ModulatedBlock)  # from feature maps to feature maps
 
 
 def build_model(config: Config) -> AutoencoderKLUltra:
@@ -68,25 +72,35 @@ def micro_batch_size(config: Config, processes: int) -> int:
 
 
 def build_optimizer(
-    config: Config, model: AutoencoderKLUltra, parameters: list[nn.Parameter], device: torch.device
+    presets: TrainingPresets, model: nn.Module, parameters: list[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW over `parameters`; those of the PCA branch, if trained, in a group of their own.
+    """The optimizer over the parameters of an autoencoder or a prior that are trained.
+
+    Those of the PCA branch, if trained, and with Muon those of the hidden convolutions have groups of their own.
 
     Each group has `lr_scale`, its learning rate over `training_presets.learning_rate`.
     """
-    presets = config.training_presets
-    pca_parameters = set(model.pca_branch.parameters()) if model.pca_branch is not None else set()
+    pca_branch = getattr(model, "pca_branch", None)
+    pca_parameters = set() if pca_branch is None else set(pca_branch.parameters())
+    convolutions = set(hidden_convolutions(model)) if presets.optimizer == "muon" else set()
     groups = []
-    for scale, members in (
-        (1.0, [p for p in parameters if p not in pca_parameters]),
-        (presets.pca_lr_scale, [p for p in parameters if p in pca_parameters]),
+    for scale, members, options in (
+        (1.0, [p for p in parameters if p not in pca_parameters | convolutions], {}),
+        (1.0, [p for p in parameters if p in convolutions], {"muon": True}),
+        (presets.pca_lr_scale, [p for p in parameters if p in pca_parameters], {}),
     ):
         if members:
-            groups.append({"params": members, "lr": presets.learning_rate * scale, "lr_scale": scale})
-    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+            groups.append({"params": members, "lr": presets.learning_rate * scale, "lr_scale": scale, **options})
+    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[presets.optimizer]
     return cls(
         groups,
         betas=(presets.adam_beta1, presets.adam_beta2),
         weight_decay=presets.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def hidden_convolutions(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the convolutions between feature maps: not those that read or write pixels, latents or the PCA image."""
+    blocks = [module for module in model.modules() if isinstance(module, _BLOCKS)]
+    return [each.weight for block in blocks for each in block.modules() if isinstance(each, nn.Conv2d)]

@@ -290,7 +290,9 @@ class TrainingPresets(KLSchedule):
     # min_learning_rate; "warmup_stable_decay", constant until the last lr_decay_fraction, then to min_learning_rate.
     lr_schedule: str = constrained("plateau", choices=("plateau", "constant", "cosine", "warmup_stable_decay"))
     lr_decay_fraction: float = constrained(0.2, gt=0, le=1)  # "warmup_stable_decay": last part of the run
-    optimizer: str = constrained("adam", choices=("adam", "adamw"))  # L2 weight decay (adam) or decoupled (adamw)
+    # L2 weight decay ("adam") or decoupled ("adamw"); "muon": Muon for the convolutions between feature maps, AdamW for the
+    # other weights, at the same learning rate.
+    optimizer: str = constrained("adam", choices=("adam", "adamw", "muon"))
     weight_decay: float = constrained(1e-5, ge=0)  # of all trained weights
     adam_beta1: float = constrained(0.9, gt=0, lt=1)  # decay of the first moment, per step
     adam_beta2: float = constrained(0.999, gt=0, lt=1)  # decay of the second moment, per step

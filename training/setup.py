@@ -75,7 +75,7 @@ class Run:
         validation_images: uint8, (n, 3, H, W), on the host; this process's part.
         validation_indices: Their indices in the validation set.
         parameters: Trained parameters.
-        optimizer: Adam or AdamW over them.
+        optimizer: Over them.
         ema: Their EMA weights, or None.
         learning_rate, kl: Schedule of the learning rate, and controller of beta.
         train_step: One optimizer step.
@@ -197,7 +197,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     is_new = checkpoint is None
     _initialize_model(config, model, accelerator, is_new)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(config, model, parameters, accelerator.device)
+    optimizer = build_optimizer(config.training_presets, model, parameters, accelerator.device)
     # The main process's weights reach the other processes here, before the EMA weights are copied from them.
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     ema = _build_ema(config, parameters, accelerator)

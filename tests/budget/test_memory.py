@@ -55,7 +55,7 @@ def allocated(**presets) -> int:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = TrainStep(
         accelerator,
-        *accelerator.prepare(model, build_optimizer(config, model, parameters, accelerator.device)),
+        *accelerator.prepare(model, build_optimizer(config.training_presets, model, parameters, accelerator.device)),
         parameters,
         ema=EMAWeights(parameters, decay=0.9),
         loss=ReconstructionLoss.from_config(config.loss, "cpu", load_weights=False),

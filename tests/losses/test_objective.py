@@ -129,20 +129,20 @@ class TestKl:
 class TestCrops:
     def test_each_image_is_cropped_at_its_own_position(self):
         images = torch.arange(4 * 3 * 48 * 56.0).view(4, 3, 48, 56)
-        crops, rows = random_crops(images, [(POSITIONS, CROP_SIZE), (torch.zeros(4, 2, dtype=torch.long), 48)])
-        assert torch.equal(crops, crop_by_hand(images))
-        assert torch.equal(rows, images[..., :48])
+        for crops, batch in zip(random_crops([images, -images], POSITIONS, CROP_SIZE), (images, -images), strict=True):
+            assert torch.equal(crops, crop_by_hand(batch))
+        assert torch.equal(random_crops([images], torch.zeros(4, 2, dtype=torch.long), 48)[0], images[..., :48])
 
     def test_crops_are_channels_last_whatever_the_images_are(self):
         for memory_format in (torch.channels_last, torch.contiguous_format):
             images = torch.rand(4, 3, 48, 56).contiguous(memory_format=memory_format)
-            (crops,) = random_crops(images, [(POSITIONS, CROP_SIZE)])
+            (crops,) = random_crops([images], POSITIONS, CROP_SIZE)
             assert torch.equal(crops, crop_by_hand(images))
             assert crops.is_contiguous(memory_format=torch.channels_last)
 
     def test_the_gradient_reaches_the_crop_and_nothing_else(self, batch):
         images = batch["reconstruction"]
-        random_crops(images, [(POSITIONS, CROP_SIZE)])[0].sum().backward()
+        random_crops([images], POSITIONS, CROP_SIZE)[0].sum().backward()
         expected = torch.zeros_like(images)
         for index, (top, left) in enumerate(POSITIONS.tolist()):
             expected[index, :, top : top + CROP_SIZE, left : left + CROP_SIZE] = 1
@@ -229,7 +229,7 @@ class TestVaeLoss:
         total, parts = vae_loss(both, **batch, beta=0.0, crops=[POSITIONS, positions])
         first = ReconstructionLoss([trunk], [CROP_SIZE], **weights)
         _, alone = vae_loss(first, **batch, beta=0.0, crops=[POSITIONS])
-        crops = [random_crops(batch[name], [(positions, 32)])[0] for name in ("reconstruction", "pixels")]
+        crops = [random_crops([batch[name]], positions, 32)[0] for name in ("reconstruction", "pixels")]
         second = other.lpips(*(other.features(images) for images in crops)).mean()
         assert parts["perceptual"] == alone["perceptual"] and parts["lpips"] != alone["lpips"]
         torch.testing.assert_close(parts["lpips"], (alone["lpips"] + second.detach()) / 2)

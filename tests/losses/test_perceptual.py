@@ -195,7 +195,7 @@ class TestPerceptualTerm:
             differences = [
                 F.normalize(f.float(), dim=1) - F.normalize(t.float(), dim=1) for f, t in zip(features, targets)
             ]
-            heads = [count * getattr(trunk, f"head{index}").view(1, -1, 1, 1) for index, count in enumerate(channels)]
+            heads = [len(head) * head.view(1, -1, 1, 1) for head in trunk.heads.split(channels)]
             perceptual = torch.stack([difference.abs().mean(dim=(1, 2, 3)) for difference in differences]).mean(dim=0)
             lpips = [(d.square() * head).sum(dim=1).mean(dim=(1, 2)) for d, head in zip(differences, heads)]
             return perceptual, torch.stack(lpips).sum(dim=0)
@@ -380,7 +380,7 @@ class TestWeights:
             save_file(file_tensors(name), tmp_path / f"{name}_features.safetensors")
         trunk = PerceptualTrunk(name, weights_dir=tmp_path)
         assert not {"lpips", "stlpips_pytorch"} & set(sys.modules)
-        heads = [getattr(trunk, f"head{index}") for index in range(len(trunk.feature_layers))]
+        heads = trunk.heads.split(trunk.channels)
         assert [tuple(head.shape) for head in heads] == [(size,) for size in ARCHITECTURES[name].channels]
         assert min(head.min() for head in heads) >= 0  # trained heads are constrained so
 

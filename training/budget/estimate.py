@@ -27,7 +27,7 @@ from training.config import Config, config_from_dict
 from training.losses.perceptual import PerceptualTrunk
 
 # Reads and writes of 4 bytes for each trained parameter: clipping reads the gradient twice and writes it; Adam reads weight,
-# gradient and two states and writes all but the gradient; EMA reads both weights and writes one.
+# gradient and two states and writes all but the gradient; EMA reads both weights and writes one. Muon about as much as Adam.
 _STEP_PASSES = {"clipping": 3, "optimizer": 7, "ema": 3}
 
 
@@ -173,7 +173,7 @@ def estimate_step(memory: MemoryEstimate, device: Device, micro_batches: float, 
     forward = seconds(op for op in memory.operations if not op.backward)
     backward = seconds(op for op in memory.operations if op.backward)
     exchange = 2 * (processes - 1) / processes * 4 * memory.trained / (device.link_gbps * 1e9)
-    optimizer = passes * 4 * memory.trained / bandwidth
+    optimizer = passes * 4 * memory.trained / bandwidth + memory.optimizer_flop / peak[True]
     host = 1e-6 * device.launch_us * launches
     hidden = min(exchange, backward / math.ceil(micro_batches))
     step = max(forward + backward + exchange - hidden + optimizer, host)

@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from training.builders import build_model, freeze_parameters
+from training.builders import build_model, freeze_parameters, hidden_convolutions
 from training.config import Config
 from training.data.images import normalize
 from training.distributed import AUTOCAST_DTYPES
 from training.losses.objective import ReconstructionLoss, vae_loss
+from training.muon import orthogonalization_flop
 from training.randomness import sample_crops
 
 GIB = 2**30
@@ -77,6 +78,7 @@ class MemoryEstimate:
         operations: Of the forward and backward pass.
         trained: Number of trained parameters.
         has_ema: Whether EMA weights are kept.
+        optimizer_flop: FLOPs of the optimizer's matrix products, in half precision; 0 for Adam.
     """
 
     micro_batch: int
@@ -85,6 +87,7 @@ class MemoryEstimate:
     operations: tuple[Operation, ...]
     trained: int
     has_ema: bool
+    optimizer_flop: int = 0
 
     @property
     def tensor_bytes(self) -> int:
@@ -226,12 +229,15 @@ def _trace_step(
         for tensor in (each for each in maps if each.ndim == 4):
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    muon = set(hidden_convolutions(model)) if presets.optimizer == "muon" else set()
+    orthogonalized = [parameter for parameter in trained if parameter in muon]
+    states = [*trained, *(parameter for parameter in trained if parameter not in muon)]  # Muon keeps one of two
     has_ema = presets.ema_decay > 0
     ledger = _Ledger()
     lasting: dict[str, list[Tensor]] = {
         "weights": [*model.parameters(), *model.buffers()],
         "trunk weights": [buffer for network in loss.networks for buffer in network.buffers()],
-        "optimizer state": [torch.empty_like(parameter) for parameter in (*trained, *trained)],
+        "optimizer state": [torch.empty_like(parameter) for parameter in states],
         "EMA weights": [torch.empty_like(parameter) for parameter in trained] if has_ema else [],
     }
     for part, tensors in lasting.items():
@@ -275,4 +281,5 @@ def _trace_step(
         operations=tuple(ledger.operations),
         trained=sum(parameter.numel() for parameter in trained),
         has_ema=has_ema,
+        optimizer_flop=sum(map(orthogonalization_flop, orthogonalized)),
     )

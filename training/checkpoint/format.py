@@ -3,7 +3,7 @@
     model/                      the EMA weights, as `from_pretrained` loads them
     training_state/             what else a resume needs: safetensors and JSON, nothing pickled
         weights.safetensors     the weights in training, where EMA weights are kept besides
-        optimizer.safetensors   Adam's state by parameter
+        optimizer.safetensors   state of the optimizer by parameter
         trainer_state.json      progress, plateau, KL controller, configuration, ...
     manifest.json               size and SHA-256 of every file; written last
 

@@ -21,7 +21,7 @@ from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes, of each tensor in the buffer of the copies
-_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # of Adam and AdamW, for each parameter
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # of Adam for each parameter; Muon has exp_avg only
 
 
 class Stateful(Protocol):
@@ -40,7 +40,7 @@ class TrainingState:
     Args:
         accelerator: Holds the gradient scaler and the processes.
         model: Unwrapped, on the device.
-        optimizer: torch's Adam or AdamW over the model's trained parameters.
+        optimizer: Adam, AdamW or Muon over the model's trained parameters.
         ema: EMA weights of the trained parameters, or None.
         components: Name in the checkpoint -> object whose state is JSON values, the same on every process.
     """
@@ -70,7 +70,8 @@ class TrainingState:
             f"{kind}/{name}": self.optimizer.state[parameter][kind]
             for name, parameter in self._trained.items()
             if parameter in self.optimizer.state
-            for kind in _ADAM_STATE
+            for kind in _OPTIMIZER_STATE
+            if kind in self.optimizer.state[parameter]
         }
         return files
 
@@ -147,17 +148,15 @@ class TrainingState:
                 logger.warning("resume: the checkpoint has no state of %s, which starts from its defaults", name)
 
     def create_optimizer_state(self) -> None:
-        """Creates Adam's state before the first step, as the optimizer does in it: zeros in the strides of the parameters.
+        """Creates the optimizer's state before the first step, as it does in it: zeros in the strides of the parameters.
 
         So the trial of a micro-batch, which is before the first step, shares the device's memory with it.
         """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        zeros = {
-            index: {
-                "step": torch.zeros(()),  # `load_state_dict` moves it to where the kernel expects it
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            for index, parameter in enumerate(parameters)
-        }
-        self.optimizer.load_state_dict({"state": zeros, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        members = [(group, parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (group, parameter) in enumerate(members):
+            state[index] = {"exp_avg": torch.zeros_like(parameter)}
+            if not group.get("muon"):
+                state[index]["exp_avg_sq"] = torch.zeros_like(parameter)
+                state[index]["step"] = torch.zeros(())  # `load_state_dict` moves it to where the kernel expects it
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})

@@ -49,27 +49,23 @@ def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
         return 0.5 * (mean.square() + torch.expm1(logvar) - logvar)
 
 
-def random_crops(images: Tensor, crops: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    """Crop each image at positions of its own, all crops in one gather.
+def random_crops(batches: Sequence[Tensor], positions: Tensor, size: int) -> list[Tensor]:
+    """Crop each image at a position of its own, in one gather for each batch.
 
     Args:
-        images: (N, C, H, W).
-        crops: For each crop top and left in pixels, (N, 2), int64, on the device of the images, inside them; and its
-            height and width in pixels.
+        batches: (N, C, H, W) each, all of the same shape; image i of every batch is cropped at the same position.
+        positions: Top and left in pixels, (N, 2), int64, on the device of the images, inside them.
+        size: Height and width of the crops in pixels.
 
     Returns:
-        For each crop (N, C, size, size), with strides of channels_last and with gradient.
+        For each batch (N, C, size, size), channels_last, with gradient.
     """
-    _, channels, _, width = images.shape
-    indices = []
-    for positions, size in crops:
-        offsets = torch.arange(size, device=images.device)
-        rows, columns = (positions[:, :, None] + offsets).unbind(dim=1)  # (N, size) each
-        indices.append((rows[:, :, None] * width + columns[:, None, :]).flatten(1))  # (N, size * size)
-    pixels = images.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H * W, C), a view where the images are channels_last
-    index = torch.cat(indices, dim=1)[:, :, None].expand(-1, -1, channels)
-    cropped = torch.gather(pixels, 1, index).split([size * size for _, size in crops], dim=1)
-    return [crop.unflatten(1, (size, size)).permute(0, 3, 1, 2) for crop, (_, size) in zip(cropped, crops, strict=True)]
+    _, channels, _, width = batches[0].shape
+    rows, columns = (positions[:, :, None] + torch.arange(size, device=positions.device)).unbind(dim=1)  # (N, size)
+    index = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, :, None].expand(-1, -1, channels)
+    # (N, H * W, C) are views where the images are channels_last.
+    pixels = (images.permute(0, 2, 3, 1).flatten(1, 2) for images in batches)
+    return [torch.gather(each, 1, index).unflatten(1, (size, size)).permute(0, 3, 1, 2) for each in pixels]
 
 
 class ReconstructionLoss:
@@ -214,11 +210,11 @@ class ReconstructionLoss:
             terms["l1"] = torch.linalg.vector_norm(difference, ord=1, dim=(1, 2, 3)) / pixels[0].numel()
         if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
             lpips = []
-            inputs, targets = (self._network_inputs(images, crops) for images in (reconstruction, pixels))
+            inputs, targets = self._network_inputs(reconstruction, pixels, crops)
             for network in self.networks:
                 with torch.no_grad():
-                    target_features = network.features(targets.pop())
-                features = network.features(inputs.pop())
+                    target_features = network.activations(targets.pop())
+                features = network.activations(inputs.pop())
                 if not lpips:
                     terms["perceptual"], distance = network.distances(features, target_features)
                 else:
@@ -231,12 +227,20 @@ class ReconstructionLoss:
                 terms[name] = function(reconstruction, pixels)
         return terms
 
-    def _network_inputs(self, images: Tensor, crops: Sequence[Tensor | None] | None) -> list[Tensor]:
-        """What each network reads of the images, from the last network to the first."""
+    def _network_inputs(
+        self, reconstruction: Tensor, pixels: Tensor, crops: Sequence[Tensor | None] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each network reads of the reconstructions and of the targets, from the last network to the first.
+
+        The images are cropped in the dtype of the networks, which halves the bytes of a gather under autocast.
+        """
+        images = [self.networks[0].subtract_mean(each) for each in (reconstruction, pixels)]
         crops = [None] * len(self.networks) if crops is None else crops
-        wanted = [each for each in zip(crops, self.crop_sizes, strict=True) if each[0] is not None]
-        cropped = iter(random_crops(images, wanted) if wanted else ())
-        return [images if positions is None else next(cropped) for positions in crops][::-1]
+        pairs = [
+            images if positions is None else random_crops(images, positions, size)
+            for positions, size in zip(crops, self.crop_sizes, strict=True)
+        ]
+        return [reconstructed for reconstructed, _ in pairs][::-1], [target for _, target in pairs][::-1]
 
 
 def _check_weight(name: str, weight: float) -> None:

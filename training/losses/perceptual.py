@@ -134,9 +134,11 @@ class PerceptualTrunk(nn.Module):
                 if isinstance(layer, nn.Conv2d):
                     layer.reset_parameters()
             heads = [torch.rand(channels) / channels for channels in architecture.channels]
-        for index, head in enumerate(heads):
-            # Feature vectors are scaled to a mean square of 1, not to unit length: their squares are larger by the channels.
-            self.register_buffer(f"head{index}", head.to(device) / len(head), persistent=False)
+        # Feature vectors are scaled to a mean square of 1, not to unit length: their squares are larger by the channels.
+        self.channels = [len(head) for head in heads]
+        self.register_buffer("heads", torch.cat([head / len(head) for head in heads]).to(device), persistent=False)
+        weights = [1 / (len(heads) * count**1.5) for count in self.channels]
+        self.register_buffer("layer_weights", torch.tensor(weights, device=device)[:, None], persistent=False)
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
@@ -193,7 +195,24 @@ class PerceptualTrunk(nn.Module):
                 f"{pixels.shape[2]} x {pixels.shape[3]}: enlarge the image or the perceptual crop, or choose "
                 "another network"
             )
-        activations = pixels.float() - self.shift
+        return self.activations(self.subtract_mean(pixels))
+
+    def subtract_mean(self, pixels: Tensor) -> Tensor:
+        """Subtract the mean color of ImageNet, the same for all networks.
+
+        Args:
+            pixels: (N, 3, H, W), in [-1, 1], a floating-point dtype.
+
+        Returns:
+            The same shape and memory format, in the dtype of the surrounding autocast, else float32.
+        """
+        device = pixels.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        return (pixels.float() - self.shift).to(torch.get_autocast_dtype(device) if autocast else torch.float32)
+
+    def activations(self, pixels: Tensor) -> list[Tensor]:
+        """`features` of what `subtract_mean` returned, or of crops of it."""
+        activations = pixels
         features = []
         for index, layer in enumerate(self.layers):
             activations = layer(activations)
@@ -223,10 +242,8 @@ class PerceptualTrunk(nn.Module):
         """
         with full_precision(features_a[0].device):
             pairs = [(_unit_variance(a), _unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
-            perceptual = [
-                _absolute_difference(a, b).sum(dim=-1).float().mean(dim=(1, 2)) / a.shape[-1] ** 1.5 for a, b in pairs
-            ]
-            return torch.stack(perceptual).mean(dim=0), self._lpips(pairs)
+            absolute = [_mean_over_positions(_absolute_difference(a, b).sum(dim=-1)) for a, b in pairs]
+            return (torch.stack(absolute) * self.layer_weights).sum(dim=0), self._lpips(pairs)
 
     def lpips(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> Tensor:
         """LPIPS alone, (N,): see `distances`."""
@@ -236,11 +253,16 @@ class PerceptualTrunk(nn.Module):
             )
 
     def _lpips(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        layers = [
-            (F.mse_loss(a, b, reduction="none") @ getattr(self, f"head{index}").to(a.dtype)).float().mean(dim=(1, 2))
-            for index, (a, b) in enumerate(pairs)
-        ]
-        return torch.stack(layers).sum(dim=0)
+        heads = self.heads.to(pairs[-1][0].dtype).split(self.channels)  # one cast; nearly all layers have this dtype
+        squared = (
+            F.mse_loss(a, b, reduction="none") @ head.to(a.dtype) for (a, b), head in zip(pairs, heads, strict=True)
+        )
+        return torch.stack([_mean_over_positions(each) for each in squared]).sum(dim=0)
+
+
+def _mean_over_positions(values: Tensor) -> Tensor:
+    """(N, h, w) to (N,), float32."""
+    return values.mean(dim=(1, 2), dtype=torch.float32)
 
 
 def _unit_variance(features: Tensor) -> Tensor:

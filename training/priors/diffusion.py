@@ -27,6 +27,7 @@ from torchvision.utils import make_grid
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import DiffusionPrior
 from training.budget.devices import local_device
+from training.builders import build_optimizer
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
@@ -187,13 +188,7 @@ class DiffusionTraining:
         if presets.compile:
             prior.compile()
         self.parameters = [parameter for parameter in prior.parameters() if parameter.requires_grad]
-        cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
-        optimizer = cls(
-            [{"params": self.parameters, "lr": presets.learning_rate, "lr_scale": 1.0}],
-            betas=(presets.adam_beta1, presets.adam_beta2),
-            weight_decay=presets.weight_decay,
-            fused=accelerator.device.type in ("cpu", "cuda"),
-        )
+        optimizer = build_optimizer(presets, prior, self.parameters, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(prior, optimizer)
         self.ema = EMAWeights(
             self.parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power
