@@ -67,7 +67,7 @@ def test_muon_has_the_convolutions_between_feature_maps_and_adamw_the_rest():
     optimizer = build_optimizer(config.training_presets, model, list(model.parameters()), torch.device("cpu"))
     rest, muon, pca = [[names[each] for each in group["params"]] for group in optimizer.param_groups]
     assert [group["muon"] for group in optimizer.param_groups] == [False, True, False]
-    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0, 0.1]
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 3.0, 0.1]
     assert "encoder.stages.0.0.conv1.weight" in muon and "decoder.upsamples.0.conv.weight" in muon
     assert all(name.endswith("conv.weight") or "conv1" in name or "conv2" in name for name in muon)
     for part in ("encoder.conv_in", "decoder.conv_out", "encoder.head", "decoder.stem"):

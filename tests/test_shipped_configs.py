@@ -67,6 +67,9 @@ def test_it_trains_ten_steps(path, images, tmp_path, session):
     presets = values["training_presets"]
     presets |= {"num_epochs": 1, "batch_size": BATCH, "pca_init_images": 18, "mixed_precision": "no"}
     presets |= {"max_images_per_epoch": STEPS * BATCH, "resolution_schedule": {}, "pca_init_augmented_copies": 1}
+    if presets.get("init_from"):
+        presets["init_from"] = str(tmp_path / "base")
+        tiny.random_vae().save_pretrained(presets["init_from"])
     values["output"] |= {"runs_dir": str(tmp_path / "runs"), "model_dir": str(tmp_path / "models")}
     values["output"] |= {"eval_lpips_trunk": "st_alexnet", "num_samples": 4}
     result = run(config_from_dict(values))

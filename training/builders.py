@@ -86,7 +86,7 @@ def build_optimizer(
     groups = []
     for scale, members, options in (
         (1.0, [p for p in parameters if p not in pca_parameters | convolutions], {}),
-        (1.0, [p for p in parameters if p in convolutions], {"muon": True}),
+        (presets.muon_lr_scale, [p for p in parameters if p in convolutions], {"muon": True}),
         (presets.pca_lr_scale, [p for p in parameters if p in pca_parameters], {}),
     ):
         if members:

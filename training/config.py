@@ -217,12 +217,23 @@ class LossConfig(_Section):
     # Size of the random crop (the same of image and reconstruction) that the trunk sees; null: the full image.
     perceptual_crop_px: int | None = constrained(None, ge=32)
     lpips_crop_px: int | None = constrained(None, ge=32)  # the same for lpips_trunk, which has random crops of its own
+    # Adversarial term: its gradient at the reconstruction is this fraction of that of the terms above; 0: no discriminator.
+    # For a trained model: see configs/ultra_sharp.json.
+    adversarial_weight: float = constrained(0.0, ge=0)
+    adversarial_max_weight: float = constrained(1.0, gt=0)  # limit of the weight that has this effect
+    # Training images for which the discriminator trains alone; then the weight rises linearly over as many images.
+    adversarial_start_images: int = constrained(8192, ge=0)
+    discriminator_learning_rate: float = constrained(1e-3, gt=0)  # of its Adam
+    discriminator_penalty: float = constrained(1e-4, ge=0)  # weight of the squared gradients (R1 and R2) in its loss
 
     def _check_together(self) -> None:
         weights = (self.mse_weight, self.l1_weight, self.perceptual_weight, self.lpips_weight)
         _require(sum(weights) > 0, "the sum of the weights in section loss", "greater than 0", sum(weights))
         valid = self.lpips_crop_px is None or self.lpips_trunk is not None
         self._require(valid, "lpips_crop_px", "null without loss.lpips_trunk (loss.perceptual_crop_px is for trunk)")
+        if self.perceptual_weight == 0 and self.lpips_weight == 0:
+            wanted = "0 without a feature network (loss.perceptual_weight and loss.lpips_weight are 0)"
+            self._require(self.adversarial_weight == 0, "adversarial_weight", wanted)
 
     @property
     def trunks(self) -> list[tuple[str, int | None]]:
@@ -291,8 +302,9 @@ class TrainingPresets(KLSchedule):
     lr_schedule: str = constrained("plateau", choices=("plateau", "constant", "cosine", "warmup_stable_decay"))
     lr_decay_fraction: float = constrained(0.2, gt=0, le=1)  # "warmup_stable_decay": last part of the run
     # L2 weight decay ("adam") or decoupled ("adamw"); "muon": Muon for the convolutions between feature maps, AdamW for the
-    # other weights, at the same learning rate.
+    # other weights.
     optimizer: str = constrained("adam", choices=("adam", "adamw", "muon"))
+    muon_lr_scale: float = constrained(3.0, gt=0)  # learning rate of Muon's weights over learning_rate
     weight_decay: float = constrained(1e-5, ge=0)  # of all trained weights
     adam_beta1: float = constrained(0.9, gt=0, lt=1)  # decay of the first moment, per step
     adam_beta2: float = constrained(0.999, gt=0, lt=1)  # decay of the second moment, per step
@@ -305,6 +317,9 @@ class TrainingPresets(KLSchedule):
     # affect, before ReduceLROnPlateau (lr_schedule "plateau") multiplies the learning rate by plateau_factor.
     plateau_patience: int = constrained(10, ge=1)
     plateau_factor: float = constrained(0.5, gt=0, lt=1)  # factor of the learning rate on a plateau
+    # Validation metric that decides which model is the best, and when the plateau and early stopping act: the weighted sum
+    # of the reconstruction terms, or LPIPS with output.eval_lpips_trunk.
+    best_metric: str = constrained("reconstruction_loss", choices=("reconstruction_loss", "lpips"))
     plateau_threshold: float = constrained(1e-4, ge=0)  # relative improvement that counts, also for the best model
     min_learning_rate: float = constrained(1e-7, ge=0)  # lower limit of the learning rate, after the warm-up
     early_stopping_patience: int = constrained(20, ge=0)  # epochs without improvement before the run stops; 0: never
@@ -430,6 +445,11 @@ class Config:
     def __post_init__(self) -> None:
         for key, value in self.model.items():
             _require(_is_finite(value), f"model.{key}", "finite", value)
+        if self.loss.adversarial_weight > 0:
+            presets = self.training_presets
+            _require(not presets.compile, "training_presets.compile", "false with loss.adversarial_weight", True)
+            valid, only = presets.train_only != "encoder", presets.train_only
+            _require(valid, "training_presets.train_only", '"decoder" or "all" with loss.adversarial_weight', only)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in the JSON file."""

@@ -34,6 +34,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATE_FILE = "training_state/trainer_state.json"
 WEIGHTS_FILE = "training_state/weights.safetensors"
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
+DISCRIMINATOR_FILE = "training_state/discriminator.safetensors"
 MODEL_FILE = f"model/{WEIGHTS}"
 RUN_FILE = "run.json"  # when and where the run was created, and from which weights
 _REQUIRED = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)

@@ -40,6 +40,7 @@ from training.distributed import (
 from training.ema import EMAWeights
 from training.initial_weights import load_initial_weights
 from training.learning_rate import LearningRate
+from training.losses.adversarial import AdversarialWeight
 from training.losses.kl_control import KLController
 from training.losses.objective import ReconstructionLoss
 from training.losses.perceptual import PerceptualTrunk
@@ -78,6 +79,7 @@ class Run:
         optimizer: Over them.
         ema: Their EMA weights, or None.
         learning_rate, kl: Schedule of the learning rate, and controller of beta.
+        adversarial_weight: Weight of the adversarial term, or None.
         train_step: One optimizer step.
         progress: Counters and metrics of the run.
         tracker, report: Logs, metrics, images and status.
@@ -99,11 +101,17 @@ class Run:
     ema: EMAWeights | None
     learning_rate: LearningRate
     kl: KLController
+    adversarial_weight: AdversarialWeight | None
     train_step: TrainStep
     progress: Progress
     tracker: Tracker
     report: RunReport
     checkpoints: CheckpointManager
+
+    @property
+    def best_metric(self) -> str:
+        """The validation metric of `training_presets.best_metric`."""
+        return _best_metric(self.config, self.eval_lpips_trunk)
 
     @property
     def max_batches(self) -> int | None:
@@ -164,6 +172,11 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     processes = join_processes()
     check_trackers(config.output.trackers)
     precision, precision_source = resolve_precision(presets.mixed_precision, processes.device)
+    if config.loss.adversarial_weight > 0 and precision == "fp16":
+        raise ValueError(
+            f"training_presets.mixed_precision is fp16 (from {precision_source}), and the gradients of the adversarial term "
+            "are too small for it: use bf16 or no, or loss.adversarial_weight=0."
+        )
     opened = on_main_process(processes, lambda: folder.open(resume))
     checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
     accelerator = _build_accelerator(config, processes, precision)
@@ -243,11 +256,15 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         steps_per_epoch=_steps_per_epoch(config, stream),
     )
     components = {"progress": progress, "learning_rate": learning_rate, "kl": kl, "alerts": alerts}
+    adversarial_weight = None if loss.adversarial is None else AdversarialWeight(config.loss)
+    if adversarial_weight is not None:
+        components["adversarial_weight"] = adversarial_weight
     checkpoints = CheckpointManager(
         run_dir,
         config.output,
-        TrainingState(accelerator, model, optimizer, ema, components),
+        TrainingState(accelerator, model, optimizer, ema, components, adversarial=loss.adversarial),
         progress,
+        best_metric=f"validation/{_best_metric(config, eval_lpips_trunk)}",
         description=lambda: {
             "config": config.to_dict(),
             "processes": accelerator.num_processes,
@@ -274,6 +291,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         ema=ema,
         learning_rate=learning_rate,
         kl=kl,
+        adversarial_weight=adversarial_weight,
         train_step=train_step,
         progress=progress,
         tracker=tracker,
@@ -286,6 +304,11 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     elif presets.micro_batch_size == "auto":
         _find_micro_batch(run)
     return run
+
+
+def _best_metric(config: Config, eval_lpips_trunk: PerceptualTrunk) -> str:
+    name = config.training_presets.best_metric
+    return f"lpips_{eval_lpips_trunk.name}" if name == "lpips" else name
 
 
 def _max_batches(config: Config) -> int | None:

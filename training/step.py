@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -105,7 +106,13 @@ class TrainStep:
         self._pending: Callable[[], StepResult] | None = None  # reads the values of the latest step
 
     def gradients(
-        self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None
+        self,
+        pixels_uint8: Tensor,
+        *,
+        step: int,
+        beta: float,
+        resolution: int | None = None,
+        adversarial_weight: float = 0.0,
     ) -> dict[str, Tensor]:
         """Leave the gradient of the mean loss in the parameters: the global batch's, or with `adapt_micro_batch`, this
         process's.
@@ -115,6 +122,7 @@ class TrainStep:
             step: Optimizer steps before this one.
             beta: Weight of KL.
             resolution: Downsample the images to this size first, by averaging; a divisor of theirs.
+            adversarial_weight: Weight of the adversarial term, if there is one.
 
         Returns:
             Means over these images of the loss terms, float32 scalars on the device.
@@ -145,20 +153,36 @@ class TrainStep:
             # DDP reduces gradients once, during the last backward pass.
             reduce_now = start + self.micro_batch >= count and not self.adapt_micro_batch
             with contextlib.nullcontext() if reduce_now else accelerator.no_sync(self.model):
-                loss, parts = self._forward(pixels, micro_noise.noise, micro_noise.crops, beta)
+                loss, parts = self._forward(pixels, micro_noise.noise, micro_noise.crops, beta, adversarial_weight)
                 # `0 * loss` propagates a non-finite loss to every gradient, so all processes skip this step.
                 accelerator.backward(loss * (fraction + 0.0 * loss.detach()))
+            if self.loss.adversarial is not None:
+                parts |= self.loss.adversarial.backward(fraction)
             means = means + torch.stack(list(parts.values())) * fraction
         return dict(zip(parts, means.unbind()))
 
     def _eager_forward(
-        self, pixels: Tensor, noise: Tensor, crops: tuple[Tensor | None, ...], beta: Tensor
+        self,
+        pixels: Tensor,
+        noise: Tensor,
+        crops: tuple[Tensor | None, ...],
+        beta: Tensor,
+        adversarial_weight: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass and loss of a micro-batch: see `vae_loss`."""
         output = self.model(pixels, noise=noise)
         with self.accelerator.autocast():  # for the convolutions of the feature networks; the terms are float32
             mean, logvar = output.posterior.mean, output.posterior.logvar
-            return vae_loss(self.loss, output.sample, pixels, mean, logvar, beta=beta, crops=crops)
+            return vae_loss(
+                self.loss,
+                output.sample,
+                pixels,
+                mean,
+                logvar,
+                beta=beta,
+                crops=crops,
+                adversarial_weight=adversarial_weight,
+            )
 
     def find_micro_batch(self, local_batch: int, resolution: int) -> None:
         """Halve the micro batch until a forward and backward pass fits on every process.
@@ -172,16 +196,19 @@ class TrainStep:
         """
         blank = torch.zeros(min(self.micro_batch, local_batch), 3, resolution, resolution, dtype=torch.uint8)
         self._fitting_gradients(blank, step=0, beta=0.0)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
 
-    def _fitting_gradients(
-        self, pixels_uint8: Tensor, *, step: int, beta: float, resolution: int | None = None
-    ) -> dict[str, Tensor]:
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.loss.adversarial is not None:
+            self.loss.adversarial.zero_grad()
+
+    def _fitting_gradients(self, pixels_uint8: Tensor, **settings: Any) -> dict[str, Tensor]:
         """`gradients` of the global batch, in micro-batches that fit."""
         while True:
             shortage = None
             try:
-                parts = self.gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)
+                parts = self.gradients(pixels_uint8, **settings)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -190,7 +217,7 @@ class TrainStep:
                 if self.adapt_micro_batch:
                     self._average_gradients()
                 return parts
-            self.optimizer.zero_grad(set_to_none=True)
+            self._zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self.micro_batch == 1:
@@ -229,12 +256,13 @@ class TrainStep:
         step: int,
         beta: float,
         resolution: int | None = None,
+        adversarial_weight: float = 0.0,
         flags: Callable[[], dict[str, bool]] = dict,
     ) -> StepResult | None:
         """Launch one optimizer step, and return the result of the one before.
 
         Args:
-            pixels_uint8, step, beta, resolution: See `gradients`.
+            pixels_uint8, step, beta, resolution, adversarial_weight: See `gradients`.
             flags: Returns conditions of this process, to share with the others; called after the backward pass.
 
         Returns:
@@ -244,12 +272,16 @@ class TrainStep:
             OutOfMemory: The micro-batches do not fit, and may not or cannot be smaller.
         """
         micro_batch = self.micro_batch
-        parts = self._fitting_gradients(pixels_uint8, step=step, beta=beta, resolution=resolution)
+        parts = self._fitting_gradients(
+            pixels_uint8, step=step, beta=beta, resolution=resolution, adversarial_weight=adversarial_weight
+        )
         previous = self.finish()  # before the parameters change: its EMA update reads them
         # The gradient is the mean over processes, so its norm, and every decision on it, is the same on all of them.
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         skipped = 1.0 - grad_norm.isfinite().float()
         self._update(skipped)
+        if self.loss.adversarial is not None:
+            parts["discriminator/skipped"] = self.loss.adversarial.step(self.accelerator, skipped)
         self.optimizer.zero_grad(set_to_none=True)
         read = read_later(self.accelerator, {**parts, "grad_norm": grad_norm, "skipped": skipped}, flags())
         halved = self.micro_batch < micro_batch

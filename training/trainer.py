@@ -160,6 +160,7 @@ class Trainer:
                     step=progress.step,
                     beta=self.kl.beta(progress.epoch, progress.images_seen, progress.log_beta),
                     resolution=presets.resolution(progress.epoch),
+                    adversarial_weight=progress.adversarial_weight,
                     flags=lambda: self._flags(stop),
                 )
                 reason = self._complete_step(previous, stop)
@@ -167,6 +168,8 @@ class Trainer:
                 progress.step += 1
                 progress.batch += 1
                 progress.images_seen += presets.batch_size
+                if self.setup.adversarial_weight is not None:
+                    progress.adversarial_weight = self.setup.adversarial_weight.value(progress.images_seen)
                 self._example_ids = batch.example_ids
                 log_due = progress.step == 1 or progress.step % self.config.output.log_every_steps == 0
                 if log_due or reason is not None:
@@ -209,6 +212,8 @@ class Trainer:
                 epoch=progress.epoch,
                 images_seen=progress.images_seen,
             )
+            if self.setup.adversarial_weight is not None:
+                self.setup.adversarial_weight.observe(result.terms, presets.batch_size)
         now, waited = time.monotonic(), self.stream.wait_seconds
         progress.add_step(
             result.terms,
@@ -295,7 +300,7 @@ class Trainer:
     def _end_epoch(self, result: Validation, complete: bool = True) -> bool:
         """Applies a validation to the learning rate, early stopping and the best model; returns whether it is best."""
         presets, progress = self.config.training_presets, self.progress
-        loss = result.values["reconstruction_loss"]
+        loss = result.values[self.setup.best_metric]
         if complete:
             before, after = self.learning_rate.after_epoch(loss, progress.step)
             if after < before:

@@ -253,6 +253,26 @@ def test_gradients_clipped_from_the_start_are_reported_after_500_steps():
     assert when == 500 * 64
 
 
+def test_a_discriminator_that_wins_or_stands_still_is_reported_and_one_that_learns_is_not():
+    class Adversarial(SimulatedRun):
+        loss_value, skipped = 0.55, 0.01
+
+        def window(self, values):
+            late = self.step > 3000
+            found = {"loss/discriminator": self.loss_value if late else 0.6, "discriminator/skipped": self.skipped * late}
+            return values | found
+
+    assert Adversarial().train(9000 * 64).alerted == []
+    for name, value, text in (
+        ("loss_value", 0.02, "discriminator tells reconstructions from images everywhere"),
+        ("skipped", 1.0, "resume an earlier checkpoint with a lower loss.discriminator_learning_rate"),
+    ):
+        run = Adversarial()
+        setattr(run, name, value)
+        when, message = first_alert(run.train(9000 * 64), "discriminator")
+        assert text in message and 3000 * 64 < when < 5000 * 64
+
+
 def test_often_clipped_gradients_have_no_alert():
     class Often(SimulatedRun):
         def window(self, values):

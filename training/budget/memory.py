@@ -28,6 +28,7 @@ from training.builders import build_model, freeze_parameters, hidden_convolution
 from training.config import Config
 from training.data.images import normalize
 from training.distributed import AUTOCAST_DTYPES
+from training.losses.adversarial import AdversarialLoss
 from training.losses.objective import ReconstructionLoss, vae_loss
 from training.muon import orthogonalization_flop
 from training.randomness import sample_crops
@@ -209,6 +210,8 @@ def _fake_loss(config: Config, precision: str) -> ReconstructionLoss:
         for module in network.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    if loss.adversarial is not None:
+        loss.adversarial = AdversarialLoss([network.channels for network in loss.networks], config.loss, "cpu")
     return loss
 
 
@@ -274,6 +277,8 @@ def _trace_step(
         saving = "saved activations"  # what gradient checkpointing computes again
         ledger.in_backward = True
         total.backward()
+        if loss.adversarial is not None:
+            loss.adversarial.backward(1.0)
     return MemoryEstimate(
         micro_batch=micro_batch,
         parts=ledger.peak,

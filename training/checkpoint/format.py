@@ -4,6 +4,7 @@
     training_state/             what else a resume needs: safetensors and JSON, nothing pickled
         weights.safetensors     the weights in training, where EMA weights are kept besides
         optimizer.safetensors   state of the optimizer by parameter
+        discriminator.safetensors   its weights and optimizer, with an adversarial term
         trainer_state.json      progress, plateau, KL controller, configuration, ...
     manifest.json               size and SHA-256 of every file; written last
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from training.checkpoint.format import copy_into, read_tensors
 from training.ema import EMAWeights
-from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
+from training.losses.adversarial import AdversarialLoss
+from training.run_files import DISCRIMINATOR_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TrainingState:
         optimizer: Adam, AdamW or Muon over the model's trained parameters.
         ema: EMA weights of the trained parameters, or None.
         components: Name in the checkpoint -> object whose state is JSON values, the same on every process.
+        adversarial: Its discriminator is part of a checkpoint.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         ema: EMAWeights | None,
         components: dict[str, Stateful],
+        adversarial: AdversarialLoss | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
-        self.components = components
+        self.components, self.adversarial = components, adversarial
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._staging: Tensor | None = None
 
@@ -73,6 +76,8 @@ class TrainingState:
             for kind in _OPTIMIZER_STATE
             if kind in self.optimizer.state[parameter]
         }
+        if self.adversarial is not None:
+            files[DISCRIMINATOR_FILE] = self.adversarial.tensors()
         return files
 
     def host_tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from training.config import LossConfig
+from training.losses.adversarial import AdversarialLoss
 from training.losses.perceptual import PerceptualTrunk, full_precision
 
-_RESERVED = ("kl", "reconstruction", "total")  # other parts of `vae_loss`
+_RESERVED = ("kl", "reconstruction", "total", "adversarial", "discriminator")  # other parts of `vae_loss`
 
 
 def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -76,10 +77,11 @@ class ReconstructionLoss:
             mean over all of them. Empty if both terms have weight 0.
         crop_sizes: For each network the height and width of the random crops that it reads, in pixels; None for full
             images. Omitted, all networks read full images.
+        adversarial: Adds the raw term `adversarial`, for reconstructions with gradient only; needs a network.
         mse, l1, perceptual, lpips: Weights of the terms. MSE and L1 read full images.
 
     Attributes:
-        networks, crop_sizes: As given.
+        networks, crop_sizes, adversarial: As given.
         weights: Weight of each term by name.
 
     Raises:
@@ -91,6 +93,7 @@ class ReconstructionLoss:
         networks: Sequence[PerceptualTrunk] = (),
         crop_sizes: Sequence[int | None] | None = None,
         *,
+        adversarial: AdversarialLoss | None = None,
         mse: float = 0.4,
         l1: float = 0.2,
         perceptual: float = 0.2,
@@ -99,6 +102,7 @@ class ReconstructionLoss:
         self.networks = list(networks)
         self.crop_sizes = [None] * len(self.networks) if crop_sizes is None else list(crop_sizes)
         self.weights = {"mse": mse, "l1": l1, "perceptual": perceptual, "lpips": lpips}
+        self.adversarial = adversarial
         self._added_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         for name, weight in self.weights.items():
             _check_weight(name, weight)
@@ -141,9 +145,14 @@ class ReconstructionLoss:
                 network = PerceptualTrunk(name, config.trunk_weights, load_weights=load_weights)
                 network.layers.to(dtype)
                 loaded[name] = network.to(device, memory_format=memory_format)
+        used = [loaded[name] for name, _ in config.trunks]
+        adversarial = None
+        if config.adversarial_weight > 0:
+            adversarial = AdversarialLoss([network.channels for network in used], config, device)
         return cls(
-            [loaded[name] for name, _ in config.trunks],
+            used,
             [crop_size for _, crop_size in config.trunks],
+            adversarial=adversarial,
             mse=config.mse_weight,
             l1=config.l1_weight,
             perceptual=config.perceptual_weight,
@@ -193,7 +202,7 @@ class ReconstructionLoss:
 
         Returns:
             Term -> (N,), float32: `mse`, `l1`, `perceptual` and `lpips` (absent where no network runs: a 0 in the log
-            would look like a perfect score), then the added terms.
+            would look like a perfect score), then the added terms; with `self.adversarial` also `adversarial`.
 
         Raises:
             ValueError: The shapes differ.
@@ -209,7 +218,7 @@ class ReconstructionLoss:
             terms["mse"] = torch.linalg.vector_norm(difference, dim=(1, 2, 3)).square() / pixels[0].numel()
             terms["l1"] = torch.linalg.vector_norm(difference, ord=1, dim=(1, 2, 3)) / pixels[0].numel()
         if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
-            lpips = []
+            lpips, pairs = [], []
             inputs, targets = self._network_inputs(reconstruction, pixels, crops)
             for network in self.networks:
                 with torch.no_grad():
@@ -220,6 +229,9 @@ class ReconstructionLoss:
                 else:
                     distance = network.lpips(features, target_features)
                 lpips.append(distance)
+                pairs.append((features, target_features))
+            if self.adversarial is not None and reconstruction.requires_grad:
+                terms["adversarial"] = self.adversarial.generator_loss(pairs)
             with full_precision(pixels.device):
                 terms["lpips"] = torch.stack(lpips).mean(dim=0)
         with full_precision(pixels.device):
@@ -257,6 +269,7 @@ def vae_loss(
     *,
     beta: float | Tensor,
     crops: Sequence[Tensor | None] | None = None,
+    adversarial_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one batch, and its parts for the log.
 
@@ -266,11 +279,14 @@ def vae_loss(
         posterior_mean: (N, ...).
         posterior_logvar: The same shape, natural logarithm of the variance.
         beta: Weight of KL, the mean of `kl_per_dimension`.
+        adversarial_weight: Weight of the adversarial term, if there is one.
 
     Returns:
         The total, a float32 scalar with gradient: the mean over images. And detached float32 scalars: each raw term of
         `loss` and `kl` (nats per dimension); the same under `weighted/`, times their weight (`kl` times beta);
-        `reconstruction`, the sum of the weighted terms without KL; `total`.
+        `reconstruction`, the sum of the weighted terms without KL and the adversarial term; `total`. With an adversarial
+        term also `gradient/reconstruction` and `gradient/adversarial`: the norms of the gradients of `reconstruction` and
+        `adversarial` at the reconstruction of an image, mean over images.
 
     Raises:
         ValueError: Shapes that differ.
@@ -278,6 +294,7 @@ def vae_loss(
     terms = loss(reconstruction, pixels, crops)
     with full_precision(pixels.device):
         parts = {name: term.mean() for name, term in terms.items()}
+        adversarial = parts.pop("adversarial", None)
         weighted = {name: loss.weights[name] * value for name, value in parts.items()}
         # A term of weight 0 stays out of the sum: 0 times infinity would be NaN.
         summed = [value for name, value in weighted.items() if loss.weights[name] > 0]
@@ -285,6 +302,31 @@ def vae_loss(
         parts["kl"] = kl_per_dimension(posterior_mean, posterior_logvar).mean()
         weighted["kl"] = beta * parts["kl"]
         total = reconstruction_loss + weighted["kl"]
+        if adversarial is not None:
+            parts["adversarial"], weighted["adversarial"] = adversarial, adversarial_weight * adversarial
+            total, norms = _with_adversarial(
+                reconstruction, reconstruction_loss, adversarial, adversarial_weight, weighted["kl"]
+            )
+            parts |= norms
         parts |= {f"weighted/{name}": value for name, value in weighted.items()}
         parts |= {"reconstruction": reconstruction_loss, "total": total}
     return total, {name: value.detach() for name, value in parts.items()}
+
+
+def _with_adversarial(
+    reconstruction: Tensor, reconstruction_loss: Tensor, adversarial: Tensor, weight: float, weighted_kl: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total with the adversarial term, and the norms of both gradients at the reconstruction.
+
+    The gradients go through the feature networks here, once each; the total continues from the reconstruction, with the
+    value of the sum and its gradient.
+    """
+    own = torch.autograd.grad(reconstruction_loss, reconstruction, retain_graph=True)[0].float()
+    other = torch.autograd.grad(adversarial, reconstruction)[0].float()
+    norms = {
+        f"gradient/{name}": len(gradient) * torch.linalg.vector_norm(gradient, dim=(1, 2, 3)).mean()
+        for name, gradient in (("reconstruction", own), ("adversarial", other))
+    }
+    linear = (reconstruction.float() * (own + weight * other)).sum()
+    value = (reconstruction_loss + weight * adversarial).detach()
+    return value + (linear - linear.detach()) + weighted_kl, norms

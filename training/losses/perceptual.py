@@ -241,7 +241,7 @@ class PerceptualTrunk(nn.Module):
             Perceptual term and LPIPS, (N,) each, float32, at least 0 with trained heads; no unit.
         """
         with full_precision(features_a[0].device):
-            pairs = [(_unit_variance(a), _unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
+            pairs = [(unit_variance(a), unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
             absolute = [_mean_over_positions(_absolute_difference(a, b).sum(dim=-1)) for a, b in pairs]
             return (torch.stack(absolute) * self.layer_weights).sum(dim=0), self._lpips(pairs)
 
@@ -249,7 +249,7 @@ class PerceptualTrunk(nn.Module):
         """LPIPS alone, (N,): see `distances`."""
         with full_precision(features_a[0].device):
             return self._lpips(
-                [(_unit_variance(a), _unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
+                [(unit_variance(a), unit_variance(b)) for a, b in zip(features_a, features_b, strict=True)]
             )
 
     def _lpips(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -265,7 +265,7 @@ def _mean_over_positions(values: Tensor) -> Tensor:
     return values.mean(dim=(1, 2), dtype=torch.float32)
 
 
-def _unit_variance(features: Tensor) -> Tensor:
+def unit_variance(features: Tensor) -> Tensor:
     """Scale the channel vectors of a map (N, C, h, w) to a mean square of 1: (N, h, w, C).
 
     bfloat16 maps stay bfloat16, which halves their bytes: the gradient of an image is no further from that of float32 than

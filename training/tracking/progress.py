@@ -36,6 +36,7 @@ class Progress:
     rollbacks: int = 0  # to a checkpoint, after too many non-finite gradients
     steps_per_epoch: int | None = None  # as the run knew it when it started, for the learning rate of a resumed run
     log_beta: float | None = None  # KLController.log_beta for the next step, without the values of the last one
+    adversarial_weight: float = 0.0  # of the next step, likewise
     best: dict[str, Any] | None = None  # validation metrics of the best model
     latents: dict[str, Any] | None = None  # scaling of the latents, as the last validation measured it
     early_stopping_bad_epochs: int = 0
