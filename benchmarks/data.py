@@ -5,9 +5,8 @@
 
 Prints what one core delivers (images per second of CPU time, which other processes on the machine disturb little),
 images/s with one worker and two (threads or `data.decode_processes` here, processes of a DataLoader there; with processes
-the CPU second is one of the training process alone, which hands over what they decode), milliseconds for which an image
-holds the lock of the training process's interpreter (which bounds its images/s whatever the number of workers), seconds to
-the first batch with nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
+the CPU second is one of the training process alone, which hands over what they decode), seconds to the first batch with
+nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
 to `--rows`. Not measured here: the network; the fraction of training time that waits for data, which every run logs as
 speed/data_wait_fraction.
 """
@@ -22,9 +21,7 @@ import itertools
 import logging
 import os
 import platform
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,11 +90,6 @@ def our_batches(stream: TrainStream, epoch: int, start_batch: int = 0) -> Iterat
     return (batch.pixels for batch in stream.epoch_batches(epoch, start_batch=start_batch))
 
 
-def endless_batches(stream: TrainStream) -> Iterator[torch.Tensor]:
-    for epoch in itertools.count(1):
-        yield from our_batches(stream, epoch)
-
-
 class _Plain:
     """The transform that examples show: Pillow decodes and flips, torchvision crops, resizes and normalizes."""
 
@@ -135,45 +127,6 @@ def images_per_second(batches: Iterator[torch.Tensor], seconds: float, clock=tim
             if time.perf_counter() - began > seconds:
                 break
         return count / (clock() - clock_began)
-
-
-def lock_milliseconds(batches: Iterator[torch.Tensor], seconds: float) -> float:
-    """Milliseconds for which one image holds the interpreter's lock: what a loop of pure Python beside the batches loses."""
-
-    def loops(seconds: float) -> int:
-        end, count = time.perf_counter() + seconds, 0
-        while time.perf_counter() < end:
-            for _ in range(1000):
-                pass
-            count += 1
-        return count
-
-    images, stop = 0, threading.Event()
-
-    def consume() -> None:
-        nonlocal images
-        with contextlib.closing(batches):
-            for batch in batches:
-                images += len(batch)
-                if stop.is_set():
-                    break
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # by default the others would wait 5 ms for the lock, each time
-    try:
-        alone = loops(seconds / 2)
-        consumer = threading.Thread(target=consume)
-        consumer.start()
-        loops(1.0)  # workers start, the prefetch fills
-        before = images
-        beside = loops(seconds)
-        decoded = images - before
-        stop.set()
-        consumer.join()
-        alone += loops(seconds / 2)
-    finally:
-        sys.setswitchinterval(interval)
-    return 1e3 * seconds * (1 - beside / alone) / decoded
 
 
 def seconds_to_first(batches: Iterator[torch.Tensor]) -> float:
@@ -234,15 +187,6 @@ def main() -> None:
             for kind in ("ours", "ours, processes", "plain datasets"):
                 cells = [f"{medians[kind, workers]:12.0f}" for workers in (0, 1, 2)]
                 print(f"{resolution:4d} px {kind:15s}      {''.join(cells)}")
-            locks = {}
-            for _, (kind, processes) in itertools.product(range(arguments.repeats), (("threads", 0), ("processes", 1))):
-                batches = endless_batches(our_stream(folder, resolution, 1, processes=processes))
-                locks.setdefault(kind, []).append(lock_milliseconds(batches, arguments.seconds))
-            held = ", ".join(
-                f"{kind} {np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-                for kind, values in locks.items()
-            )
-            print(f"{resolution:4d} px ms of the interpreter's lock per image, 1 worker: {held}")
             ratios = [medians["ours", workers] / medians["plain datasets", workers] for workers in (0, 1, 2)]
             print(f"{resolution:4d} px ratio                {''.join(f'{ratio:12.2f}' for ratio in ratios)}")
 

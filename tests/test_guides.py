@@ -158,13 +158,15 @@ def workplace(tmp_path_factory, faces) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("guides")
     (folder / "configs").mkdir()
     own = {"dataset": "imagefolder", "data_dir": "faces", "validation_split": None, "holdout_fraction": 0.3}
-    for name, run_name, model, data in (
-        ("ultra", "ultra_high_quality", {}, {}),
-        ("ultra_spatial", "ultra_spatial", SPATIAL, {}),
-        ("own_faces", "own_faces", {}, own),
-        ("quickstart", "quickstart", {}, {}),
+    sharp = {"loss": {"adversarial_weight": 0.5, "adversarial_start_images": 8}}
+    for name, run_name, sections in (
+        ("ultra", "ultra_high_quality", {}),
+        ("ultra_sharp", "ultra_sharp", sharp),
+        ("ultra_spatial", "ultra_spatial", {"model": SPATIAL}),
+        ("own_faces", "own_faces", {"data": own}),
+        ("quickstart", "quickstart", {}),
     ):
-        values = tiny.tiny_settings(folder, faces, model=model, data=data, training_presets={"num_epochs": 1})
+        values = tiny.tiny_settings(folder, faces, **sections, training_presets={"num_epochs": 1})
         values["output"] |= {"run_name": run_name, "runs_dir": "runs", "model_dir": "model_weights"}
         (folder / "configs" / f"{name}.json").write_text(json.dumps(values))
     for name in ("faces", "parquet", "weights"):

@@ -43,6 +43,7 @@ LAYERS = [
     ),
     (
         "training.builders",
+        "training.cast_weights",
         "training.distributed",
         "training.learning_rate",
         "training.pca_init",
@@ -66,6 +67,7 @@ STDLIB_ONLY = (
     "training.tracking.alerts",
 )
 COMPUTES = (
+    "training.losses.adversarial",
     "training.losses.objective",
     "training.losses.perceptual",
     "training.losses.perceptual_weights",

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import cast_weights
 from training import step as step_module
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss, kl_per_dimension
@@ -56,8 +57,10 @@ def model_without_zeros() -> AutoencoderKLUltra:
     return model
 
 
-def make_step(loss, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=False, **changes) -> TrainStep:
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+def make_step(
+    loss, *, optimizer=torch.optim.Adam, learning_rate=1e-3, ema=False, precision="no", **changes
+) -> TrainStep:
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
     model = model_without_zeros()
     parameters = list(model.parameters())
     prepared = accelerator.prepare(model, optimizer(parameters, lr=learning_rate))
@@ -275,6 +278,23 @@ def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is_finit
     before = [parameter.detach().clone() for parameter in step.parameters]
     assert complete(step, pixels, step=0, beta=0.01).skipped
     assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
+
+
+def test_weights_cast_in_groups_give_the_gradients_of_autocast_and_are_put_back(session, loss, pixels, monkeypatch):
+    own, autocast = make_step(loss, precision="bf16"), make_step(loss, precision="bf16")
+    autocast._cast_weights = None
+    monkeypatch.setattr(cast_weights, "_GROUP_BYTES", 4000)  # several groups of the tiny model
+    own._cast_weights = cast_weights.CastWeights(own.model, torch.bfloat16)
+    assert len(own._cast_weights._groups) > 3
+    before = dict(own.model.named_parameters())
+    gradients = []
+    for step in (own, autocast):
+        step.gradients(pixels, step=5, beta=0.01)
+        gradients.append([parameter.grad for parameter in step.parameters])
+    assert all(gradient.any() for gradient in gradients[0])
+    assert all(map(torch.equal, *gradients))
+    after = dict(own.model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is parameter for name, parameter in before.items())
 
 
 def test_a_step_returns_the_result_of_the_one_before(session, loss, pixels):

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.cast_weights import CastWeights
 from training.data.images import normalize, random_affine
-from training.distributed import is_out_of_memory, read_later
+from training.distributed import AUTOCAST_DTYPES, is_out_of_memory, read_later
 from training.ema import EMAWeights
 from training.losses.objective import ReconstructionLoss, vae_loss
 from training.randomness import sample_step_noise
@@ -102,6 +103,9 @@ class TrainStep:
         self.adapt_micro_batch = adapt_micro_batch
         self.max_grad_norm = max_grad_norm
         self.augment = augment
+        dtype = AUTOCAST_DTYPES[accelerator.mixed_precision]
+        # A compiled step fuses the casts with what comes before and after.
+        self._cast_weights = None if dtype is None or compile else CastWeights(accelerator.unwrap_model(model), dtype)
         self._forward = torch.compile(self._eager_forward, dynamic=False) if compile else self._eager_forward
         self._pending: Callable[[], StepResult] | None = None  # reads the values of the latest step
 
@@ -170,7 +174,8 @@ class TrainStep:
         adversarial_weight: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass and loss of a micro-batch: see `vae_loss`."""
-        output = self.model(pixels, noise=noise)
+        with contextlib.nullcontext() if self._cast_weights is None else self._cast_weights.applied():
+            output = self.model(pixels, noise=noise)
         with self.accelerator.autocast():  # for the convolutions of the feature networks; the terms are float32
             mean, logvar = output.posterior.mean, output.posterior.logvar
             return vae_loss(

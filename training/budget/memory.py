@@ -11,6 +11,7 @@ Memory outside PyTorch's tensors (driver context, workspaces of convolutions, fr
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.builders import build_model, freeze_parameters, hidden_convolutions
+from training.cast_weights import CastWeights
 from training.config import Config
 from training.data.images import normalize
 from training.distributed import AUTOCAST_DTYPES
@@ -262,12 +264,14 @@ def _trace_step(
             ledger.enter(tensor, saving)
         return tensor
 
-    autocast = torch.autocast("cpu", dtype=AUTOCAST_DTYPES[precision], enabled=precision != "no")
+    dtype = AUTOCAST_DTYPES[precision]
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+    casts = contextlib.nullcontext() if dtype is None or presets.compile else CastWeights(model, dtype).applied()
     # As in `training.step.TrainStep.gradients`, where accelerate's wrapper puts the model under autocast of its own.
     with ledger, _CUDAKernels(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pixels = normalize(torch.zeros(micro_batch, 3, resolution, resolution, dtype=torch.uint8))
         noise = torch.zeros(micro_batch, *model.latent_shape)
-        with autocast:
+        with autocast, casts:
             output = model(pixels, noise=noise)
         saving = "saved in the losses"
         mean, logvar = output.posterior.mean, output.posterior.logvar

@@ -218,7 +218,7 @@ class ReconstructionLoss:
             terms["mse"] = torch.linalg.vector_norm(difference, dim=(1, 2, 3)).square() / pixels[0].numel()
             terms["l1"] = torch.linalg.vector_norm(difference, ord=1, dim=(1, 2, 3)) / pixels[0].numel()
         if self.weights["perceptual"] > 0 or self.weights["lpips"] > 0:
-            lpips, pairs = [], []
+            lpips, pairs, in_training = [], [], self.adversarial is not None and reconstruction.requires_grad
             inputs, targets = self._network_inputs(reconstruction, pixels, crops)
             for network in self.networks:
                 with torch.no_grad():
@@ -229,8 +229,9 @@ class ReconstructionLoss:
                 else:
                     distance = network.lpips(features, target_features)
                 lpips.append(distance)
-                pairs.append((features, target_features))
-            if self.adversarial is not None and reconstruction.requires_grad:
+                if in_training:
+                    pairs.append((features, target_features))
+            if in_training:
                 terms["adversarial"] = self.adversarial.generator_loss(pairs)
             with full_precision(pixels.device):
                 terms["lpips"] = torch.stack(lpips).mean(dim=0)
