@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from training.config import config_from_dict
 from training.distributed import resolve_precision
+from training.run_files import DISCRIMINATOR_FILE
 
 pytestmark = pytest.mark.multiprocess
 
@@ -172,3 +173,29 @@ def test_a_plain_launch_gets_the_configurations_precision(tmp_path, monkeypatch)
     assert precision == "precision"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", exported)
     assert resolve_precision("bf16", torch.device("cpu")) == ("bf16", "the configuration")
+
+
+def test_two_processes_equal_one_in_bf16_with_an_adversarial_term_and_muon(tmp_path, faces):
+    """The same micro-batches of two images; the discriminators stay equal."""
+    presets = {"num_epochs": 3, "max_images_per_epoch": 4, "micro_batch_size": 2, "lr_warmup_steps": 0}
+    presets |= {"mixed_precision": "bf16", "optimizer": "muon", "learning_rate": 3e-4}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        loss = {"adversarial_weight": 0.5, "adversarial_start_images": 4}
+        values = tiny.tiny_settings(folder, faces, loss=loss, training_presets=presets)
+        (folder / "config.json").write_text(json.dumps(values))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(ROOT / "tests" / "multiprocess_worker.py"), str(folder / "config.json"), str(folder)]
+        done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "1", tmp_path / "2"
+    for name, gradient in tensors(one, "gradients").items():
+        torch.testing.assert_close(tensors(two, "gradients")[name], gradient, rtol=1e-3, atol=1e-6)
+    for name, weight in tensors(two, "last").items():
+        assert torch.equal(tensors(two, "last", rank=1)[name], weight), name
+    first, second = (
+        load_file(next(folder.glob("runs/*/checkpoints/step_00000003")) / DISCRIMINATOR_FILE) for folder in (one, two)
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-5)

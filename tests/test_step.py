@@ -280,8 +280,13 @@ def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is_finit
     assert all(torch.equal(old, new) for old, new in zip(before, step.parameters, strict=True))
 
 
-def test_weights_cast_in_groups_give_the_gradients_of_autocast_and_are_put_back(session, loss, pixels, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_cast_in_groups_give_the_gradients_of_autocast_and_are_put_back(
+    session, loss, pixels, monkeypatch, checkpointing
+):
     own, autocast = make_step(loss, precision="bf16"), make_step(loss, precision="bf16")
+    if checkpointing:
+        own.model.enable_gradient_checkpointing(), autocast.model.enable_gradient_checkpointing()
     autocast._cast_weights = None
     monkeypatch.setattr(cast_weights, "_GROUP_BYTES", 4000)  # several groups of the tiny model
     own._cast_weights = cast_weights.CastWeights(own.model, torch.bfloat16)
@@ -295,6 +300,24 @@ def test_weights_cast_in_groups_give_the_gradients_of_autocast_and_are_put_back(
     assert all(map(torch.equal, *gradients))
     after = dict(own.model.named_parameters())
     assert before.keys() == after.keys() and all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_gradients_of_weights_cast_in_groups_are_ready_during_the_backward_pass(monkeypatch):
+    """So DDP exchanges them meanwhile. Each group is cast when its first layer runs."""
+    monkeypatch.setattr(cast_weights, "_GROUP_BYTES", 1000)
+    model, order = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(4))), []
+    for index, layer in enumerate(model):
+        layer.weight.register_post_accumulate_grad_hook(lambda _, index=index: order.append(f"weight {index}"))
+    groups, x = cast_weights.CastWeights(model, torch.bfloat16), torch.randn(2, 16).bfloat16().requires_grad_()
+    with groups.applied():
+        assert model[0].weight.dtype == torch.float32  # not yet
+        for index, layer in enumerate(model):
+            x = layer(x)
+            x.register_hook(lambda _, index=index: order.append(f"output {index}"))
+    x.float().sum().backward()
+    assert len(groups._groups) == 4
+    assert order == [f"{what} {index}" for index in (3, 2, 1, 0) for what in ("output", "weight")]
+    assert not any(layer._forward_pre_hooks for layer in model)
 
 
 def test_a_step_returns_the_result_of_the_one_before(session, loss, pixels):

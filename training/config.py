@@ -220,7 +220,9 @@ class LossConfig(_Section):
     # Adversarial term: its gradient at the reconstruction is this fraction of that of the terms above; 0: no discriminator.
     # For a trained model: see configs/ultra_sharp.json.
     adversarial_weight: float = constrained(0.0, ge=0)
-    adversarial_max_weight: float = constrained(1.0, gt=0)  # limit of the weight that has this effect
+    adversarial_max_weight: float = constrained(
+        1.0, gt=0
+    )  # limit of the resulting weight; the fraction is then smaller
     # Training images for which the discriminator trains alone; then the weight rises linearly over as many images.
     adversarial_start_images: int = constrained(8192, ge=0)
     discriminator_learning_rate: float = constrained(1e-3, gt=0)  # of its Adam
@@ -313,12 +315,12 @@ class TrainingPresets(KLSchedule):
     # Consecutive steps with a non-finite gradient, all of them skipped, before the run rolls back to its last
     # checkpoint with another example order; the second time the run stops.
     max_skipped_in_a_row: int = constrained(20, ge=1)
-    # Epochs without improvement of the validation reconstruction loss, whose weights are fixed and which beta does not
-    # affect, before ReduceLROnPlateau (lr_schedule "plateau") multiplies the learning rate by plateau_factor.
+    # Epochs without improvement of best_metric before ReduceLROnPlateau (lr_schedule "plateau") multiplies the learning
+    # rate by plateau_factor.
     plateau_patience: int = constrained(10, ge=1)
     plateau_factor: float = constrained(0.5, gt=0, lt=1)  # factor of the learning rate on a plateau
     # Validation metric that decides which model is the best, and when the plateau and early stopping act: the weighted sum
-    # of the reconstruction terms, or LPIPS with output.eval_lpips_trunk.
+    # of the reconstruction terms, which beta does not affect, or LPIPS with output.eval_lpips_trunk.
     best_metric: str = constrained("reconstruction_loss", choices=("reconstruction_loss", "lpips"))
     plateau_threshold: float = constrained(1e-4, ge=0)  # relative improvement that counts, also for the best model
     min_learning_rate: float = constrained(1e-7, ge=0)  # lower limit of the learning rate, after the warm-up
@@ -450,6 +452,11 @@ class Config:
             _require(not presets.compile, "training_presets.compile", "false with loss.adversarial_weight", True)
             valid, only = presets.train_only != "encoder", presets.train_only
             _require(valid, "training_presets.train_only", '"decoder" or "all" with loss.adversarial_weight', only)
+
+    @property
+    def best_is_lpips(self) -> bool:
+        """Whether LPIPS, and not the reconstruction loss, decides which model is the best."""
+        return self.training_presets.best_metric == "lpips"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in the JSON file."""

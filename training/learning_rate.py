@@ -68,6 +68,10 @@ class LearningRate:
             self._plateau.step(validation_loss)
         return before, self.value
 
+    def restart_plateau(self) -> None:
+        """Forgets the best value, for another metric; the rates stay."""
+        self._plateau.best, self._plateau.num_bad_epochs = math.inf, 0
+
     def state_dict(self) -> dict[str, Any]:
         """Returns JSON values: the rates, the configured rate that they belong to, and the plateau scheduler's state."""
         plateau = self._plateau.state_dict()

@@ -94,8 +94,7 @@ class Muon(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(parameter)
             if found_inf is not None:
                 gradient = torch.where(keep > 0, gradient, 0.0)
-            weight = torch.as_tensor((1 - group["momentum"]) * keep, device=parameter.device, dtype=parameter.dtype)
-            momentum = state["exp_avg"].lerp_(gradient, weight)
+            momentum = state["exp_avg"].lerp_(gradient, (1 - group["momentum"]) * keep)
             update = gradient.lerp(momentum, group["momentum"]).flatten(1)
             updates[update.shape].append((parameter, update))
         for shape, members in updates.items():  # matrices of one shape in one batch, for fewer launches

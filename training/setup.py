@@ -49,6 +49,7 @@ from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
+from training.run_files import saved_config
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -127,6 +128,13 @@ class Run:
         """Restores a checkpoint; see `CheckpointManager.restore`."""
         self.checkpoints.restore(checkpoint, saved)
         self.apply_progress(saved)
+        if (
+            self.progress.best is not None
+            and f"validation/{self.best_metric}" not in self.progress.best
+            or (saved_config(saved["config"]).training_presets.best_metric != self.config.training_presets.best_metric)
+        ):  # accepted by --allow-changed: values of two metrics cannot be compared
+            self.progress.best, self.progress.early_stopping_bad_epochs = None, 0
+            self.learning_rate.restart_plateau()
 
     def apply_progress(self, saved: dict[str, Any]) -> None:
         """Applies a restored progress to the model's configuration, the step and the stream."""
@@ -307,8 +315,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
 
 
 def _best_metric(config: Config, eval_lpips_trunk: PerceptualTrunk) -> str:
-    name = config.training_presets.best_metric
-    return f"lpips_{eval_lpips_trunk.name}" if name == "lpips" else name
+    return f"lpips_{eval_lpips_trunk.name}" if config.best_is_lpips else config.training_presets.best_metric
 
 
 def _max_batches(config: Config) -> int | None:

@@ -213,7 +213,7 @@ class Trainer:
                 images_seen=progress.images_seen,
             )
             if self.setup.adversarial_weight is not None:
-                self.setup.adversarial_weight.observe(result.terms, presets.batch_size)
+                self.setup.adversarial_weight.observe(result.terms, presets.batch_size, progress.images_seen)
         now, waited = time.monotonic(), self.stream.wait_seconds
         progress.add_step(
             result.terms,

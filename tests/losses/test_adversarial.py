@@ -22,6 +22,7 @@ from training.losses.objective import ReconstructionLoss, kl_per_dimension, vae_
 from training.losses.perceptual import unit_variance
 from training.run_files import DISCRIMINATOR_FILE, list_checkpoints
 from training.setup import build_run
+from training.trainer import Trainer
 
 CONFIG = LossConfig(trunk="st_alexnet", perceptual_crop_px=32, adversarial_weight=0.5, adversarial_start_images=8)
 LOSS = {"adversarial_weight": 0.5, "adversarial_start_images": 8}
@@ -146,17 +147,17 @@ def test_the_weight_starts_late_rises_and_has_a_limit():
     weight = AdversarialWeight(CONFIG)
     assert weight.value(100) == 0  # nothing observed
     terms = {"gradient/reconstruction": 0.6, "gradient/adversarial": 2.0}
-    weight.observe(terms, 8)
-    weight.observe(terms | {"gradient/adversarial": math.nan}, 8)
-    assert weight.value(7) == 0
-    assert weight.value(12) == pytest.approx(0.5 * 0.5 * 0.3)
-    assert weight.value(16) == weight.value(100) == pytest.approx(0.5 * 0.3)
+    weight.observe(terms, 8, 1008)  # added to a run after 1,000 images
+    weight.observe(terms | {"gradient/adversarial": math.nan}, 8, 1016)
+    assert weight.value(1007) == 0
+    assert weight.value(1012) == pytest.approx(0.5 * 0.5 * 0.3)
+    assert weight.value(1016) == weight.value(1100) == pytest.approx(0.5 * 0.3)
     again = AdversarialWeight(CONFIG)
     again.load_state_dict(weight.state_dict())
-    assert again.value(16) == weight.value(16)
+    assert again.value(1016) == weight.value(1016)
     for _ in range(10):
-        weight.observe(terms | {"gradient/adversarial": 1e-3}, 100_000)
-    assert weight.value(16) == 1.0
+        weight.observe(terms | {"gradient/adversarial": 1e-3}, 100_000, 10**6)
+    assert weight.value(1016) == 1.0
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(faces, tmp_path):
@@ -183,6 +184,55 @@ def test_an_interrupted_run_resumes_bit_for_bit(faces, tmp_path):
         line["step"]: line["validation/lpips_st_alexnet"] for line in resumed.lines("validation") if line["step"]
     }
     assert resumed.status["best"]["step"] == min(validations, key=validations.get)
+
+
+def test_the_term_and_the_best_metric_can_change_on_resume_where_it_is_allowed(faces, tmp_path, capsys):
+    def config(num_epochs, **presets):
+        loss = LOSS if presets else {}
+        presets = presets | {"num_epochs": num_epochs, "early_stopping_patience": 1, "plateau_threshold": 0.0}
+        return tiny.tiny_config(tmp_path, faces, loss=loss, training_presets=presets)
+
+    run(config(1))
+    allowed = ["loss.adversarial_weight", "loss.adversarial_start_images", "training_presets.best_metric"]
+    later = config(3, best_metric="lpips")
+    with pytest.raises(ValueError, match="training_presets.best_metric .*reconstruction_loss. -> .lpips"):
+        run(later, "auto")
+    with tiny.process_state():
+        trainer = Trainer(later, "auto", allowed)
+        assert "the checkpoint has no discriminator, which starts from its initial weights" in capsys.readouterr().err
+        assert trainer.progress.best is None and trainer.learning_rate._plateau.best == math.inf
+        assert trainer.run() == 0
+    assert trainer.progress.best["epoch"] > 1
+    assert trainer.setup.adversarial_weight.state_dict()["first_images"] == 20
+    values = later.to_dict()
+    values["output"]["eval_lpips_trunk"] = "st_vgg16"
+    with pytest.raises(ValueError, match="output.eval_lpips_trunk"), tiny.process_state():
+        Trainer(config_from_dict(values), "auto")
+
+
+def test_out_of_memory_in_the_discriminator_leaves_nothing_behind(faces, tmp_path, session, monkeypatch):
+    """The micro-batch is halved, and the gradients are those of a run that began with the smaller one."""
+
+    def gradients(folder, **presets):
+        setup = build_run(tiny.tiny_config(tmp_path / folder, faces, loss=LOSS, training_presets=presets))
+        (batch,) = setup.stream.epoch_batches(0, max_batches=1)
+        backward, calls = setup.loss.adversarial.backward, []
+
+        def failing(fraction):
+            calls.append(fraction)
+            if presets["micro_batch_size"] == "auto" and len(calls) == 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return backward(fraction)
+
+        monkeypatch.setattr(setup.loss.adversarial, "backward", failing)
+        setup.train_step._fitting_gradients(batch.pixels, step=0, beta=0.1)
+        parameters = [*setup.parameters, *setup.loss.adversarial.parameters]
+        found = [parameter.grad.clone() for parameter in parameters]
+        setup.folder.release()
+        return found
+
+    halved, small = gradients("auto", micro_batch_size="auto"), gradients("small", micro_batch_size=2)
+    assert all(map(torch.equal, halved, small))
 
 
 @pytest.mark.parametrize(

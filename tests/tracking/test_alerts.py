@@ -253,28 +253,31 @@ def test_gradients_clipped_from_the_start_are_reported_after_500_steps():
     assert when == 500 * 64
 
 
-def test_a_discriminator_that_wins_or_stands_still_is_reported_and_one_that_learns_is_not():
+def test_a_discriminator_that_is_too_strong_or_not_trained_is_reported_and_one_that_learns_is_not():
     class Adversarial(SimulatedRun):
-        loss_value, skipped = 0.55, 0.01
+        discriminator, skipped = 0.55, 0.01
 
         def window(self, values):
             late = self.step > 3000
-            found = {
-                "loss/discriminator": self.loss_value if late else 0.6,
-                "discriminator/skipped": self.skipped * late,
-            }
-            return values | found
+            values |= {"loss/adversarial": 0.8, "weighted/adversarial": 0.1 * (self.step > 1000)}
+            values["loss/discriminator"] = self.discriminator if late else 0.6
+            return values | {"discriminator/skipped": self.skipped * late}
 
-    assert Adversarial().train(9000 * 64).alerted == []
-    for name, value, text in (
-        ("loss_value", 0.02, "the discriminator tells reconstructions from images everywhere"),
-        ("skipped", 1.0, "resume an earlier checkpoint with a lower loss.discriminator_learning_rate"),
+    class Alone(Adversarial):
+        """A discriminator that is strong while it trains alone, and terms that rise when texture appears."""
+
+        def window(self, values):
+            rising = {"loss/reconstruction": 0.05 + self.step / 1e5}
+            return super().window(values) | rising | ({} if self.step > 1000 else {"loss/discriminator": 0.02})
+
+    assert Adversarial().train(9000 * 64).alerted == Alone().train(9000 * 64).alerted == []
+    for name, value, beginning, text in (
+        ("discriminator", 0.02, "loss/discriminator", "separates nearly all positions"),
+        ("skipped", 1.0, "discriminator/skipped", "a lower loss.discriminator_learning_rate"),
     ):
         run = Adversarial()
         setattr(run, name, value)
-        when, message = first_alert(
-            run.train(9000 * 64), "loss/discriminator" if value < 1 else "discriminator/skipped"
-        )
+        when, message = first_alert(run.train(9000 * 64), beginning)
         assert text in message and 3000 * 64 < when < 5000 * 64
 
 
@@ -523,12 +526,14 @@ def test_every_metric_that_is_checked_is_logged_by_the_trainer():
     parts |= {
         "discriminator": 0.6,
         "discriminator/skipped": 0.0,
+        "adversarial": 0.7,
+        "weighted/adversarial": 0.1,
     }  # as tests/losses/test_adversarial.py finds them in a log
     progress.add_step(parts, beta=5e-4, grad_norm=2.0, max_grad_norm=1.0, seconds=0.1, waited=0.01)
     kl.observe(kl=2.0, reconstruction=0.059, num_images=64, epoch=3, images_seen=10**6)
     values = Recording(progress.take_window(PRESETS, kl, latent_dim=LATENT_DIM, learning_rate=5e-5))
     Alerts(PRESETS).observe_window(values, images_seen=10**6, step=10**4)
-    assert len(checked) == 12
+    assert len(checked) == 13
     assert checked <= set(values)
 
 

@@ -148,7 +148,7 @@ class CheckpointManager:
             Whether it is the best; the model itself is kept by the next `save`.
         """
         progress = self._progress
-        best = math.nan if progress.best is None else progress.best[self._best_metric]
+        best = math.nan if progress.best is None else progress.best.get(self._best_metric, math.nan)
         is_best = math.isnan(best) or loss < best * (1 - threshold)
         if is_best:
             progress.best = {"epoch": progress.epoch, "step": progress.step, **metrics}

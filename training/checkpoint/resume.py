@@ -32,7 +32,9 @@ FIXED_ON_RESUME = (
     "output.run_name",
     "processes",
     "training_presets.batch_size",
+    "training_presets.best_metric",
     "training_presets.ema_",
+    "training_presets.muon_lr_scale",
     "training_presets.pca_lr_scale",
     "training_presets.optimizer",
     "training_presets.seed",
@@ -131,7 +133,7 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
     refused = [
         key
         for key in changed
-        if key.startswith(FIXED_ON_RESUME)
+        if (key.startswith(FIXED_ON_RESUME) or (key == "output.eval_lpips_trunk" and config.best_is_lpips))
         and key not in (*FREE_ON_RESUME, *allowed)
         # The cache has one example order, whichever of the two modes filled it.
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})

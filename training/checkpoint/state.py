@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.checkpoint.format import copy_into, read_tensors
+from training.distributed import on_main_process
 from training.ema import EMAWeights
 from training.losses.adversarial import AdversarialLoss
 from training.run_files import DISCRIMINATOR_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
@@ -131,6 +132,9 @@ class TrainingState:
         if values["optimizer_has_state"]:
             self.create_optimizer_state()
         for file, tensors in self.live_tensors().items():
+            if file == DISCRIMINATOR_FILE and not on_main_process(self.accelerator, (checkpoint / file).is_file):
+                logger.warning("resume: the checkpoint has no discriminator, which starts from its initial weights")
+                continue
             if self.accelerator.is_main_process:
                 copy_into(tensors, read_tensors(checkpoint, file), file)
             if self.accelerator.num_processes > 1:

@@ -28,7 +28,7 @@ from training.losses.perceptual import full_precision, unit_variance
 _WIDTH = 64  # channels of a head
 _BETAS = (0.0, 0.99)  # of Adam, as usual for discriminators
 _HALF_LIFE_IMAGES = 2048  # of the average gradient norms
-_STATE = ("reconstruction_sum", "adversarial_sum")
+_STATE = ("first_images", "reconstruction_sum", "adversarial_sum")
 
 
 class Discriminator(nn.Module):
@@ -127,7 +127,8 @@ class AdversarialLoss:
         return {"discriminator": loss.detach(), "discriminator/penalty": penalty.detach()}
 
     def _squared_gradient(self, logits: list[Tensor], features: list[Tensor]) -> Tensor:
-        """Squared norm of the gradient of each layer's mean logit at its features, scaled to unit vectors and positions."""
+        """C times the squared norm of the gradient of a logit at the C features of its position, mean over positions and
+        layers: the features have a mean square of 1, so this is the gradient at their unit vector."""
         gradients = torch.autograd.grad([each.sum() for each in logits], features, create_graph=True)
         return torch.stack([len(each[0]) * each.square().sum(dim=1).mean() for each in gradients]).mean()
 
@@ -198,27 +199,31 @@ class AdversarialWeight:
 
     def __init__(self, config: LossConfig) -> None:
         self._config = config
+        self._first_images: int | None = None  # images seen by the run before the first observation
         self._reconstruction_sum = self._adversarial_sum = 0.0
 
     def value(self, images_seen: int) -> float:
         """The weight after so many training images; 0 while the discriminator trains alone."""
         config, start = self._config, self._config.adversarial_start_images
-        if images_seen < start or self._adversarial_sum <= 0:
+        if self._first_images is None or images_seen - self._first_images < start or self._adversarial_sum <= 0:
             return 0.0
-        ramp = min(1.0, (images_seen - start) / start) if start else 1.0
+        ramp = min(1.0, (images_seen - self._first_images - start) / start) if start else 1.0
         ratio = self._reconstruction_sum / self._adversarial_sum
         return ramp * min(config.adversarial_weight * ratio, config.adversarial_max_weight)
 
-    def observe(self, terms: Mapping[str, float], num_images: int) -> None:
+    def observe(self, terms: Mapping[str, float], num_images: int, images_seen: int) -> None:
         """Update the averages.
 
         Args:
             terms: `gradient/reconstruction` and `gradient/adversarial` of `vae_loss`; others are ignored.
             num_images: Of the step.
+            images_seen: Training images so far, these included.
         """
         values = terms["gradient/reconstruction"], terms["gradient/adversarial"]
         if not all(map(math.isfinite, values)):
             return
+        if self._first_images is None:
+            self._first_images = images_seen - num_images
         keep = 0.5 ** (num_images / _HALF_LIFE_IMAGES)
         self._reconstruction_sum = keep * self._reconstruction_sum + (1 - keep) * values[0]
         self._adversarial_sum = keep * self._adversarial_sum + (1 - keep) * values[1]

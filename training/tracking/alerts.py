@@ -11,8 +11,8 @@ finite, except that a warning names it.
 | loss rises | average above `RISE` times its minimum, or `RISE_OVER_START` times the loss before training |
 | always clipped | `CLIPPED` of the steps, averaged with `STEPS_HALF_LIFE` |
 | skipped steps | `SKIPPED` of the steps, averaged likewise |
-| discriminator wins | its loss is below `DISCRIMINATOR_WINS`, averaged likewise |
-| discriminator stands still | `SKIPPED` of its steps are skipped, averaged likewise |
+| discriminator too strong | its loss is below `DISCRIMINATOR_WINS`, averaged likewise |
+| discriminator not trained | `SKIPPED` of its steps are skipped, averaged likewise |
 | waits for data | `DATA_WAIT` of the time, averaged likewise |
 | minimum learning rate | the plateau scheduler cannot reduce it further |
 | overfitting | `WORSE_VALIDATIONS` in a row worse than the best, while the training loss improved |
@@ -59,7 +59,7 @@ CLIPPED, _CLIPPED_CLEARS = 0.97, 0.8
 # fp16 skips about one step in 2,000, when it tries a higher loss scale.
 SKIPPED, _SKIPPED_CLEARS = 0.05, 0.01
 DATA_WAIT, _DATA_WAIT_CLEARS = 0.2, 0.1
-# log 2 = 0.69 if it tells nothing; below, its gradient has no use for the decoder any more.
+# log 2 = 0.69 at chance level; below 0.1 it separates nearly all positions.
 DISCRIMINATOR_WINS, _WINS_CLEARS = 0.1, 0.2
 
 # Validation always uses the same images and the EMA weights, so it has no noise; 2 % are 0.1 dB of MSE.
@@ -143,7 +143,8 @@ class Alerts:
         state.images_seen, state.step = images_seen, step
         return [
             *self._check_finite("training", values),
-            *self._check_loss(_finite(values, "loss/reconstruction"), images),
+            # With an adversarial term the others rise, as they should.
+            *self._check_loss(None if "loss/adversarial" in values else _finite(values, "loss/reconstruction"), images),
             *self._check_steps(values, steps),
             *self._check_discriminator(values, steps),
             *self._check_learning_rate(_finite(values, "optim/learning_rate"), images_seen),
@@ -270,8 +271,8 @@ class Alerts:
 
     def _check_discriminator(self, values: Mapping[str, Any], steps: int) -> list[str]:
         loss, skipped = _finite(values, "loss/discriminator"), _finite(values, "discriminator/skipped")
-        if loss is None or skipped is None:
-            return []
+        if loss is None or skipped is None or not _finite(values, "weighted/adversarial"):
+            return []  # it trains alone
         state = self._state
         _update(state.discriminator, loss, steps, STEPS_HALF_LIFE)
         _update(state.discriminator_skipped, skipped, steps, STEPS_HALF_LIFE)
@@ -279,14 +280,14 @@ class Alerts:
         mean, fraction = _mean(state.discriminator), _mean(state.discriminator_skipped)
         return [
             *self._alert(
-                "discriminator wins",
+                "discriminator too strong",
                 settled and mean < DISCRIMINATOR_WINS,
                 mean > _WINS_CLEARS,
-                f"loss/discriminator {mean:.2f} is below {DISCRIMINATOR_WINS:g}: the discriminator tells reconstructions from "
-                "images everywhere; raise loss.discriminator_penalty or lower loss.discriminator_learning_rate",
+                f"loss/discriminator {mean:.2f} is below {DISCRIMINATOR_WINS:g}: the discriminator separates nearly all "
+                "positions; raise loss.discriminator_penalty or lower loss.discriminator_learning_rate",
             ),
             *self._alert(
-                "discriminator stands still",
+                "discriminator not trained",
                 settled and fraction > SKIPPED,
                 fraction < _SKIPPED_CLEARS,
                 f"discriminator/skipped {fraction:.2f} is above {SKIPPED:g}: its gradients are not finite; resume an earlier "
