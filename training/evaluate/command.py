@@ -60,6 +60,11 @@ def add_measurement_options(parser: argparse.ArgumentParser, lpips: str, frechet
         help="features of the Frechet distance: a feature network of LPIPS, dinov2, dinov2:MODEL, inception, or none "
         f"(default: {frechet}{'' if frechet == 'none' else ', ' + names_another})",
     )
+    metrics.add_argument(
+        "--identity",
+        action="store_true",
+        help="whether reconstructions show the same person, by dlib's face embeddings (needs the extra `identity`)",
+    )
     parser.set_defaults(default_lpips=lpips, default_frechet=frechet)
     add_option(metrics, "--trunk-weights")
     add_option(metrics, "--batch-size", default=8)
@@ -140,6 +145,7 @@ def measure_models(
     # Imported late, so that --help and argument errors do not wait for torch.
     from training.data.stream import load_validation
     from training.evaluate.frechet import FrechetFeatures, load_trunks
+    from training.evaluate.identity import IdentityNetwork
     from training.evaluate.measure import MetricNetworks, measure
     from training.evaluate.models import fit_pca_baseline, load_autoencoder
 
@@ -157,7 +163,8 @@ def measure_models(
     frechet = None if frechet_name == "none" else FrechetFeatures(frechet_name, device)
     trunk_names = [*lpips, *([frechet.trunk_name] if frechet is not None and frechet.trunk_name else [])]
     weights = arguments.trunk_weights or config.loss.trunk_weights
-    networks = MetricNetworks(lpips, load_trunks(trunk_names, weights, device, smallest), frechet)
+    identity = IdentityNetwork() if arguments.identity else None
+    networks = MetricNetworks(lpips, load_trunks(trunk_names, weights, device, smallest), frechet, identity)
     if arguments.pca is not None:
         largest = max(model.resolution for model in models)
         models.append(fit_pca_baseline(data, arguments.pca, arguments.pca_images, largest, device))

@@ -15,6 +15,7 @@ from torch import Tensor
 from training.data.images import normalize
 from training.distributed import float32_without_tf32
 from training.evaluate.frechet import FrechetFeatures, frechet_distance
+from training.evaluate.identity import SAME_PERSON, IdentityNetwork
 from training.evaluate.metrics import image_metrics
 from training.evaluate.models import Autoencoder
 from training.evaluate.validation import ACTIVE_VARIANCE
@@ -34,11 +35,13 @@ class MetricNetworks:
         lpips: Names of the trunks whose LPIPS is reported.
         trunks: Name -> feature network, also the one that `frechet` may need.
         frechet: Features for the Frechet distance; None leaves it out.
+        identity: Embeddings of faces; None leaves the identity out.
     """
 
     lpips: tuple[str, ...]
     trunks: Mapping[str, PerceptualTrunk]
     frechet: FrechetFeatures | None
+    identity: IdentityNetwork | None = None
 
     def features(self, pixels: Tensor) -> tuple[dict[str, list[Tensor]], Tensor | None]:
         """Feature layers of each trunk, and features for the Frechet distance, of images (N, 3, H, W) in [-1, 1]."""
@@ -54,7 +57,8 @@ class SetMetrics:
 
     Attributes:
         per_image: Metric -> its value for each image, (n,) float64: `psnr` dB, `ssim`, `mse_-1_1` and `mse_0_1`
-            (mean squared error of images in [-1, 1] and in [0, 1], a quarter of the former), `l1_-1_1`, `lpips_<trunk>`.
+            (mean squared error of images in [-1, 1] and in [0, 1], a quarter of the former), `l1_-1_1`, `lpips_<trunk>`,
+            `identity_distance` (of the face's embedding to the original's) and `same_person` (1 up to `SAME_PERSON`).
         frechet: Frechet distance between all reconstructions and all originals; None if not measured.
     """
 
@@ -94,8 +98,10 @@ class _SetAccumulator:
     def __init__(self, networks: MetricNetworks) -> None:
         self._networks, self._values, self._features = networks, {}, []
 
-    def add(self, images: Tensor, pixels: Tensor, layers: Mapping[str, list[Tensor]]) -> None:
-        """Add reconstructions of `pixels`, whose feature layers are `layers`."""
+    def add(
+        self, images: Tensor, pixels: Tensor, layers: Mapping[str, list[Tensor]], person: tuple[list, Tensor] | None
+    ) -> None:
+        """Add reconstructions of `pixels`, whose feature layers are `layers`, and landmarks and embeddings `person`."""
         images = images.clamp(-1, 1)
         values = image_metrics(images, pixels, trunk=None)
         mse = values.pop("mse")
@@ -103,6 +109,11 @@ class _SetAccumulator:
         own_layers, features = self._networks.features(images)
         for name in self._networks.lpips:
             values[f"lpips_{name}"] = self._networks.trunks[name].lpips(own_layers[name], layers[name])
+        if person is not None:
+            faces, embeddings = person
+            own = self._networks.identity.embeddings(images, faces)
+            values["identity_distance"] = torch.linalg.vector_norm(own - embeddings, dim=1)
+            values["same_person"] = (values["identity_distance"] <= SAME_PERSON).float()
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.cpu())
         self._features.append(features)
@@ -158,6 +169,8 @@ def measure(
     """
     from_mean, from_sample = _SetAccumulator(networks), _SetAccumulator(networks)
     real_features, kl, sigma, sample_differs = [], [], [], False
+    if networks.identity is not None:
+        networks.identity.undetected = 0
     total = total_squared = 0.0  # of the posterior means, float64
     for start in range(0, len(images), batch_size):
         pixels = normalize(images[start : start + batch_size].to(device))
@@ -167,10 +180,14 @@ def measure(
             raise ValueError(f"{model.name} returns values that are not finite: its weights are corrupt or diverged.")
         layers, features = networks.features(pixels)
         real_features.append(features)
-        from_mean.add(reconstruction, pixels, layers)
+        person = None
+        if networks.identity is not None:
+            faces = networks.identity.faces(pixels)  # the reconstruction is embedded at the original's landmarks
+            person = faces, networks.identity.embeddings(pixels, faces)
+        from_mean.add(reconstruction, pixels, layers, person)
         if sampled is None:
             continue
-        from_sample.add(sampled, pixels, layers)
+        from_sample.add(sampled, pixels, layers, person)
         sample_differs = sample_differs or bool((reconstruction - sampled).abs().max() > _HALF_LEVEL)
         kl.append(kl_per_dimension(mean, logvar).flatten(1).mean(dim=1))
         sigma.append(torch.exp(0.5 * logvar).flatten(1).mean(dim=1))

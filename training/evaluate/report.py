@@ -31,6 +31,8 @@ _LABELS = {
     "mse_-1_1": ("MSE, images in [-1, 1]", "{:.5f}"),
     "mse_0_1": ("MSE, images in [0, 1]", "{:.5f}"),
     "l1_-1_1": ("L1, images in [-1, 1]", "{:.4f}"),
+    "identity_distance": ("identity, distance of embeddings", "{:.3f}"),
+    "same_person": ("identity, same person", "{:.1%}"),
     "kl": ("KL, nats per dimension", "{:.3f}"),
     "posterior_sigma": ("posterior sigma", "{:.4f}"),
     "active_units": ("active latent dimensions", "{:,}"),
@@ -106,6 +108,10 @@ def reading_notes(summaries: Sequence[dict], networks: MetricNetworks) -> list[s
         lines.append(
             f"{networks.frechet.label}: its estimate is biased upwards, the more the fewer images{few}; compare it "
             "only over the same images and features."
+        )
+    if networks.identity is not None and networks.identity.undetected:
+        lines.append(
+            f"Identity: no face was detected in {networks.identity.undetected:,} images, whose middle was taken for one."
         )
     return lines
 
