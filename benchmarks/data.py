@@ -5,8 +5,9 @@
 
 Prints what one core delivers (images per second of CPU time, which other processes on the machine disturb little),
 images/s with one worker and two (threads or `data.decode_processes` here, processes of a DataLoader there; with processes
-the CPU second is one of the training process alone, which hands over what they decode), seconds to the first batch with
-nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
+the CPU second is one of the training process alone, which hands over what they decode), decoding alone with two threads of
+one interpreter against two interpreters (which shows how long an image holds the interpreter's lock), seconds to the first
+batch with nothing cached, seconds to resume at row 100,000, and the size of the cache. The rows of the given files are repeated
 to `--rows`. Not measured here: the network; the fraction of training time that waits for data, which every run logs as
 speed/data_wait_fraction.
 """
@@ -19,11 +20,13 @@ import glob
 import io
 import itertools
 import logging
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -35,6 +38,7 @@ from PIL import Image
 from torchvision import transforms
 
 from training.config import DataConfig
+from training.data.images import decode_image
 from training.data.stream import TrainStream
 
 BATCH = 64
@@ -129,6 +133,37 @@ def images_per_second(batches: Iterator[torch.Tensor], seconds: float, clock=tim
         return count / (clock() - clock_began)
 
 
+def decode_rate(encoded: list[bytes], resolution: int, seconds: float, threads: int) -> float:
+    """Images/s that threads of this interpreter decode."""
+    torch.get_num_threads()
+
+    def decode(_: int) -> int:
+        torch.set_num_threads(1)
+        end, count = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end:
+            decode_image(encoded[count % len(encoded)], 178, resolution)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(decode, range(threads))) / seconds
+
+
+def two_threads_and_two_interpreters(
+    encoded: list[bytes], resolution: int, seconds: float, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Images/s of two decoding threads in one interpreter, and of two interpreters with one each, interleaved."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        tasks = [pool.submit(decode_rate, encoded, resolution, 1.0, 1) for _ in range(2)]  # imports
+        [task.result() for task in tasks]
+        together, apart = [], []
+        for _ in range(repeats):
+            together.append(pool.submit(decode_rate, encoded, resolution, seconds, 2).result())
+            tasks = [pool.submit(decode_rate, encoded, resolution, seconds, 1) for _ in range(2)]
+            apart.append(sum(task.result() for task in tasks))
+    return together, apart
+
+
 def seconds_to_first(batches: Iterator[torch.Tensor]) -> float:
     began = time.perf_counter()
     with contextlib.closing(batches):
@@ -187,6 +222,14 @@ def main() -> None:
             for kind in ("ours", "ours, processes", "plain datasets"):
                 cells = [f"{medians[kind, workers]:12.0f}" for workers in (0, 1, 2)]
                 print(f"{resolution:4d} px {kind:15s}      {''.join(cells)}")
+            together, apart = two_threads_and_two_interpreters(
+                noise_faces(64), resolution, arguments.seconds, arguments.repeats
+            )
+            shares = sorted(a / b for a, b in zip(together, apart, strict=True))
+            print(
+                f"{resolution:4d} px decoding alone: two threads {np.median(together):.0f}, two interpreters "
+                f"{np.median(apart):.0f} images/s; ratio {np.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})"
+            )
             ratios = [medians["ours", workers] / medians["plain datasets", workers] for workers in (0, 1, 2)]
             print(f"{resolution:4d} px ratio                {''.join(f'{ratio:12.2f}' for ratio in ratios)}")
 
