@@ -99,6 +99,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(session, tmp_path, mo
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+def test_micro_batches_give_the_same_training_and_auto_is_refused(session, tmp_path):
+    folders = {size: tmp_path / str(size) for size in (None, 3)}
+    whole, parts = (
+        train(folder, training_presets=SETTINGS["training_presets"] | {"micro_batch_size": size})[1]
+        for size, folder in folders.items()
+    )
+    batch = sample_batch(parts.latents, "train", parts.prior, parts.config.training_presets.batch_size, (0, 0))
+    assert len(parts._micro_batches(batch)) > 1 == len(whole._micro_batches(batch))
+    one, other = checkpoint_tensors(whole.run_dir), checkpoint_tensors(parts.run_dir)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+    losses = [training.progress.best["validation/velocity_loss"] for training in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    with pytest.raises(ValueError, match='micro_batch_size is "auto", which a prior does not have'):
+        train(tmp_path / "auto", training_presets=SETTINGS["training_presets"] | {"micro_batch_size": "auto"})
+
+
 @pytest.mark.multiprocess
 def test_two_processes_equal_one(tmp_path):
     folders = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}

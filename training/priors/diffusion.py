@@ -10,6 +10,7 @@ is as many samples as there are training faces.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -142,6 +143,13 @@ class DiffusionTraining:
                 f"training_presets.batch_size {presets.batch_size} cannot be divided over {processes.num_processes} "
                 "processes: use a multiple."
             )
+        if presets.micro_batch_size == "auto":
+            raise ValueError(
+                'training_presets.micro_batch_size is "auto", which a prior does not have: use a number, or null for one '
+                "forward pass."
+            )
+        local = presets.batch_size // processes.num_processes
+        self.micro_batch = min(presets.micro_batch_size or local, local)
         precision, _ = resolve_precision(presets.mixed_precision, processes.device)
         self.folder = RunFolder(config)
         try:
@@ -157,7 +165,9 @@ class DiffusionTraining:
         checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
         if saved is not None:
             notes += check_resume(config, processes.num_processes, saved, ())
-        accelerator = self.accelerator = build_accelerator(precision, static_graph=True)
+        accelerator = self.accelerator = build_accelerator(
+            precision, static_graph=self.micro_batch * processes.num_processes == presets.batch_size
+        )
         set_backend_options(presets.allow_tf32, presets.deterministic)
         setup_logging(accelerator, None)
         vae.to(accelerator.device).requires_grad_(False)
@@ -336,11 +346,19 @@ class DiffusionTraining:
                 return f"the limit of {presets.max_train_minutes:g} minutes of training"
         return f"{presets.num_epochs} epochs"
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean squared error of the velocity over this process's part of a global batch."""
+    def _micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """This process's part of a global batch."""
         count = len(batch["sigma"]) // self.accelerator.num_processes
-        local = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
-        batch = send_to_device({name: tensor[local] for name, tensor in batch.items()}, self.accelerator.device)
+        first = self.accelerator.process_index * count
+        starts = range(first, first + count, self.micro_batch)
+        return [
+            {name: tensor[start : min(start + self.micro_batch, first + count)] for name, tensor in batch.items()}
+            for start in starts
+        ]
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean squared error of the velocity over a micro-batch."""
+        batch = send_to_device(batch, self.accelerator.device)
         images, noise = self.prior.standardize(self._images(batch["latents"])), batch["noise"]
         x = torch.lerp(images, noise, batch["sigma"][:, None, None, None])
         if self.config.training_presets.channels_last:
@@ -351,11 +369,16 @@ class DiffusionTraining:
     def _step(self, stop: StopSignal) -> dict[str, bool]:
         """One optimizer step; returns the flags that all processes agree on."""
         presets, progress, started = self.config.training_presets, self.progress, time.monotonic()
+        processes = self.accelerator.num_processes
         self.learning_rate.before_step(progress.step, progress.fraction(presets.num_epochs))
-        loss = self._loss(
-            sample_batch(self.latents, "train", self.prior, presets.batch_size, (presets.seed, progress.step))
-        )
-        self.accelerator.backward(loss)
+        batch = sample_batch(self.latents, "train", self.prior, presets.batch_size, (presets.seed, progress.step))
+        parts, loss = self._micro_batches(batch), torch.zeros((), device=self.accelerator.device)
+        for index, part in enumerate(parts):  # DDP reduces gradients once, during the last backward pass
+            is_last, fraction = index == len(parts) - 1, len(part["sigma"]) * processes / presets.batch_size
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                part_loss = fraction * self._loss(part)
+                self.accelerator.backward(part_loss)
+            loss += part_loss.detach()
         grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, presets.max_grad_norm))
         if math.isfinite(grad_norm) or self.accelerator.scaler is not None:
             self.optimizer.step()
@@ -377,7 +400,7 @@ class DiffusionTraining:
         limit = presets.max_train_minutes
         terms, flags = read_later(
             self.accelerator,
-            {"loss/velocity": loss.detach()},
+            {"loss/velocity": loss},
             {
                 "stopping": stop.received is not None,
                 "out_of_time": limit is not None and progress.train_seconds > 60 * limit,
@@ -418,19 +441,14 @@ class DiffusionTraining:
         """Measures the EMA weights on the same noise each time; returns whether they are the best so far."""
         presets, progress = self.config.training_presets, self.progress
         with self.ema.applied(self.parameters):
-            losses = [
-                self._loss(
-                    sample_batch(
-                        self.latents,
-                        "validation",
-                        self.prior,
-                        presets.batch_size,
-                        (presets.seed, index, _VALIDATION_KEY),
-                    )
-                )
-                for index in range(_VALIDATION_BATCHES)
-            ]
-        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+            loss = torch.zeros((), device=self.accelerator.device)
+            for index in range(_VALIDATION_BATCHES):
+                key = (presets.seed, index, _VALIDATION_KEY)
+                batch = sample_batch(self.latents, "validation", self.prior, presets.batch_size, key)
+                for part in self._micro_batches(batch):
+                    loss += self._loss(part) * len(part["sigma"])
+        count = presets.batch_size // self.accelerator.num_processes * _VALIDATION_BATCHES
+        loss = self.accelerator.reduce(loss / count, reduction="mean").item()
         before, after = self.learning_rate.after_epoch(loss, progress.step)
         if after < before:
             self._event(
