@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 import pytest
@@ -33,9 +34,10 @@ def test_orthogonalize_takes_all_singular_values_to_about_one(shape):
     assert (rotated - torch.diag_embed(values)).abs().max() < 0.05  # bfloat16
 
 
-def test_a_step_equals_the_formulas(session):
-    generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter(torch.randn(8, 4, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last))
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (96, 4, 3, 3), (24, 8, 1, 1)])
+def test_a_step_equals_the_formulas(session, shape):
+    generator, longer = torch.Generator().manual_seed(0), max(shape[0], math.prod(shape[1:]))
+    weight = nn.Parameter(torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last))
     bias, other = (nn.Parameter(torch.ones(8)) for _ in range(2))
     optimizer = Muon(
         [{"params": [weight], "muon": True, "lr": 0.01}, {"params": [bias], "lr": 0.01}],
@@ -48,13 +50,13 @@ def test_a_step_equals_the_formulas(session):
         other.grad = bias.grad.clone()
         momentum = 0.95 * momentum + 0.05 * weight.grad
         direction = orthogonalize((0.05 * weight.grad + 0.95 * momentum).flatten(1)).float().view(weight.shape)
-        wanted = weight.detach() * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 36**0.5 * direction
+        wanted = weight.detach() * (1 - 0.01 * 0.1) - 0.01 * 0.2 * longer**0.5 * direction
         optimizer.step()
         adamw.step()
         torch.testing.assert_close(weight.detach(), wanted)
         torch.testing.assert_close(bias, other)
     # The size of Adam's update, whose root mean square is 0.2 to 0.4 of the learning rate.
-    assert 0.15 < (0.2 * 36**0.5 * direction).square().mean().sqrt() < 0.5
+    assert 0.15 < (0.2 * longer**0.5 * direction).square().mean().sqrt() < 0.5
     assert set(optimizer.state[weight]) == {"exp_avg"}
     assert weight.is_contiguous(memory_format=torch.channels_last)
 

@@ -453,11 +453,6 @@ class Config:
             valid, only = presets.train_only != "encoder", presets.train_only
             _require(valid, "training_presets.train_only", '"decoder" or "all" with loss.adversarial_weight', only)
 
-    @property
-    def best_is_lpips(self) -> bool:
-        """Whether LPIPS, and not the reconstruction loss, decides which model is the best."""
-        return self.training_presets.best_metric == "lpips"
-
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in the JSON file."""
         return dataclasses.asdict(self)

@@ -49,7 +49,6 @@ from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
-from training.run_files import saved_config
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -110,11 +109,6 @@ class Run:
     checkpoints: CheckpointManager
 
     @property
-    def best_metric(self) -> str:
-        """The validation metric of `training_presets.best_metric`."""
-        return _best_metric(self.config, self.eval_lpips_trunk)
-
-    @property
     def max_batches(self) -> int | None:
         """Most global batches in an epoch, or None."""
         return _max_batches(self.config)
@@ -128,11 +122,10 @@ class Run:
         """Restores a checkpoint; see `CheckpointManager.restore`."""
         self.checkpoints.restore(checkpoint, saved)
         self.apply_progress(saved)
-        if (
-            self.progress.best is not None
-            and f"validation/{self.best_metric}" not in self.progress.best
-            or (saved_config(saved["config"]).training_presets.best_metric != self.config.training_presets.best_metric)
-        ):  # accepted by --allow-changed: values of two metrics cannot be compared
+        best, before = self.progress.best, saved["config"]["training_presets"]
+        same_kind = before.get("best_metric", "reconstruction_loss") == self.config.training_presets.best_metric
+        if not same_kind or (best is not None and self.checkpoints.best_metric not in best):
+            # Accepted by --allow-changed: values of two metrics cannot be compared.
             self.progress.best, self.progress.early_stopping_bad_epochs = None, 0
             self.learning_rate.restart_plateau()
 
@@ -267,12 +260,13 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     adversarial_weight = None if loss.adversarial is None else AdversarialWeight(config.loss)
     if adversarial_weight is not None:
         components["adversarial_weight"] = adversarial_weight
+    best_metric = f"lpips_{eval_lpips_trunk.name}" if presets.best_metric == "lpips" else presets.best_metric
     checkpoints = CheckpointManager(
         run_dir,
         config.output,
         TrainingState(accelerator, model, optimizer, ema, components, adversarial=loss.adversarial),
         progress,
-        best_metric=f"validation/{_best_metric(config, eval_lpips_trunk)}",
+        best_metric=f"validation/{best_metric}",
         description=lambda: {
             "config": config.to_dict(),
             "processes": accelerator.num_processes,
@@ -312,10 +306,6 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     elif presets.micro_batch_size == "auto":
         _find_micro_batch(run)
     return run
-
-
-def _best_metric(config: Config, eval_lpips_trunk: PerceptualTrunk) -> str:
-    return f"lpips_{eval_lpips_trunk.name}" if config.best_is_lpips else config.training_presets.best_metric
 
 
 def _max_batches(config: Config) -> int | None:

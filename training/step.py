@@ -258,17 +258,16 @@ class TrainStep:
         self,
         pixels_uint8: Tensor,
         *,
-        step: int,
         beta: float,
-        resolution: int | None = None,
-        adversarial_weight: float = 0.0,
         flags: Callable[[], dict[str, bool]] = dict,
+        **settings: Any,
     ) -> StepResult | None:
         """Launch one optimizer step, and return the result of the one before.
 
         Args:
-            pixels_uint8, step, beta, resolution, adversarial_weight: See `gradients`.
+            pixels_uint8, beta: See `gradients`.
             flags: Returns conditions of this process, to share with the others; called after the backward pass.
+            settings: The other arguments of `gradients`.
 
         Returns:
             The result of the step before, unless there is none or `finish` has returned it.
@@ -277,9 +276,7 @@ class TrainStep:
             OutOfMemory: The micro-batches do not fit, and may not or cannot be smaller.
         """
         micro_batch = self.micro_batch
-        parts = self._fitting_gradients(
-            pixels_uint8, step=step, beta=beta, resolution=resolution, adversarial_weight=adversarial_weight
-        )
+        parts = self._fitting_gradients(pixels_uint8, beta=beta, **settings)
         previous = self.finish()  # before the parameters change: its EMA update reads them
         # The gradient is the mean over processes, so its norm, and every decision on it, is the same on all of them.
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)

@@ -300,13 +300,13 @@ class Trainer:
     def _end_epoch(self, result: Validation, complete: bool = True) -> bool:
         """Applies a validation to the learning rate, early stopping and the best model; returns whether it is best."""
         presets, progress = self.config.training_presets, self.progress
-        loss = result.values[self.setup.best_metric]
+        values = {f"validation/{name}": value for name, value in result.values.items()}
+        loss = values[self.checkpoints.best_metric]
         if complete:
             before, after = self.learning_rate.after_epoch(loss, progress.step)
             if after < before:
                 patience = presets.plateau_patience
                 self.report.event(f"learning rate {before:.2e} -> {after:.2e}: no improvement in {patience} epochs")
-        values = {f"validation/{name}": value for name, value in result.values.items()}
         is_best = self.checkpoints.update_best(loss, values, presets.plateau_threshold)
         if is_best:
             progress.early_stopping_bad_epochs = 0

@@ -27,7 +27,7 @@ from training.config import Config, config_from_dict
 from training.losses.perceptual import PerceptualTrunk
 
 # Reads and writes of 4 bytes for each trained parameter: clipping reads the gradient twice and writes it; Adam reads weight,
-# gradient and two states and writes all but the gradient; EMA reads both weights and writes one. Muon about as much as Adam.
+# gradient and two states and writes all but the gradient; EMA reads both weights and writes one. Muon moves about as many.
 _STEP_PASSES = {"clipping": 3, "optimizer": 7, "ema": 3}
 
 

@@ -58,7 +58,7 @@ class CheckpointManager:
         self.run_dir, self.state = run_dir, state
         self._output, self._progress = output, progress
         self._description, self._model_files, self._warn = description, model_files, warn
-        self._best_metric = best_metric
+        self.best_metric = best_metric
         self._writer = CheckpointWriter(run_dir, output.keep_checkpoints)
         self._uploader = None
         if upload_to is not None and state.accelerator.is_main_process:
@@ -148,7 +148,7 @@ class CheckpointManager:
             Whether it is the best; the model itself is kept by the next `save`.
         """
         progress = self._progress
-        best = math.nan if progress.best is None else progress.best.get(self._best_metric, math.nan)
+        best = math.nan if progress.best is None else progress.best.get(self.best_metric, math.nan)
         is_best = math.isnan(best) or loss < best * (1 - threshold)
         if is_best:
             progress.best = {"epoch": progress.epoch, "step": progress.step, **metrics}

@@ -130,10 +130,11 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
         if key not in saved | now and key != "data":  # "data": the examples themselves, which the stream compares
             raise unknown_key(key, list(saved | now))
     changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
+    by_lpips = config.training_presets.best_metric == "lpips"
     refused = [
         key
         for key in changed
-        if (key.startswith(FIXED_ON_RESUME) or (key == "output.eval_lpips_trunk" and config.best_is_lpips))
+        if (key.startswith(FIXED_ON_RESUME) or (by_lpips and key == "output.eval_lpips_trunk"))
         and key not in (*FREE_ON_RESUME, *allowed)
         # The cache has one example order, whichever of the two modes filled it.
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})

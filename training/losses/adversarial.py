@@ -113,7 +113,7 @@ class AdversarialLoss:
             fraction: Of the batch of this process that these images are.
 
         Returns:
-            `discriminator` (its loss without the penalty; log 2 if it tells nothing) and `discriminator/penalty`, detached.
+            `discriminator` (its loss without the penalty; log 2 at chance level) and `discriminator/penalty`, detached.
         """
         inputs = [[each.requires_grad_() for each in features] for features in zip(*self._features, strict=True)]
         with full_precision(inputs[0][0].device):

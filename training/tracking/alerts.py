@@ -11,7 +11,7 @@ finite, except that a warning names it.
 | loss rises | average above `RISE` times its minimum, or `RISE_OVER_START` times the loss before training |
 | always clipped | `CLIPPED` of the steps, averaged with `STEPS_HALF_LIFE` |
 | skipped steps | `SKIPPED` of the steps, averaged likewise |
-| discriminator too strong | its loss is below `DISCRIMINATOR_WINS`, averaged likewise |
+| discriminator too strong | its loss is below `STRONG_DISCRIMINATOR`, averaged likewise |
 | discriminator not trained | `SKIPPED` of its steps are skipped, averaged likewise |
 | waits for data | `DATA_WAIT` of the time, averaged likewise |
 | minimum learning rate | the plateau scheduler cannot reduce it further |
@@ -60,7 +60,7 @@ CLIPPED, _CLIPPED_CLEARS = 0.97, 0.8
 SKIPPED, _SKIPPED_CLEARS = 0.05, 0.01
 DATA_WAIT, _DATA_WAIT_CLEARS = 0.2, 0.1
 # log 2 = 0.69 at chance level; below 0.1 it separates nearly all positions.
-DISCRIMINATOR_WINS, _WINS_CLEARS = 0.1, 0.2
+STRONG_DISCRIMINATOR, _STRONG_CLEARS = 0.1, 0.2
 
 # Validation always uses the same images and the EMA weights, so it has no noise; 2 % are 0.1 dB of MSE.
 WORSE, WORSE_VALIDATIONS = 0.02, 5
@@ -143,7 +143,7 @@ class Alerts:
         state.images_seen, state.step = images_seen, step
         return [
             *self._check_finite("training", values),
-            # With an adversarial term the others rise, as they should.
+            # An adversarial term makes the other terms rise.
             *self._check_loss(None if "loss/adversarial" in values else _finite(values, "loss/reconstruction"), images),
             *self._check_steps(values, steps),
             *self._check_discriminator(values, steps),
@@ -272,7 +272,7 @@ class Alerts:
     def _check_discriminator(self, values: Mapping[str, Any], steps: int) -> list[str]:
         loss, skipped = _finite(values, "loss/discriminator"), _finite(values, "discriminator/skipped")
         if loss is None or skipped is None or not _finite(values, "weighted/adversarial"):
-            return []  # it trains alone
+            return []  # without the term, or while the discriminator trains alone
         state = self._state
         _update(state.discriminator, loss, steps, STEPS_HALF_LIFE)
         _update(state.discriminator_skipped, skipped, steps, STEPS_HALF_LIFE)
@@ -281,9 +281,9 @@ class Alerts:
         return [
             *self._alert(
                 "discriminator too strong",
-                settled and mean < DISCRIMINATOR_WINS,
-                mean > _WINS_CLEARS,
-                f"loss/discriminator {mean:.2f} is below {DISCRIMINATOR_WINS:g}: the discriminator separates nearly all "
+                settled and mean < STRONG_DISCRIMINATOR,
+                mean > _STRONG_CLEARS,
+                f"loss/discriminator {mean:.2f} is below {STRONG_DISCRIMINATOR:g}: the discriminator separates nearly all "
                 "positions; raise loss.discriminator_penalty or lower loss.discriminator_learning_rate",
             ),
             *self._alert(
