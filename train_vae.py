@@ -84,8 +84,11 @@ def _dry_run(arguments: argparse.Namespace) -> None:
 
     from training.budget.estimate import describe_estimate, known_train_images
     from training.builders import build_model, micro_batch_size
+    from training.initial_weights import load_initial_weights
 
-    build_model(config)
+    model = build_model(config)
+    if config.training_presets.init_from is not None:
+        load_initial_weights(model, config.training_presets.init_from)
     micro_batch_size(config, num_processes)
     print(describe_estimate(config, num_processes, known_train_images(config), search=True))
 

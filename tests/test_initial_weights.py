@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 
 import train_vae
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.latent_prior import DiffusionPrior, GaussianPrior
+from modeling.pipeline import FaceVAEPipeline
 from training.builders import build_model
 from training.initial_weights import load_initial_weights
 from training.publish.card import write_card
@@ -116,6 +119,28 @@ def test_two_processes_train_one_half_as_one_process_does(finished, faces, tmp_p
         assert name.startswith("decoder.") != torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("saved_as", ["model", "pipeline"])
+def test_priors_stay_with_a_model_whose_decoder_is_trained_further(finished, faces, tmp_path, saved_as):
+    exported = Path(finished.status["model_dir"])
+    vae = AutoencoderKLUltra.from_pretrained(exported)
+    image_size, patch_size = vae.config.pca_size, vae.config.pca_size // 10
+    prior = DiffusionPrior(vae.config.latent_dim, 3, image_size, patch_size, (8, 16), (1, 1, 1), num_inference_steps=3)
+    folder = tmp_path / "start"
+    if saved_as == "model":
+        shutil.copytree(exported, folder)
+        prior.save_pretrained(folder / "priors" / "diffusion")
+    else:
+        FaceVAEPipeline(vae, GaussianPrior(vae.config.latent_dim), prior).save_pretrained(folder)
+    ended = run(fine_tuning(tmp_path, faces, folder, train_only="decoder"))
+    pipe = FaceVAEPipeline.from_pretrained(ended.status["model_dir"])
+    assert pipe.fitted_priors == {"model": ["diffusion"], "pipeline": ["gaussian", "diffusion"]}[saved_as]
+    assert same(pipe.diffusion.state_dict(), prior.state_dict())
+    assert (ended.folder / "samples" / "tiny_final_samples_diffusion.png").is_file()
+    # Where the encoder is trained, they no longer belong to the model.
+    ended = run(fine_tuning(tmp_path / "all", faces, folder))
+    assert FaceVAEPipeline.from_pretrained(ended.status["model_dir"]).fitted_priors == []
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -155,10 +180,12 @@ def test_resume_refuses_a_run_that_started_from_other_weights(finished, faces, t
 def test_a_missing_model_is_an_error_of_one_line(faces, tmp_path, capsys, session):
     values = tiny.tiny_settings(tmp_path, faces)
     (tmp_path / "tiny.json").write_text(json.dumps(values))
-    assert train_vae.main(["--config", str(tmp_path / "tiny.json"), "--init-from", str(tmp_path / "missing")]) == 2
-    assert re.match(
-        r"error: there is no folder .*missing.*exported model, a run or a checkpoint", capsys.readouterr().err
-    )
+    command = ["--config", str(tmp_path / "tiny.json"), "--init-from", str(tmp_path / "missing")]
+    for options in ([], ["--dry-run"]):
+        assert train_vae.main(command + options) == 2
+        assert re.match(
+            r"error: there is no folder .*missing.*exported model, a run or a checkpoint", capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize("presets", [{}, {"init_from": "org/model", "train_only": "decoder"}])

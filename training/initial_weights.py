@@ -8,7 +8,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
 from training.cli import resolve_model
 from training.evaluate.models import load_model, weights_metadata
 
@@ -49,6 +52,16 @@ def load_initial_weights(model: AutoencoderKLUltra, init_from: str) -> dict[str,
     source = resolve_model(init_from).path
     base_model = None if Path(source).is_dir() else source
     return {"init_from": init_from, "base_model": base_model, "weights": weights_metadata(init_from)}
+
+
+def fitted_priors(init_from: str) -> list[Path]:
+    """Folders of the priors that were fitted to the latents of a model; see `load_initial_weights`."""
+    folder = Path(resolve_model(init_from).path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(folder), allow_patterns="priors/*"))
+    is_pipeline = (folder.parent / FaceVAEPipeline.config_name).is_file()
+    folders = [(folder.parent if is_pipeline else folder / "priors") / name for name in FITTED_PRIORS]
+    return [path for path in folders if (path / "config.json").is_file()]
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,7 @@ WEIGHTS_FILE = "training_state/weights.safetensors"
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
 DISCRIMINATOR_FILE = "training_state/discriminator.safetensors"
 MODEL_FILE = f"model/{WEIGHTS}"
+PRIORS = "priors"  # of the model that a run of the decoder alone started from
 RUN_FILE = "run.json"  # when and where the run was created, and from which weights
 _REQUIRED = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _MAX_MANIFEST_BYTES = 16 << 20

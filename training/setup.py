@@ -38,7 +38,7 @@ from training.distributed import (
     set_backend_options,
 )
 from training.ema import EMAWeights
-from training.initial_weights import load_initial_weights
+from training.initial_weights import fitted_priors, load_initial_weights
 from training.learning_rate import LearningRate
 from training.losses.adversarial import AdversarialWeight
 from training.losses.kl_control import KLController
@@ -188,10 +188,13 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     if saved is not None:
         notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
         on_main_process(accelerator, lambda: check_unfinished(config, opened["run_dir"], saved))
-    origin = {}
+    origin, priors = {}, []
     if checkpoint is None and presets.init_from is not None:
         origin = on_main_process(accelerator, lambda: load_initial_weights(model, presets.init_from))
         notes.append(f"weights   from {presets.init_from}")
+        if presets.train_only == "decoder":  # the latents stay as they are, so their priors stay valid
+            priors = on_main_process(accelerator, lambda: fitted_priors(presets.init_from))
+            notes += [f"prior     {path.name}, which stays valid" for path in priors]
     if config.hub.push:
         on_main_process(accelerator, lambda: hub.check_access(config.hub))
     if config.hub.push_checkpoints is not None:
@@ -202,7 +205,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         stream.check_resume(saved["data"])
 
     # All checks have passed; from here on files are written.
-    run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin))
+    run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin, priors))
     setup_logging(accelerator, run_dir / "training.log")
     num_validation = accelerator.reduce(torch.tensor(len(validation_images), device=accelerator.device)).item()
     notes.append(f"held out  {num_validation} images for validation")

@@ -15,12 +15,14 @@ from pathlib import Path
 from torch import nn
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.latent_prior import DiffusionPrior
 from training.config import Config
 from training.distributed import float32_without_tf32, on_main_process
 from training.evaluate.grids import image_grids
 from training.evaluate.validation import Validation, validate
 from training.publish.export import export_model
 from training.publish.stage import publish, publish_command
+from training.run_files import PRIORS
 from training.setup import build_run
 from training.signals import EXIT_STOPPED, StopSignal
 from training.step import OutOfMemory, StepResult
@@ -318,6 +320,7 @@ class Trainer:
     def _save_grids(self, model: nn.Module, label: str) -> None:
         """Saves grids of samples and reconstructions of a model."""
         with self.tracker.guard("image grids"):
+            folder = self.run_dir / PRIORS / "diffusion"
             grids = image_grids(
                 self.accelerator,
                 model,
@@ -325,6 +328,7 @@ class Trainer:
                 num_samples=self.config.output.num_samples,
                 seed=self.config.training_presets.seed,
                 batch=self.train_step.micro_batch,
+                prior=DiffusionPrior.from_pretrained(folder) if folder.is_dir() else None,
             )
             self.report.grids(grids, label)
 
@@ -344,7 +348,7 @@ class Trainer:
             source = self.checkpoints.best_model_dir
             model = AutoencoderKLUltra.from_pretrained(source, use_safetensors=True)
             try:
-                export_model(source, model_dir)
+                export_model(source, model_dir, self.run_dir / PRIORS)
             except OSError as error:
                 self.report.event(f"cannot export to {model_dir} ({error}); the model is in {source}", "warning")
                 model_dir = source

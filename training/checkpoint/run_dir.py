@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from training.config import Config
 from training.io import write_json
 from training.publish.checkpoints import PREFIX, download_run
 from training.run_files import (
+    PRIORS,
     RUN_FILE,
     InvalidCheckpointError,
     list_checkpoints,
@@ -103,12 +106,15 @@ class RunFolder:
             state["progress"]["best"] = None
         return {"run_dir": self.path, "checkpoint": checkpoint, "state": state, "notes": notes + skipped}
 
-    def claim(self, checkpoint: Path | None, origin: dict[str, Any] | None = None) -> tuple[Path, list[str]]:
+    def claim(
+        self, checkpoint: Path | None, origin: dict[str, Any] | None = None, priors: Sequence[Path] = ()
+    ) -> tuple[Path, list[str]]:
         """Create and lock a new run's folder, or make `checkpoint` the newest of a resumed run.
 
         Args:
             checkpoint: What a resumed run continues; None for a new run.
             origin: What `run.json` records about the initial weights of a new run (`load_initial_weights`).
+            priors: Folders that are copied to `priors/` in a new run's folder, for its grids and its exported model.
 
         Returns:
             The folder, and lines for the log.
@@ -129,6 +135,8 @@ class RunFolder:
                     now = datetime.datetime.now(datetime.timezone.utc)
                     values = {"created": now.isoformat(), "host": socket.gethostname(), **(origin or {})}
                     write_json(self.path / RUN_FILE, values)
+                    for prior in priors:
+                        shutil.copytree(prior, self.path / PRIORS / prior.name)
             if checkpoint is not None:
                 newer = quarantine_newer(self.path, checkpoint)
                 notes = [

@@ -1,4 +1,4 @@
-"""Grids of images that a run saves: reconstructions of validation images, and samples from two priors."""
+"""Grids of images that a run saves: reconstructions of validation images, and samples from priors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
-from modeling.latent_prior import fit_gaussian
+from modeling.latent_prior import DiffusionPrior, fit_gaussian
 from training.data.images import normalize
 
 PRIOR_IMAGES = 2048  # validation images to whose latents the Gaussian prior is fitted
@@ -17,7 +17,14 @@ RECONSTRUCTED_IMAGES = 8
 
 @torch.no_grad()
 def image_grids(
-    accelerator: Accelerator, model: AutoencoderKLUltra, images: Tensor, *, num_samples: int, seed: int, batch: int
+    accelerator: Accelerator,
+    model: AutoencoderKLUltra,
+    images: Tensor,
+    *,
+    num_samples: int,
+    seed: int,
+    batch: int,
+    prior: DiffusionPrior | None = None,
 ) -> dict[str, Tensor]:
     """Render the grids of a model.
 
@@ -28,25 +35,36 @@ def image_grids(
         num_samples: Images in a grid of samples.
         seed: Of the samples.
         batch: Images in one forward pass.
+        prior: Diffusion prior of the model's latents.
 
     Returns:
         Grids (3, height, width) in [0, 1], on the host: `samples` from N(0, 1), `samples_gaussian` from a Gaussian
-        fitted to the latents of `images` (absent where they are fewer than 2 or not finite), and `reconstructions`.
+        fitted to the latents of `images` (absent where they are fewer than 2 or not finite), `samples_diffusion` from
+        `prior`, and `reconstructions`.
     """
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    # One image at a time, so that the first images do not depend on num_samples.
-    latents = torch.stack([torch.randn(model.latent_shape, generator=generator) for _ in range(num_samples)])
+    latents = _noise(model.latent_shape, num_samples, generator)
     grids = {"samples": sample_grid(accelerator, model, latents, batch)}
     encoded = posterior_samples(accelerator, model, images[:PRIOR_IMAGES], seed, batch)
     if len(encoded) > 1 and encoded.isfinite().all():
         prior, _ = fit_gaussian(encoded)
         fitted = prior(latents.flatten(1)).view_as(latents)  # the same noise
         grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
+    if prior is not None:
+        noise = _noise(prior.noise_shape, num_samples, generator).to(accelerator.device)
+        prior.to(accelerator.device)
+        sampled = torch.cat([prior.noise_to_latents(model, part) for part in noise.split(batch)])
+        grids["samples_diffusion"] = sample_grid(accelerator, model, sampled, batch)
     grids["reconstructions"] = reconstruction_grid(accelerator, model, images[:RECONSTRUCTED_IMAGES])
     model.train(was_training)
     return grids
+
+
+def _noise(shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
+    """One image at a time, so that the first images do not depend on `count`."""
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
 
 
 @torch.no_grad()

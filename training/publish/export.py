@@ -19,13 +19,14 @@ def model_files(model: ModelMixin) -> dict[str, bytes]:
     return {"config.json": model.to_json_string().encode(), source.name: source.read_bytes()}
 
 
-def export_model(source: Path, folder: Path) -> None:
+def export_model(source: Path, folder: Path, priors: Path | None = None) -> None:
     """Copy a model to a folder, which is replaced when the new files are complete.
 
     Args:
         source: The model's folder in a checkpoint.
         folder: Destination. An export of another model there is removed, with the priors that were fitted to it; that of
             this model stays as it is.
+        priors: Folder of priors that belong to the model; copied with it if it exists.
 
     Raises:
         OSError: The disk is full or fails; an older export is unchanged.
@@ -40,6 +41,8 @@ def export_model(source: Path, folder: Path) -> None:
         temporary.mkdir(parents=True)
         for path in source.iterdir():
             write_bytes(temporary / path.name, path.read_bytes())
+        if priors is not None and priors.is_dir():
+            shutil.copytree(priors, temporary / priors.name)
         fsync_folder(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
