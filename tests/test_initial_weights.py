@@ -138,6 +138,7 @@ def test_priors_stay_with_a_model_whose_decoder_is_trained_further(finished, fac
     assert (ended.folder / "samples" / "tiny_final_samples_diffusion.png").is_file()
     # Where the encoder is trained, they no longer belong to the model.
     ended = run(fine_tuning(tmp_path / "all", faces, folder))
+    assert not list(ended.folder.glob("samples/*diffusion*"))
     assert FaceVAEPipeline.from_pretrained(ended.status["model_dir"]).fitted_priors == []
 
 

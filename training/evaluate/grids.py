@@ -49,8 +49,8 @@ def image_grids(
     grids = {"samples": sample_grid(accelerator, model, latents, batch)}
     encoded = posterior_samples(accelerator, model, images[:PRIOR_IMAGES], seed, batch)
     if len(encoded) > 1 and encoded.isfinite().all():
-        prior, _ = fit_gaussian(encoded)
-        fitted = prior(latents.flatten(1)).view_as(latents)  # the same noise
+        gaussian, _ = fit_gaussian(encoded)
+        fitted = gaussian(latents.flatten(1)).view_as(latents)  # the same noise
         grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
     if prior is not None:
         noise = _noise(prior.noise_shape, num_samples, generator).to(accelerator.device)
