@@ -242,7 +242,7 @@ class DiffusionPrior(LatentPrior):
         standardize: Images to the scale on which noise is added.
 
     Raises:
-        ValueError: The image cannot be divided into patches.
+        ValueError: The image cannot be divided into patches, or `num_inference_steps` is impossible.
     """
 
     @register_to_config
@@ -258,6 +258,8 @@ class DiffusionPrior(LatentPrior):
         num_inference_steps: int = 15,
     ) -> None:
         super().__init__()
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps must be an integer of at least 2, got {num_inference_steps!r}.")
         if image_size % (2 * patch_size):
             raise ValueError(f"image_size {image_size} must be a multiple of 2 x patch_size = {2 * patch_size}.")
         fine, coarse = block_out_channels
@@ -369,7 +371,7 @@ class DiffusionPrior(LatentPrior):
             num_samples: N.
 
         Raises:
-            ValueError: An attribute that the prior was not trained on.
+            ValueError: An attribute that the prior was not trained on, or another value.
         """
         if not attributes:
             return None
@@ -378,17 +380,24 @@ class DiffusionPrior(LatentPrior):
             raise ValueError(
                 f"attribute {unknown[0]!r} is unknown: this prior was trained on {', '.join(names) or 'no attributes'}."
             )
+        for name, value in attributes.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"attribute {name!r} must be 1 (present) or 0 (absent), got {value}.")
         values = [2.0 * attributes[name] - 1 if name in attributes else 0.0 for name in names]
         return torch.tensor(values).expand(num_samples, -1)
 
     def _velocity(self, x: Tensor, sigma: Tensor, attributes: Tensor | None, guidance_scale: float) -> Tensor:
-        """`forward` with classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598), float32."""
-        x, sigma = x.to(self.dtype), sigma.to(x.device).expand(len(x))
+        """`forward` with classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598).
+
+        Float32, on the device of x: offloading hooks may compute on another.
+        """
+        device = x.device
+        x, sigma = x.to(self.dtype), sigma.to(device).expand(len(x))
         attributes = None if attributes is None else attributes.to(x)
         if attributes is None or guidance_scale == 1:
-            return self(x, sigma, attributes).float()
+            return self(x, sigma, attributes).to(device, torch.float32)
         twice = torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([attributes, torch.zeros_like(attributes)])
-        conditional, unconditional = self(*twice).float().chunk(2)
+        conditional, unconditional = self(*twice).to(device, torch.float32).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
@@ -412,12 +421,12 @@ class DiffusionPrior(LatentPrior):
         return self.standardize(x, inverse=True)
 
     @torch.no_grad()
-    def add_noise(self, images: Tensor, attributes: Mapping[str, float] | None = None) -> Tensor:
-        """The inverse of `denoise`: the noise that becomes these images, by Heun's method from sigma 0 to 1."""
-        x, values = self.standardize(images.float()), self.attribute_values(attributes, len(images))
+    def add_noise(self, images: Tensor) -> Tensor:
+        """The inverse of `denoise` without attributes, by Heun's method from sigma 0 to 1."""
+        x = self.standardize(images.float())
         sigmas = torch.linspace(0, 1, self.config.num_inference_steps)
         for start, end in zip(sigmas[:-1], sigmas[1:]):
-            first = self._velocity(x, start, values, 1.0)
-            second = self._velocity(x + (end - start) * first, end, values, 1.0)
+            first = self._velocity(x, start, None, 1.0)
+            second = self._velocity(x + (end - start) * first, end, None, 1.0)
             x = x + (end - start) * (first + second) / 2
         return x

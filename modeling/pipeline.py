@@ -49,7 +49,8 @@ class FaceVAEPipeline(DiffusionPipeline):
         ValueError: A prior's dimension is not that of the VAE's latent.
     """
 
-    model_cpu_offload_seq = "gaussian->diffusion->vae"
+    model_cpu_offload_seq = "diffusion->vae"
+    _exclude_from_cpu_offload = ["gaussian"]  # 4 MB, of which parts are used without its forward
     _optional_components = list(FITTED_PRIORS)
 
     def __init__(
@@ -109,6 +110,7 @@ class FaceVAEPipeline(DiffusionPipeline):
         if missing:  # diffusers only warns
             raise ValueError(f"the weights in {vae_folder} lack {', '.join(missing)}: download or export them again.")
         classes = {"gaussian": latent_prior.GaussianPrior, "diffusion": latent_prior.DiffusionPrior}
+        kwargs.pop("variant", None)  # of the VAE; priors have none
         priors = {
             name: classes[name].from_pretrained(prior_folder / name, **kwargs)
             for name in FITTED_PRIORS
@@ -200,23 +202,39 @@ class FaceVAEPipeline(DiffusionPipeline):
         return latents.flatten(1) if fitted is None else fitted.latents_to_noise(self.vae, latents)
 
     @torch.no_grad()
-    def encode(self, images: Images) -> Tensor:
+    def encode(self, images: Images, batch_size: int = 8) -> Tensor:
         """The posterior means of images, (N, C, h, w).
 
         Args:
             images: One or several PIL images (cropped to a centered square and resized to the VAE's `sample_size`),
-                arrays (H, W, 3) or tensors (3, H, W) in [0, 1].
-        """
-        if isinstance(images, Image.Image):
-            images = [images]
-        if isinstance(images, list):
-            images = [self._to_square(image) if isinstance(image, Image.Image) else image for image in images]
-        pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mode()
+                arrays (H, W, 3) or tensors (3, H, W): uint8, or floating-point in [0, 1].
+            batch_size: Images computed at once.
 
-    def _to_square(self, image: Image.Image) -> Image.Image:
-        size = (self.vae.config.sample_size, self.vae.config.sample_size)
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size, Image.Resampling.LANCZOS)
+        Raises:
+            ValueError: Arrays or tensors of another type or range.
+        """
+        if isinstance(images, list):
+            images = [self._checked(image) for image in images]
+        else:
+            images = [self._checked(images)] if isinstance(images, Image.Image) else self._checked(images)
+        pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
+        return torch.cat([self.vae.encode(part).latent_dist.mode() for part in pixels.split(batch_size)])
+
+    def _checked(self, image: Image.Image | np.ndarray | Tensor) -> Image.Image | np.ndarray | Tensor:
+        """A PIL image as an RGB square of `sample_size`, an array or a tensor as floating-point values in [0, 1]."""
+        if isinstance(image, Image.Image):
+            size = (self.vae.config.sample_size, self.vae.config.sample_size)
+            return ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), size, Image.Resampling.LANCZOS)
+        if str(image.dtype).endswith("uint8"):
+            return image / 255
+        lowest, highest = float(image.min()), float(image.max())
+        # Resizing filters overshoot a little.
+        if not -0.5 <= lowest <= highest <= 1.5 or "float" not in str(image.dtype):
+            raise ValueError(
+                f"arrays and tensors must be uint8 or floating-point in [0, 1], got {image.dtype} from {lowest:g} to "
+                f"{highest:g}: scale them."
+            )
+        return image
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil", batch_size: int = 8) -> Any:
@@ -268,7 +286,7 @@ class FaceVAEPipeline(DiffusionPipeline):
 
     def reconstruct(self, images: Images, output_type: str = "pil", batch_size: int = 8) -> Any:
         """Decodes the posterior means of images; see `encode` and `__call__`."""
-        return self.decode(self.encode(images), output_type, batch_size)
+        return self.decode(self.encode(images, batch_size), output_type, batch_size)
 
     def edit(
         self,
@@ -298,7 +316,7 @@ class FaceVAEPipeline(DiffusionPipeline):
             )
         if directions not in _DIRECTIONS:
             raise ValueError(f"directions must be one of {', '.join(_DIRECTIONS)}, got {directions!r}.")
-        latents = self.encode(images)
+        latents = self.encode(images, batch_size)
         for name, amount in changes.items():
             direction = self.gaussian.directions[_DIRECTIONS.index(directions), names.index(name)]
             latents = latents + amount * direction.to(latents).view(1, *self.vae.latent_shape)
@@ -347,6 +365,17 @@ class FaceVAEPipeline(DiffusionPipeline):
         between = [slerp(*noise, fraction) for fraction in fractions[1:-1]]
         middle = [self.noise_to_latents(each[None], prior).to(start) for each in between]
         return torch.cat([start, *middle, end])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts to 8-bit RGB as the training data is converted: 16 bits are scaled, transparency becomes white."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
+        gray = np.asarray(image).astype(np.float32)
+        image = Image.fromarray((gray / (1 if gray.max() <= 255 else 257)).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:

@@ -83,25 +83,27 @@ def test_faces_are_written_and_what_is_dropped_is_reported(detector, tmp_path, c
     source, output = tmp_path / "photographs", tmp_path / "faces"
     (source / "album").mkdir(parents=True)
     image.save(source / "album" / "one.jpg")
+    image.save(source / "album" / "one.png")
     Image.new("RGB", (901, 700)).save(source / "nobody.png")
     (source / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
     assert align.main([str(source), str(output)]) == 0
-    with Image.open(output / "album" / "one.png") as face:
-        assert face.size == (256, 256)
+    for name in ("one.png", "one.png.png"):  # neither replaces the other
+        with Image.open(output / "album" / name) as face:
+            assert face.size == (256, 256)
     with (output / align.REPORT).open(newline="") as file:
         results = {row["file"]: row["result"] for row in csv.DictReader(file)}
     assert results["album/one.jpg"] == "aligned" and results["nobody.png"] == "no face"
     assert results["broken.jpg"].startswith("not readable")
     out = capsys.readouterr().out
-    assert "not aligned like CelebA" in out and "3 photographs: 1 " in out
+    assert "not aligned like CelebA" in out and "4 photographs: 2 aligned" in out
     assert align.main([str(source), "--check"]) == 1
     assert ": not aligned like CelebA, eyes " in capsys.readouterr().out
     assert align.main([str(source), str(output), "--min-eye-distance", "200"]) == 0
-    assert "1 too small" in capsys.readouterr().out
+    assert "2 too small" in capsys.readouterr().out
     left, right = detector.face.left_eye, detector.face.right_eye
     detector.face = Face((left[0] - 500, left[1]), (right[0] - 500, right[1]), 1.0, 0)
     assert align.main([str(source), str(output)]) == 0
-    assert "1 cut off" in capsys.readouterr().out
+    assert "2 cut off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

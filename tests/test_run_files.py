@@ -92,6 +92,17 @@ def test_an_exported_model_is_taken_only_with_the_best_weights(finished, tmp_pat
     assert find_model(exported) is None  # not in a run
 
 
+def test_a_relative_folder_of_models_is_found_from_any_folder(finished, tmp_path, monkeypatch):
+    run_dir = tmp_path / "project" / "runs" / finished.folder.name
+    shutil.copytree(finished.folder, run_dir)
+    shutil.copytree(finished.status["model_dir"], tmp_path / "project" / "model_weights" / "vae_tiny")
+    (run_dir / "status.json").write_text(json.dumps({**finished.status, "model_dir": "model_weights/vae_tiny"}))
+    monkeypatch.chdir(tmp_path / "project")
+    assert find_model(Path("runs", run_dir.name))[0] == Path("model_weights/vae_tiny")
+    monkeypatch.chdir("/")
+    assert find_model(run_dir)[0] == tmp_path / "project" / "model_weights" / "vae_tiny"
+
+
 def test_runs_are_ordered_by_utc_time_and_not_by_name(tmp_path, monkeypatch):
     config = config_from_dict({"output": {"runs_dir": str(tmp_path), "run_name": "faces"}})
     folders = []

@@ -163,11 +163,11 @@ def _load(path: Path) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
-    from training.data.images import FORMATS
+    from training.data.images import FORMATS, to_rgb
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image), image.getextrema() if image.mode == "I" else None)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ValueError(f"not readable ({error})") from error
 
@@ -180,7 +180,7 @@ def _align(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.output} lies in {arguments.folder}, whose images are read: give another OUT.")
     detect, size = Detector(arguments.device), arguments.size
     min_distance = arguments.min_eye_distance or (RIGHT_EYE[0] - LEFT_EYE[0]) * size / 2
-    rows, deviations = [], []
+    rows, deviations, written = [], [], set()
     for path in files:
         name = path.relative_to(arguments.folder)
         row = {"file": str(name), "result": "", "probability": "", "eye_distance": "", "other_faces": ""}
@@ -208,6 +208,9 @@ def _align(arguments: argparse.Namespace) -> int:
             continue
         row["result"] = "aligned"
         target = arguments.output / name.with_suffix(".png")
+        if target in written:  # a.jpg and a.png
+            target = arguments.output / f"{name}.png"
+        written.add(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         square.save(target)
     is_aligned = False

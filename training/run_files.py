@@ -261,10 +261,13 @@ def find_model(path: Path) -> tuple[Path, Path | None] | None:
         path = list_checkpoints(run_dir)[-1]
     if is_run(path):
         checkpoint, _ = best_checkpoint(path)
-        exported = Path(read_json(path / "status.json").get("model_dir") or checkpoint / "model")
+        exported = read_json(path / "status.json").get("model_dir")
         saved = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"][MODEL_FILE]["sha256"]
-        if (exported / WEIGHTS).is_file() and file_sha256(exported / WEIGHTS) == saved:
-            return exported, path
+        # A relative `model_dir` starts where the training did, which most often is beside the folder of all runs.
+        for base in [] if exported is None else [Path(), path.absolute().parent.parent]:
+            weights = base / exported / WEIGHTS
+            if weights.is_file() and file_sha256(weights) == saved:
+                return weights.parent, path
         return checkpoint / "model", path
     if (path / MANIFEST).is_file():
         try:

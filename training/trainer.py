@@ -342,7 +342,10 @@ class Trainer:
             self.checkpoints.save()
             self.checkpoints.wait()
         if progress.best is None:
-            raise RuntimeError("no checkpoint could be written, so there is no model to export: make room and --resume")
+            raise RuntimeError(
+                f"there is no model to export: no checkpoint could be written (make room, then --resume), or no validation "
+                f"was finite; see {self.run_dir / 'training.log'}."
+            )
         best, model_dir = progress.best, Path(output.model_dir) / f"vae_{output.run_name}"
         if self.accelerator.is_main_process:
             source = self.checkpoints.best_model_dir

@@ -93,7 +93,7 @@ def test_due_at_the_end_of_an_epoch(build):
 def test_the_best_model_is_better_by_the_threshold(build):
     run = build()
     seen = [run.manager.update_best(loss, validation(loss), 0.01) for loss in (math.nan, 1.0, 0.995, 0.98, math.nan)]
-    assert seen == [True, True, False, True, False]
+    assert seen == [False, True, False, True, False]
     assert run.progress.best["validation/reconstruction_loss"] == 0.98
 
 

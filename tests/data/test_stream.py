@@ -27,6 +27,7 @@ from training.data import images as data_images
 from training.data import shards, sources
 from training.data import stream as data
 from training.data.images import decode_image
+from training.data.shards import as_example
 from training.data.sources import open_source
 from training.data.stream import TrainStream, load_validation, validation_attributes
 from training.data.synthetic_faces.render import render_portrait
@@ -531,6 +532,11 @@ def test_attributes_come_with_their_images(tmp_path, cache):
     numbers = [number for number, _ in numbers_and_flips(pixels)]
     found = validation_attributes(held_out, indices).flatten().tolist()
     assert found == [1 if number else -1 for number in numbers] and len(found) > 5
+
+
+def test_an_attribute_that_is_nan_is_unknown():
+    row = {"image": b"", "a": 1.0, "b": 0.0, "c": -1.0, "d": float("nan"), "e": None}
+    assert list(as_example(row, "image", "abcde").attributes) == [1, 0xFF, 0xFF, 0, 0]
 
 
 def test_without_attribute_columns_batches_have_none(tmp_path):

@@ -156,6 +156,12 @@ def test_attributes_and_guidance_change_the_velocity_linearly():
         prior.denoise(noise, {"Hat": 1})
 
 
+@pytest.mark.parametrize("steps", [0, 1, "15"])
+def test_an_impossible_number_of_steps_raises(steps):
+    with pytest.raises(ValueError, match="num_inference_steps must be an integer of at least 2"):
+        DiffusionPrior(num_inference_steps=steps)
+
+
 def test_an_image_that_cannot_be_divided_into_patches_raises():
     with pytest.raises(ValueError, match="image_size 20 must be a multiple of 2 x patch_size = 8"):
         DiffusionPrior(image_size=20, patch_size=4)

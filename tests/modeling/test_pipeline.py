@@ -19,6 +19,7 @@ from test_latent_prior import ATTRIBUTES, LATENT_DIM, generator, random_priors
 
 from modeling.latent_prior import GaussianPrior
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, slerp
+from training.data.images import decode_image
 
 SIZE = tiny.SETTINGS["model"]["sample_size"]
 SPATIAL = {"latent_layout": "spatial", "latent_channels": 4, "latent_size": 5, "latent_dim": 100}
@@ -135,9 +136,53 @@ def test_photographs_are_cropped_to_a_centered_square(pipe):
     torch.testing.assert_close(pipe.encode(wide), pipe.encode(photograph()))
 
 
-def test_arrays_of_another_size_raise(pipe):
+def test_arrays_of_another_size_type_or_range_raise(pipe):
     with pytest.raises(ValueError):
         pipe.reconstruct(np.zeros((1, SIZE - 1, SIZE, 3), np.float32))
+    scaled = torch.linspace(-1, 1, 3 * SIZE**2).view(3, SIZE, SIZE)
+    for images in (
+        scaled,
+        [scaled],
+        scaled.numpy().transpose(1, 2, 0),
+        255 * scaled.abs(),
+        scaled.int(),
+        scaled * math.nan,
+    ):
+        with pytest.raises(ValueError, match=r"must be uint8 or floating-point in \[0, 1\], got .*: scale them"):
+            pipe.reconstruct(images)
+
+
+def test_arrays_and_tensors_of_8_bits_are_scaled(pipe):
+    array = np.asarray(photograph())
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for images in (array, [array], tensor, [tensor]):
+        torch.testing.assert_close(pipe.encode(images), pipe.encode(photograph()))
+
+
+def _photographs_of_every_mode() -> dict[str, Image.Image]:
+    gray = np.linspace(0, 1, SIZE)[None].repeat(SIZE, 0)
+    transparent = photograph().convert("RGBA")
+    transparent.putalpha(Image.fromarray((255 * gray).astype(np.uint8)))
+    return {
+        "RGB": photograph(),
+        "L": photograph().convert("L"),
+        "16 bits": Image.fromarray((65535 * gray).astype(np.uint16)),
+        "transparent": transparent,
+        "palette": transparent.quantize(16),
+    }
+
+
+@pytest.mark.parametrize("mode", _photographs_of_every_mode())
+def test_photographs_become_the_same_as_in_training(pipe, mode, tmp_path):
+    image = _photographs_of_every_mode()[mode]
+    image.save(tmp_path / "image.png")
+    pixels = torch.from_numpy(decode_image((tmp_path / "image.png").read_bytes(), None, SIZE)).permute(2, 0, 1)
+    torch.testing.assert_close(pipe.encode(Image.open(tmp_path / "image.png")), pipe.encode(pixels))
+
+
+def test_images_are_encoded_in_batches(pipe):
+    images = [photograph(seed) for seed in range(3)]
+    torch.testing.assert_close(pipe.encode(images, batch_size=2), pipe.encode(images))
 
 
 def test_an_interpolation_begins_and_ends_with_the_reconstructions(pipe):
@@ -188,6 +233,9 @@ def test_attributes_condition_the_diffusion_prior(pipe):
     assert (images(attributes={"Smiling": 1}, guidance_scale=4) - images(attributes={"Smiling": 1})).abs().max() > 1e-4
     with pytest.raises(ValueError, match="attributes need the diffusion prior, got the prior 'gaussian'"):
         images(prior="gaussian", attributes={"Smiling": 1})
+    for value in (-1, 2, math.nan):
+        with pytest.raises(ValueError, match=rf"'Smiling' must be 1 \(present\) or 0 \(absent\), got {value}"):
+            images(attributes={"Smiling": value})
 
 
 def test_edit_adds_directions_to_the_latent(pipe):
@@ -214,6 +262,13 @@ def test_a_loaded_pipeline_generates_bitwise_the_same(pipe, layout, request):
     for prior in PRIORS:
         images = [each(2, prior, 0.8, generator(1), output_type="np").images for each in (loaded, pipe)]
         np.testing.assert_array_equal(*images)
+
+
+def test_a_variant_of_the_vae_loads_with_the_priors(exported, tmp_path):
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    FaceVAEPipeline.from_pretrained(exported).vae.half().save_pretrained(tmp_path, variant="fp16")
+    loaded = FaceVAEPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert loaded.fitted_priors == list(FITTED_PRIORS) and loaded.diffusion.dtype == torch.float16
 
 
 def test_an_exported_folder_without_priors_and_a_saved_pipeline_without_priors(exported, tmp_path):

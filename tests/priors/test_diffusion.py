@@ -49,11 +49,28 @@ def random_latents(vae) -> dict[str, torch.Tensor]:
     }
 
 
-def train(folder, resume=None, **sections) -> tuple[int, DiffusionTraining]:
+def train(folder, resume=None, vae=None, **sections) -> tuple[int, DiffusionTraining]:
+    vae = vae or tiny.random_vae()
+    vae.save_pretrained(folder / "model")
     training = DiffusionTraining(
-        tiny.random_vae(), random_latents, config(folder, **sections), folder / "exported", ("Smiling", "Male"), resume
+        vae, random_latents, config(folder, **sections), folder / "model", ("Smiling", "Male"), resume
     )
     return training.run(), training
+
+
+def train_until(step, folder, monkeypatch) -> DiffusionTraining:
+    """A run that a signal stops after a step, within the second epoch."""
+    original = DiffusionTraining._step
+
+    def stop_there(self, stop):
+        stop.received = "SIGTERM" if self.progress.step == step - 1 else stop.received
+        return original(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionTraining, "_step", stop_there)
+        code, training = train(folder)
+    assert code == EXIT_STOPPED and training.progress.step == step
+    return training
 
 
 def checkpoint_tensors(run_dir) -> dict[str, torch.Tensor]:
@@ -76,22 +93,13 @@ def test_a_run_trains_validates_samples_and_exports(session, tmp_path):
     assert len(list((training.run_dir / "samples").glob("*.png"))) == 3
     assert "GFLOPs per image" in (training.run_dir / "training.log").read_text()
     exported, best = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (
-        tmp_path / "exported", training.checkpoints.best_model_dir))  # fmt: skip
+        tmp_path / "model" / "priors" / "diffusion", training.checkpoints.best_model_dir))  # fmt: skip
     assert all(torch.equal(tensor, best[name]) for name, tensor in exported.items())
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(session, tmp_path, monkeypatch):
     expected = checkpoint_tensors(train(tmp_path / "uninterrupted")[1].run_dir)
-    step = DiffusionTraining._step
-
-    def stop_at_step_four(self, stop):
-        stop.received = "SIGTERM" if self.progress.step == 3 else stop.received
-        return step(self, stop)
-
-    monkeypatch.setattr(DiffusionTraining, "_step", stop_at_step_four)
-    code, interrupted = train(tmp_path / "parts")
-    assert code == EXIT_STOPPED and interrupted.progress.step == 4  # within the second epoch
-    monkeypatch.undo()
+    interrupted = train_until(4, tmp_path / "parts", monkeypatch)
     code, resumed = train(tmp_path / "parts", resume="auto")
     assert code == 0 and resumed.run_dir == interrupted.run_dir
     found = checkpoint_tensors(resumed.run_dir)
@@ -115,6 +123,45 @@ def test_micro_batches_give_the_same_training_and_auto_is_refused(session, tmp_p
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     with pytest.raises(ValueError, match='micro_batch_size is "auto", which a prior does not have'):
         train(tmp_path / "auto", training_presets=SETTINGS["training_presets"] | {"micro_batch_size": "auto"})
+
+
+def test_a_resume_with_other_weights_of_the_vae_is_refused(session, tmp_path, monkeypatch):
+    _, first = train(tmp_path)
+    torch.manual_seed(1)
+    other = tiny.random_vae()
+    with torch.no_grad():
+        other.decoder.conv_out.bias.add_(1)
+    train(tmp_path, "auto", other)  # the latents do not depend on the decoder
+    with torch.no_grad():
+        other.encoder.conv_in.bias.add_(1)
+    with pytest.raises(ValueError, match="the latents of a VAE with other weights: leave out --resume"):
+        train(tmp_path, "auto", other)
+
+    def change_the_vae(self, stop):
+        other.save_pretrained(self.model_dir)
+        return "3 epochs"
+
+    monkeypatch.setattr(DiffusionTraining, "_train", change_the_vae)
+    with pytest.raises(RuntimeError, match="now has other weights than the prior was trained for"):
+        train(tmp_path, "auto")
+
+
+def test_a_resume_may_shorten_the_epochs(session, tmp_path, monkeypatch):
+    assert train_until(5, tmp_path, monkeypatch).progress.batch == 2
+    code, resumed = train(tmp_path, "auto", training_presets=SETTINGS["training_presets"] | {"max_images_per_epoch": 4})
+    assert code == 0 and (resumed.progress.epoch, resumed.steps_per_epoch) == (3, 1)
+
+
+def test_gradients_that_stay_non_finite_end_the_run_and_a_loss_that_is_not_finite_is_never_the_best(
+    session, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DiffusionTraining, "_loss", lambda self, batch: self.model.conv_out.bias.sum() * float("nan"))
+    with pytest.raises(RuntimeError, match="20 steps in a row had no finite gradient"):
+        train(tmp_path, training_presets=SETTINGS["training_presets"] | {"num_epochs": 30})
+    (run,) = (tmp_path / "runs").iterdir()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["optim/skipped_steps"] for line in lines if line["kind"] == "train") == 18
+    assert json.loads((run / "status.json").read_text())["best"] is None
 
 
 @pytest.mark.multiprocess
@@ -154,6 +201,8 @@ def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces
     file = tmp_path / "config.json"
     file.write_text(json.dumps(settings.to_dict()))
     assert fit.main([str(folder), "--priors", "gaussian", "diffusion", "--config", str(file)]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "status.json").read_text())["steps_per_epoch"] == 20 // 4  # flipped images do not count
     pipe = FaceVAEPipeline.from_pretrained(folder)
     assert pipe.default_prior == "diffusion" and list(pipe.diffusion.config.attributes) == ["Eyeglasses", "Smiling"]
     images = pipe(2, attributes={"Smiling": 1}, guidance_scale=2.0, output_type="pt").images

@@ -10,6 +10,7 @@ from PIL import Image
 
 from modeling.pipeline import FaceVAEPipeline
 from training.priors import fit
+from training.run_files import list_checkpoints
 
 TRAIN = 72  # photographs
 
@@ -51,6 +52,12 @@ def test_directions_are_saved_with_the_gaussian(tmp_path):
     gaussian = FaceVAEPipeline.from_pretrained(tmp_path).gaussian
     assert list(gaussian.config.attributes) == ["Eyeglasses", "Smiling"]
     assert gaussian.directions.shape == (2, 2, 16) and gaussian.directions.abs().sum() > 0
+
+
+def test_a_checkpoint_does_not_get_priors(finished, capsys):
+    checkpoint = list_checkpoints(finished.folder)[-1]
+    assert fit.main([str(checkpoint), "--data", "synthetic_faces"]) == 2
+    assert "belongs to a checkpoint, which is removed when a better one comes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

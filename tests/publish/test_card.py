@@ -20,6 +20,7 @@ from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
 from PIL import Image
+from safetensors import safe_open
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import fit_gaussian
@@ -28,7 +29,7 @@ from training.publish import card as model_card
 from training.publish import run_record
 from training.publish import stage as publish
 from training.publish.run_record import describe_hardware, read_run
-from training.run_files import best_checkpoint
+from training.run_files import MODEL_FILE, best_checkpoint
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "org/tiny-faces"
@@ -111,10 +112,13 @@ def test_metrics_that_are_not_finite_are_left_out(run, tmp_path, monkeypatch):
     assert re.search(r"\bnan\b", str(card).lower()) is None
 
 
-def test_an_evaluation_adds_intervals(run, tmp_path):
+def test_an_evaluation_adds_intervals(run, tmp_path, caplog):
     metric = {"mean": 20.5, "low": 19.25, "high": 21.75}
+    with safe_open(best_checkpoint(run)[0] / MODEL_FILE, "pt") as weights:
+        metadata = weights.metadata()
     ours = {
         "class": "AutoencoderKLUltra",
+        "weights": metadata,
         "images": 1234,
         "reconstruction": {"psnr": metric, "mse_-1_1": {"mean": 0.04, "low": 0.03, "high": 0.05}, "frechet_vgg16": 1.5},
         "kl": {"mean": 2.5, "low": 2.25, "high": 2.75},
@@ -130,6 +134,10 @@ def test_an_evaluation_adds_intervals(run, tmp_path):
     assert "on 1,234 images: org/photographs, split `test`" in card.text and "bootstrapped" in card.text
     (psnr,) = [result for result in card.data.eval_results if result.metric_type == "psnr"]
     assert (psnr.metric_value, psnr.dataset_type, psnr.dataset_split) == (20.5, "org/photographs", "test")
+    earlier = {**ours, "weights": {**metadata, "step": "1"}}
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "models": [earlier]}))
+    assert "org/photographs" not in card_of(run, tmp_path / "card").text
+    assert "was measured with other weights than the best model's" in caplog.text
     (run / "evaluation.json").write_text(json.dumps({**evaluation, "models": [other]}))
     with pytest.raises(ValueError, match="holds 0 models of class AutoencoderKLUltra"):
         card_of(run, tmp_path / "card")

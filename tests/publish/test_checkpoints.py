@@ -14,7 +14,7 @@ from fake_hub import TOKEN, FakeHub, Model
 from runs import EPOCHS, differences, run
 
 from training.publish.checkpoints import CheckpointUploader, download_run, push_checkpoints
-from training.run_files import MODEL_FILE, list_checkpoints, step_folder
+from training.run_files import MODEL_FILE, PRIORS, list_checkpoints, step_folder
 from training.trainer import EXIT_STOPPED, Trainer
 
 REPO = "org/checkpoints"
@@ -65,6 +65,15 @@ def test_a_run_continues_on_another_machine_bit_for_bit(hub, finished, faces, tm
     log = (ended.folder / "training.log").read_text()
     assert f"downloaded the newest checkpoints to {ended.folder}" in log
     assert f"uploaded  step_00000015 of {ended.folder.name} to {REPO}" in log
+
+
+def test_priors_of_the_initial_model_travel_with_the_run(hub, copied, tmp_path):
+    prior = copied / PRIORS / "gaussian" / "config.json"
+    prior.parent.mkdir(parents=True)
+    prior.write_text("{}")
+    push_checkpoints(copied, REPO)
+    downloaded = download_run(f"hub://{REPO}", tmp_path / "there", "tiny")
+    assert (downloaded / prior.relative_to(copied)).read_text() == "{}"
 
 
 def test_the_repository_keeps_the_newest_and_the_best_checkpoint(hub, copied):

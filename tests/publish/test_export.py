@@ -42,6 +42,16 @@ def test_an_export_of_the_same_model_keeps_its_priors(source, tmp_path):
     assert (tmp_path / "vae" / "priors").is_dir()
 
 
+def test_an_export_takes_given_priors_and_no_folder_of_the_source(source, tmp_path):
+    (source / "priors").mkdir()
+    export.export_model(source, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "priors").exists()
+    (tmp_path / "priors" / "gaussian").mkdir(parents=True)
+    (tmp_path / "priors" / "gaussian" / "config.json").write_text("{}")
+    export.export_model(source, tmp_path / "vae", tmp_path / "priors")
+    assert (tmp_path / "vae" / "priors" / "gaussian" / "config.json").read_text() == "{}"
+
+
 def test_a_full_disk_leaves_the_older_export(source, tmp_path, monkeypatch):
     folder = tmp_path / "models" / "vae"
     export.export_model(source, folder)

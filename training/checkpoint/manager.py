@@ -145,11 +145,12 @@ class CheckpointManager:
             threshold: Relative improvement that counts.
 
         Returns:
-            Whether it is the best; the model itself is kept by the next `save`.
+            Whether it is the best, which a loss that is not finite never is; the model itself is kept by the next
+            `save`.
         """
         progress = self._progress
         best = math.nan if progress.best is None else progress.best.get(self.best_metric, math.nan)
-        is_best = math.isnan(best) or loss < best * (1 - threshold)
+        is_best = math.isfinite(loss) and (math.isnan(best) or loss < best * (1 - threshold))
         if is_best:
             progress.best = {"epoch": progress.epoch, "step": progress.step, **metrics}
         return is_best

@@ -97,7 +97,7 @@ def decode_image(data: bytes, crop_px: int | None, resolution: int) -> np.ndarra
             size = min(crop_px or width, width, height)
             left, top = (width - size) // 2, (height - size) // 2
             square = image.crop((left, top, left + size, top + size))
-            square = np.array(_to_rgb(square, image.getextrema() if image.mode == "I" else None))
+            square = np.array(to_rgb(square, image.getextrema() if image.mode == "I" else None))
     except CorruptImage:
         raise
     except UnidentifiedImageError as error:
@@ -129,8 +129,12 @@ def _unidentified(data: bytes) -> str:
     return "not an image of a known format"
 
 
-def _to_rgb(image: Image.Image, extrema: tuple[int, int] | None) -> Image.Image:
-    """Converts to 8-bit RGB; `extrema` are the lowest and the highest level of the full image where it has 32 bits."""
+def to_rgb(image: Image.Image, extrema: tuple[int, int] | None) -> Image.Image:
+    """Converts to 8-bit RGB; `extrema` are the lowest and the highest level of the full image where it has 32 bits.
+
+    Raises:
+        CorruptImage: Pixels without a known range.
+    """
     if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
         lowest, highest = extrema or (0, 65535)
         if lowest < 0 or highest > 65535:

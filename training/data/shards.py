@@ -286,8 +286,15 @@ def _row_group_runs(footer: pq.FileMetaData, column: str) -> Iterator[tuple[list
 def as_example(row: dict[str, Any], column: str, attributes: Sequence[str]) -> Example:
     """Converts a row with an image or binary column."""
     value, present = row[column], [row[name] for name in attributes]
-    signs = bytes(0 if each is None else 1 if each > 0 else 0xFF for each in present) if attributes else None
+    signs = bytes(map(_sign, present)) if attributes else None
     return Example(*(value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None), signs)
+
+
+def _sign(value: Any) -> int:
+    """An attribute as a byte: 1 present, 0 unknown (None or NaN), 0xFF (-1 as int8) absent."""
+    if value is None or value != value:
+        return 0
+    return 1 if value > 0 else 0xFF
 
 
 def dataset_examples(

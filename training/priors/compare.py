@@ -172,10 +172,10 @@ def _compare(arguments: argparse.Namespace) -> None:
             )
             images[name if temperature == 1 else f"{name} at {temperature:g}"] = decoded(latents)
     report = compare(images, faces, features, batch_size)
+    print(_table(report), flush=True)
     folder = Path(pipeline.name_or_path)
     if folder.is_dir():
         write_json(folder / "prior_report.json", report)
-    print(_table(report))
 
 
 def _table(report: dict[str, dict[str, float]]) -> str:

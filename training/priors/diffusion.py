@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ from training.distributed import (
 )
 from training.ema import EMAWeights
 from training.learning_rate import LearningRate
+from training.priors.latents import latents_fingerprint
 from training.publish.export import export_model, model_files
 from training.randomness import keyed_generator
+from training.run_files import RUN_FILE, read_json
 from training.signals import EXIT_STOPPED, StopSignal
 from training.tracking.progress import Progress
 from training.tracking.trackers import Tracker, setup_logging
@@ -113,15 +115,17 @@ def sample_batch(
 
 
 class DiffusionTraining:
-    """A run that trains a diffusion prior: `DiffusionTraining(vae, encode, config, target).run()`.
+    """A run that trains a diffusion prior: `DiffusionTraining(vae, encode, config, model_dir).run()`.
 
     Args:
         vae: In evaluation mode, on the CPU.
         encode: Returns the latents of `sample_batch` for both splits; called on the main process of a new run.
         config: The configuration.
-        target: Folder that the trained prior is copied to.
+        model_dir: Folder of the VAE; the trained prior is copied to `priors/diffusion/` in it.
         attributes: Names of the attributes in the latents.
         resume: None, "auto" or a path (see `find_run`).
+        allow_changed: Keys that a resume may find changed (see `check_resume`).
+        with_flips: Half of the latents are those of flipped images.
 
     Raises:
         ValueError: Anything that the configuration, the files or the machine do not allow, before training starts.
@@ -132,11 +136,13 @@ class DiffusionTraining:
         vae: AutoencoderKLUltra,
         encode: Callable[[AutoencoderKLUltra], dict[str, Tensor]],
         config: Config,
-        target: Path,
+        model_dir: Path,
         attributes: tuple[str, ...] = (),
         resume: str | None = None,
+        allow_changed: Sequence[str] = (),
+        with_flips: bool = True,
     ) -> None:
-        self.config, self.target, presets = config, target, config.training_presets
+        self.config, self.model_dir, presets = config, model_dir, config.training_presets
         processes = join_processes()
         if presets.batch_size % processes.num_processes:
             raise ValueError(
@@ -153,18 +159,24 @@ class DiffusionTraining:
         precision, _ = resolve_precision(presets.mixed_precision, processes.device)
         self.folder = RunFolder(config)
         try:
-            self._build(vae, encode, attributes, resume, processes, precision)
+            self._build(vae, encode, attributes, resume, allow_changed, with_flips, processes, precision)
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self, vae, encode, attributes, resume, processes, precision) -> None:
+    def _build(self, vae, encode, attributes, resume, allow_changed, with_flips, processes, precision) -> None:
         config, presets = self.config, self.config.training_presets
+        self.vae_fingerprint = fingerprint = latents_fingerprint(vae)
         prior = build_prior(config, vae, attributes)
         opened = on_main_process(processes, lambda: self.folder.open(resume))
         checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
         if saved is not None:
-            notes += check_resume(config, processes.num_processes, saved, ())
+            notes += check_resume(config, processes.num_processes, saved, allow_changed)
+            if read_json(self.folder.path / RUN_FILE).get("vae", fingerprint) != fingerprint:
+                raise ValueError(
+                    f"--resume: the run {self.folder.path} learns the latents of a VAE with other weights: leave out "
+                    "--resume to start a new run, or name the run to resume."
+                )
         accelerator = self.accelerator = build_accelerator(
             precision, static_graph=self.micro_batch * processes.num_processes == presets.batch_size
         )
@@ -174,7 +186,7 @@ class DiffusionTraining:
 
         def prepare() -> tuple[Path, list[str]]:
             latents = encode(vae) if checkpoint is None else None
-            run_dir, claimed = self.folder.claim(checkpoint, {})
+            run_dir, claimed = self.folder.claim(checkpoint, {"vae": fingerprint})
             if latents is not None:
                 save_file({name: tensor.contiguous() for name, tensor in latents.items()}, run_dir / LATENTS_FILE)
             return run_dir, claimed
@@ -205,7 +217,7 @@ class DiffusionTraining:
         )
         self.ema.to(accelerator.device)
         self.learning_rate, self.progress = LearningRate(optimizer, presets), Progress()
-        num_faces = len(self.latents["train_mean"]) // (2 if config.data.horizontal_flip else 1)
+        num_faces = len(self.latents["train_mean"]) // (2 if with_flips else 1)
         self.steps_per_epoch = max(1, min(num_faces, presets.max_images_per_epoch or num_faces) // presets.batch_size)
         resumed_at = None if saved is None else (saved["progress"]["step"], saved["progress"]["epoch"])
         status = {"num_epochs": presets.num_epochs, "steps_per_epoch": self.steps_per_epoch}
@@ -298,12 +310,17 @@ class DiffusionTraining:
                 self._event(f"stopped by {stop.received}; resume with the same command and --resume auto")
                 self.tracker.update_status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
-            on_main_process(self.accelerator, lambda: export_model(self.checkpoints.best_model_dir, self.target))
             best = self.progress.best
+            if best is None:
+                raise RuntimeError(
+                    f"there is no model to export: no checkpoint of {self.run_dir} could be written, or no validation was "
+                    "finite; see training.log."
+                )
+            target = on_main_process(self.accelerator, self._export)
             self._event(
                 f"finished: {reason}; best velocity loss {best['validation/velocity_loss']:.4f} at step {best['step']}"
             )
-            self.tracker.update_status(state="finished", reason=reason, model_dir=str(self.target), seconds_left=0.0)
+            self.tracker.update_status(state="finished", reason=reason, model_dir=str(target), seconds_left=0.0)
             return 0
         except BaseException as error:
             logger.error("failed: %s: %s", type(error).__name__, error)
@@ -313,6 +330,15 @@ class DiffusionTraining:
             self.checkpoints.join_writer()
             self.tracker.close()
             self.folder.release()
+
+    def _export(self) -> Path:
+        source, target = self.checkpoints.best_model_dir, self.model_dir / "priors" / "diffusion"
+        if latents_fingerprint(AutoencoderKLUltra.from_pretrained(self.model_dir)) != self.vae_fingerprint:
+            raise RuntimeError(
+                f"{self.model_dir} now has other weights than the prior was trained for, which is {source}"
+            )
+        export_model(source, target)
+        return target
 
     def _event(self, message: str) -> None:
         self.tracker.event(message, "info", **self.progress.where)
@@ -334,7 +360,7 @@ class DiffusionTraining:
                 out_of_time = flags["out_of_time"]
                 if flags["save_due"] and progress.batch < self.steps_per_epoch and not out_of_time:
                     self.checkpoints.save()
-            if progress.batch == self.steps_per_epoch:
+            if progress.batch >= self.steps_per_epoch:  # more if a resume has shortened the epochs
                 progress.epoch, progress.batch = progress.epoch + 1, 0
             is_last = out_of_time or progress.epoch == presets.num_epochs
             is_best = self._validate()
@@ -380,15 +406,15 @@ class DiffusionTraining:
                 self.accelerator.backward(part_loss)
             loss += part_loss.detach()
         grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, presets.max_grad_norm))
-        if math.isfinite(grad_norm) or self.accelerator.scaler is not None:
+        is_finite = math.isfinite(grad_norm)
+        if is_finite or self.accelerator.scaler is not None:  # the scaler skips the step, and lowers its scale
             self.optimizer.step()
+        if is_finite:
             self.ema.step(self.parameters)
             progress.skipped_in_a_row = 0
         else:
-            progress.skipped_steps, progress.skipped_in_a_row = (
-                progress.skipped_steps + 1,
-                progress.skipped_in_a_row + 1,
-            )
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
             if progress.skipped_in_a_row >= presets.max_skipped_in_a_row:
                 raise RuntimeError(
                     f"{progress.skipped_in_a_row} steps in a row had no finite gradient: resume with a lower "

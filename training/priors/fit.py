@@ -32,6 +32,7 @@ from training.config import Config, config_from_dict, load_config
 from training.priors.diffusion import DiffusionTraining
 from training.priors.latents import encode_faces, training_faces, validation_faces
 from training.priors.sample import load_pipeline, seeded_generator
+from training.run_files import MANIFEST
 
 _RIDGE = 1e-3  # added to the variances of the attributes, which are at most 1/4
 
@@ -45,6 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="auto|PATH",
         help="diffusion: resume from the newest checkpoint of this run name, or from the run or checkpoint at PATH",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="diffusion: resume although these keys have changed (section.key, processes or data)",
     )
     add_option(parser, "--batch-size", default=16)
     add_option(parser, "--seed", default=0)
@@ -154,13 +162,20 @@ def _fit(arguments: argparse.Namespace) -> int:
         )
     if arguments.resume and "diffusion" not in arguments.priors:
         raise ValueError("--resume continues the training of the diffusion prior: give --priors diffusion.")
-    pipeline = load_pipeline(arguments.model, arguments.device)
+    if arguments.device and "diffusion" in arguments.priors:
+        raise ValueError("--device does not choose the device of a training: set CUDA_VISIBLE_DEVICES instead.")
+    pipeline = load_pipeline(arguments.model, "cpu" if "diffusion" in arguments.priors else arguments.device)
     folder, vae = Path(pipeline.name_or_path), pipeline.vae
     if not folder.is_dir():
         raise ValueError(f"{folder} is on the Hub: download it (`hf download`) and give its folder.")
     if (folder / FaceVAEPipeline.config_name).is_file():
         raise ValueError(
             f"{folder} is a saved pipeline: give the exported model's folder, and save the pipeline again."
+        )
+    if (folder.parent / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} belongs to a checkpoint, which is removed when a better one comes: give the folder of an exported "
+            "model, when the training has ended."
         )
     attributes = tuple(config.data.attribute_columns)
 
@@ -172,7 +187,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         }
         latents = {}
         for split, images in batches.items():
-            faces = encode_faces(vae, images, with_flips=not arguments.no_flip)
+            faces = encode_faces(vae, images, with_flips=not arguments.no_flip, with_thumbnails=False)
             latents |= {f"{split}_mean": faces.mean.cpu(), f"{split}_std": faces.std.cpu()}
             if attributes:
                 latents[f"{split}_attributes"] = faces.attributes
@@ -182,7 +197,16 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     training = None
     if "diffusion" in arguments.priors:
-        training = DiffusionTraining(vae, encode, config, folder / "priors" / "diffusion", attributes, arguments.resume)
+        training = DiffusionTraining(
+            vae,
+            encode,
+            config,
+            folder,
+            attributes,
+            resume=arguments.resume,
+            allow_changed=arguments.allow_changed,
+            with_flips=not arguments.no_flip,
+        )
     if "gaussian" in arguments.priors and (training is None or training.accelerator.is_main_process):
         latents = encode(vae) if training is None else training.latents
         prior, shrinkage = fit_gaussian_prior(latents, attributes, arguments.seed)

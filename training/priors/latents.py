@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,16 @@ from training.data.stream import TrainStream, load_validation, validation_attrib
 _THUMBNAIL_SIZE = 32  # pixels; images of this size are compared: identity and background, no texture
 
 Faces = Iterable[tuple[Tensor, Tensor]]  # pixels (n, 3, S, S), uint8, and attributes (n, attributes), int8
+
+
+def latents_fingerprint(vae: AutoencoderKLUltra) -> str:
+    """SHA-256 of the weights that latents and their PCA images depend on: all but those of the convolutional decoder."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        if not name.startswith("decoder."):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def training_faces(
@@ -53,7 +64,7 @@ class FaceLatents:
 
     Attributes:
         mean, std: Of the posteriors, flat, (n, latent_dim), float32.
-        thumbnails: The images at no more than 32 pixels, (n, 3, s, s) in [-1, 1], on the CPU.
+        thumbnails: The images at no more than 32 pixels, (n, 3, s, s) in [-1, 1], on the CPU; (0,) where left out.
         attributes: (n, attributes), int8: 1 present, -1 absent, 0 unknown.
         features: Name -> features of the first images, for Frechet distances, (k, feature dimension).
     """
@@ -77,6 +88,7 @@ def encode_faces(
     with_flips: bool,
     features: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     num_features: int = 0,
+    with_thumbnails: bool = True,
 ) -> FaceLatents:
     """Encodes images.
 
@@ -86,6 +98,7 @@ def encode_faces(
         with_flips: Encode the horizontally flipped images too; they follow after all others, in the same order.
         features: Name -> function of images (n, 3, S, S) in [-1, 1]; computed for the first `num_features` images.
         num_features: Number of images that `features` is computed for.
+        with_thumbnails: Keep the images at 32 pixels, 12 kB each.
     """
     plain: list[tuple[Tensor, ...]] = []
     flipped: list[tuple[Tensor, ...]] = []
@@ -93,7 +106,8 @@ def encode_faces(
 
     def encode(pixels: Tensor, attributes: Tensor) -> tuple[Tensor, ...]:
         posterior = model.encode(pixels).latent_dist
-        return posterior.mean.flatten(1).float(), posterior.std.flatten(1).float(), thumbnails(pixels).cpu(), attributes
+        small = thumbnails(pixels).cpu() if with_thumbnails else torch.zeros(0)
+        return posterior.mean.flatten(1).float(), posterior.std.flatten(1).float(), small, attributes
 
     for batch, attributes in batches:
         pixels = normalize(batch.to(model.device))

@@ -25,6 +25,7 @@ from training.io import remove_folder
 from training.publish.hub import check_access, reason, upload
 from training.run_files import (
     MANIFEST,
+    PRIORS,
     RUN_FILE,
     InvalidCheckpointError,
     list_checkpoints,
@@ -72,6 +73,7 @@ def push_checkpoints(run_dir: Path, repo_id: str) -> str:
     folders = {newest} if best is None else {newest, step_folder(run_dir, best["step"])}
     paths = [path for folder in sorted(folders) for path in sorted(folder.rglob("*")) if path.is_file()]
     paths += [path for name in (RUN_FILE, "config.json") if (path := run_dir / name).is_file()]
+    paths += [path for path in sorted((run_dir / PRIORS).rglob("*")) if path.is_file()]
     files = {f"{run_dir.name}/{path.relative_to(run_dir).as_posix()}": path for path in paths}
     upload(
         files,
@@ -165,9 +167,9 @@ def download_run(address: str, runs_dir: Path, run_name: str) -> Path:
             raise ValueError(f"--resume {address}: {checkpoint.name} is damaged ({error}): try again.") from None
     final = runs_dir / run
     (final / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in [*list_checkpoints(temporary / run), *(temporary / run).glob("*.json")]:
+    for path in [*list_checkpoints(temporary / run), *(temporary / run).glob("*.json"), temporary / run / PRIORS]:
         destination = final / path.relative_to(temporary / run)
-        if not destination.exists():  # what is here may be newer
+        if path.exists() and not destination.exists():  # what is here may be newer
             os.replace(path, destination)
     shutil.rmtree(temporary, ignore_errors=True)
     return final

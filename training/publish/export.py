@@ -31,7 +31,8 @@ def export_model(source: Path, folder: Path, priors: Path | None = None) -> None
     Raises:
         OSError: The disk is full or fails; an older export is unchanged.
     """
-    copies = [(path, folder / path.name) for path in source.iterdir()]
+    files = [path for path in source.iterdir() if path.is_file()]
+    copies = [(path, folder / path.name) for path in files]
     if all(copy.is_file() and filecmp.cmp(path, copy, shallow=False) for path, copy in copies):
         return
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
@@ -39,7 +40,7 @@ def export_model(source: Path, folder: Path, priors: Path | None = None) -> None
         shutil.rmtree(path, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        for path in source.iterdir():
+        for path in files:
             write_bytes(temporary / path.name, path.read_bytes())
         if priors is not None and priors.is_dir():
             shutil.copytree(priors, temporary / priors.name)

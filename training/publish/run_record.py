@@ -1,14 +1,15 @@
 """Reads a run's folder for the model card: configuration, hardware, metrics, grids.
 
 The metrics are those of `evaluation.json`, which
-`python -m training.evaluate MODEL --config RUN/config.json --output RUN` writes, or else those of the validation
-that chose the best model.
+`python -m training.evaluate MODEL --config RUN/config.json --output RUN` writes for the best model, or else those of
+the validation that chose it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 import subprocess
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from training.config import Config
-from training.run_files import RUN_FILE, best_checkpoint, read_json, saved_config
+from training.run_files import MODEL_FILE, RUN_FILE, best_checkpoint, read_json, saved_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,11 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("config.json", "status.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: give the folder of a run (runs/<run_name>_<time>).")
-    origin = read_json(folder / RUN_FILE)
+    origin, (checkpoint, best) = read_json(folder / RUN_FILE), best_checkpoint(folder)
     record = RunRecord(
         config=saved_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
         status=json.loads((folder / "status.json").read_text(encoding="utf-8")),
-        best=best_checkpoint(folder)[1],
+        best=best,
         init_from=origin.get("init_from"),
         base_model=origin.get("base_model"),
     )
@@ -96,8 +100,9 @@ def read_run(folder: Path) -> RunRecord:
     record.train, record.validation = ([kind[step] for step in sorted(kind)] for kind in lines.values())
     record.grids = _grids(folder / "samples", record.config.output.run_name)
     if (folder / "evaluation.json").is_file():
-        values, record.evaluated = _evaluation(folder / "evaluation.json")
-    else:
+        with safe_open(checkpoint / MODEL_FILE, "pt") as weights:
+            values, record.evaluated = _evaluation(folder / "evaluation.json", weights.metadata() or {})
+    if record.evaluated is None:
         values = {k.removeprefix("validation/"): v for k, v in record.best.items() if k.startswith("validation/")}
         values["mse_-1_1"] = values.pop("mse", None)
     metrics = {key: Metric(**value) if isinstance(value, dict) else Metric(value) for key, value in values.items()}
@@ -109,8 +114,8 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-def _evaluation(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics of the published model in `evaluation.json`, and the images that they were measured on."""
+def _evaluation(file: Path, weights: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Metrics in `evaluation.json` and the images that they were measured on; None if they are of other `weights`."""
     evaluation = json.loads(file.read_text(encoding="utf-8"))
     models = [model for model in evaluation["models"] if model["class"] == "AutoencoderKLUltra"]
     if len(models) != 1:
@@ -118,6 +123,9 @@ def _evaluation(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{file} holds {len(models)} models of class AutoencoderKLUltra: evaluate the published one only."
         )
     (model,) = models
+    if model["weights"] != weights:
+        logger.warning("%s was measured with other weights than the best model's: evaluate again", file)
+        return {}, None
     values = model["reconstruction"] | {key: model[key] for key in ("kl", "active_units", "posterior_sigma")}
     data = evaluation["data"]
     return values, {"dataset": data["dataset"], "split": data["split"], "images": model["images"]}
