@@ -25,7 +25,7 @@
 # ///
 """Trains on rented hardware and uploads the model, in one line, for example with Hugging Face Jobs:
 
-    hf jobs uv run --flavor l4x1 --timeout 15h --secrets HF_TOKEN examples/train_job.py \\
+    hf jobs uv run --flavor l4x1 --timeout 30h --secrets HF_TOKEN examples/train_job.py \\
         --repository https://example.com/face-vae-trainer.git --repo-id org/name --config configs/ultra.json
 
 `uv` installs what the first lines list. The script clones the project and starts one process for each GPU. Unknown

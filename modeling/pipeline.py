@@ -187,6 +187,8 @@ class FaceVAEPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Transforms standard normal noise, in the shape of the prior, to latents (N, C, h, w); see `__call__`."""
         name, fitted = self._prior(prior)
+        if guidance_scale != 1 and not attributes:
+            raise ValueError(f"guidance_scale {guidance_scale:g} needs attributes, whose weight it is: name some.")
         if name == "diffusion":
             return fitted.noise_to_latents(self.vae, noise, attributes, guidance_scale)
         if attributes:

@@ -163,7 +163,7 @@ class DataConfig(_Section):
     max_validation_images: int = constrained(2048, ge=1)  # first readable ones of the split, decoded once and kept
     max_corrupt_fraction: float = constrained(0.01, ge=0, le=1)  # the run stops above this fraction of corrupt images
     decode_threads: int = constrained(0, ge=0)  # 0: one per CPU core, at most 16
-    # Decode in so many processes instead, of each training process: for more images/s than threads of one interpreter give.
+    # Decode in this many worker processes of each training process instead of threads, for more images/s.
     decode_processes: int = constrained(0, ge=0)
     prefetch_batches: int = constrained(4, ge=1)  # decoded batches kept ready
     synthetic_train_images: int = constrained(4096, ge=1)  # "synthetic_faces": number of training images

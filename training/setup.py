@@ -416,6 +416,12 @@ def _log_start(
             "stopping or max_train_minutes may end the run: set early_stopping_patience=0 and max_train_minutes=null",
             presets.lr_schedule,
         )
+    if config.loss.adversarial_weight > 0 and presets.best_metric != "lpips":
+        logger.warning(
+            "training_presets.best_metric=%s rises when the adversarial term adds texture, so that the best model is the one "
+            "before: set training_presets.best_metric=lpips",
+            presets.best_metric,
+        )
     images = stream.num_examples or config.data.num_train_images
     for line in (*describe_estimate(config, accelerator.num_processes, images).splitlines(), *notes):
         logger.info(line)

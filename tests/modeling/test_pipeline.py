@@ -233,6 +233,8 @@ def test_attributes_condition_the_diffusion_prior(pipe):
     assert (images(attributes={"Smiling": 1}, guidance_scale=4) - images(attributes={"Smiling": 1})).abs().max() > 1e-4
     with pytest.raises(ValueError, match="attributes need the diffusion prior, got the prior 'gaussian'"):
         images(prior="gaussian", attributes={"Smiling": 1})
+    with pytest.raises(ValueError, match="guidance_scale 3 needs attributes"):
+        images(guidance_scale=3)
     for value in (-1, 2, math.nan):
         with pytest.raises(ValueError, match=rf"'Smiling' must be 1 \(present\) or 0 \(absent\), got {value}"):
             images(attributes={"Smiling": value})
