@@ -168,13 +168,18 @@ class DiffusionTraining:
         config, presets = self.config, self.config.training_presets
         self.vae_fingerprint = fingerprint = latents_fingerprint(vae)
         prior = build_prior(config, vae, attributes)
-        opened = on_main_process(processes, lambda: self.folder.open(resume))
+
+        def open_run() -> dict[str, Any]:
+            opened = self.folder.open(resume)
+            return {**opened, "vae": read_json(opened["run_dir"] / RUN_FILE).get("vae")}
+
+        opened = on_main_process(processes, open_run)
         checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
         if saved is not None:
             notes += check_resume(config, processes.num_processes, saved, allow_changed)
-            if read_json(self.folder.path / RUN_FILE).get("vae", fingerprint) != fingerprint:
+            if opened["vae"] not in (None, fingerprint):
                 raise ValueError(
-                    f"--resume: the run {self.folder.path} learns the latents of a VAE with other weights: leave out "
+                    f"--resume: the run {opened['run_dir']} learns the latents of a VAE with other weights: leave out "
                     "--resume to start a new run, or name the run to resume."
                 )
         accelerator = self.accelerator = build_accelerator(

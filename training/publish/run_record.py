@@ -123,7 +123,7 @@ def _evaluation(file: Path, weights: dict[str, str]) -> tuple[dict[str, Any], di
             f"{file} holds {len(models)} models of class AutoencoderKLUltra: evaluate the published one only."
         )
     (model,) = models
-    if model["weights"] != weights:
+    if model.get("weights") != weights:
         logger.warning("%s was measured with other weights than the best model's: evaluate again", file)
         return {}, None
     values = model["reconstruction"] | {key: model[key] for key in ("kl", "active_units", "posterior_sigma")}
