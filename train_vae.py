@@ -61,7 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="resume although this key has changed (section.key, processes or data)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the cost estimate on this machine, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the cost estimate on this machine, check --init-from, and exit"
+    )
     return parser
 
 
@@ -87,10 +89,10 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     from training.initial_weights import load_initial_weights
 
     model = build_model(config)
-    if config.training_presets.init_from is not None:
-        load_initial_weights(model, config.training_presets.init_from)
     micro_batch_size(config, num_processes)
     print(describe_estimate(config, num_processes, known_train_images(config), search=True))
+    if config.training_presets.init_from is not None and arguments.resume is None:
+        load_initial_weights(model, config.training_presets.init_from)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

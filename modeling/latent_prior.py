@@ -382,7 +382,7 @@ class DiffusionPrior(LatentPrior):
             )
         for name, value in attributes.items():
             if not 0 <= value <= 1:
-                raise ValueError(f"attribute {name!r} must be 1 (present) or 0 (absent), got {value}.")
+                raise ValueError(f"attribute {name!r} must be from 0 (absent) to 1 (present), got {value}.")
         values = [2.0 * attributes[name] - 1 if name in attributes else 0.0 for name in names]
         return torch.tensor(values).expand(num_samples, -1)
 

@@ -110,12 +110,13 @@ class FaceVAEPipeline(DiffusionPipeline):
         if missing:  # diffusers only warns
             raise ValueError(f"the weights in {vae_folder} lack {', '.join(missing)}: download or export them again.")
         classes = {"gaussian": latent_prior.GaussianPrior, "diffusion": latent_prior.DiffusionPrior}
-        kwargs.pop("variant", None)  # of the VAE; priors have none
-        priors = {
-            name: classes[name].from_pretrained(prior_folder / name, **kwargs)
-            for name in FITTED_PRIORS
-            if (prior_folder / name / "config.json").is_file()
-        }
+        variant, priors = kwargs.pop("variant", None), {}
+        for name in FITTED_PRIORS:
+            if (prior_folder / name / "config.json").is_file():
+                # `export_formats` writes variants of the VAE alone, a saved pipeline of all components.
+                has_variant = variant is not None and any((prior_folder / name).glob(f"*.{variant}.*"))
+                options = kwargs | ({"variant": variant} if has_variant else {})
+                priors[name] = classes[name].from_pretrained(prior_folder / name, **options)
         pipeline = cls(vae, **priors)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
@@ -236,7 +237,7 @@ class FaceVAEPipeline(DiffusionPipeline):
                 f"arrays and tensors must be uint8 or floating-point in [0, 1], got {image.dtype} from {lowest:g} to "
                 f"{highest:g}: scale them."
             )
-        return image
+        return image.clip(0, 1)  # below 0 diffusers would take it for [-1, 1]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil", batch_size: int = 8) -> Any:
@@ -370,10 +371,20 @@ class FaceVAEPipeline(DiffusionPipeline):
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB as the training data is converted: 16 bits are scaled, transparency becomes white."""
-    if image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
-        gray = np.asarray(image).astype(np.float32)
-        image = Image.fromarray((gray / (1 if gray.max() <= 255 else 257)).round().clip(0, 255).astype(np.uint8))
+    """Converts to 8-bit RGB as the training data is converted: 16 bits are scaled, transparency becomes white.
+
+    Raises:
+        ValueError: Pixels without a known range.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion would clip at 255
+        values = np.asarray(image).astype(np.float32)
+        if image.mode == "F" or not 0 <= values.min() <= values.max() <= 65535:
+            raise ValueError(
+                f"pixels of mode {image.mode} from {values.min():g} to {values.max():g} have no known range: convert them "
+                "to 8 bits."
+            )
+        scale = 1 if image.mode == "I" and values.max() <= 255 else 257
+        image = Image.fromarray((values / scale).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

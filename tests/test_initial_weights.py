@@ -22,7 +22,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import DiffusionPrior, GaussianPrior
 from modeling.pipeline import FaceVAEPipeline
 from training.builders import build_model
-from training.initial_weights import load_initial_weights
+from training.initial_weights import fitted_priors, load_initial_weights
 from training.publish.card import write_card
 from training.publish.run_record import read_run
 from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, best_checkpoint, list_checkpoints
@@ -136,9 +136,12 @@ def test_priors_stay_with_a_model_whose_decoder_is_trained_further(finished, fac
     assert pipe.fitted_priors == {"model": ["diffusion"], "pipeline": ["gaussian", "diffusion"]}[saved_as]
     assert same(pipe.diffusion.state_dict(), prior.state_dict())
     assert (ended.folder / "samples" / "tiny_final_samples_diffusion.png").is_file()
-    # Where the encoder is trained, they no longer belong to the model.
+    assert fitted_priors(str(list_checkpoints(ended.folder)[-1]), vae.config.latent_dim)  # of the run
+    # Where the encoder or the PCA branch is trained, they no longer belong to the model.
     ended = run(fine_tuning(tmp_path / "all", faces, folder))
     assert not list(ended.folder.glob("samples/*diffusion*"))
+    ended = run(fine_tuning(tmp_path / "pca", faces, folder, train_only="decoder", pca_lr_scale=0.1))
+    assert not (ended.folder / "priors").exists()
     assert FaceVAEPipeline.from_pretrained(ended.status["model_dir"]).fitted_priors == []
 
 
@@ -208,9 +211,20 @@ def test_a_model_on_the_hub_becomes_the_base_model_of_the_card(finished, tmp_pat
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
         url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        hub.models["org/base"] = Model(False, {path.name: path.read_bytes() for path in folder.iterdir()})
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        dim = finished.config.model["latent_dim"]
+        config = json.dumps({"latent_dim": dim}).encode()
+        hub.models["org/base"] = Model(False, files | {"priors/gaussian/config.json": config})
+        pipeline = {f"vae/{name}": content for name, content in files.items()} | {"model_index.json": b"{}"}
+        hub.models["org/pipeline"] = Model(False, pipeline | {"diffusion/config.json": config})
         model = build_model(finished.config)
         origin = load_initial_weights(model, "org/base")
+        found = {name: fitted_priors(f"org/{name}", dim) for name in ("base", "pipeline")}
+        assert fitted_priors("org/base", dim + 1) == []  # another latent
+    assert {name: [path.name for path in paths] for name, paths in found.items()} == {
+        "base": ["gaussian"],
+        "pipeline": ["diffusion"],
+    }
     assert origin["init_from"] == origin["base_model"] == "org/base"
     assert origin["weights"]["run"] == finished.folder.name
     assert same(dict(model.state_dict()), model_of(finished))

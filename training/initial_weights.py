@@ -14,6 +14,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
 from training.cli import resolve_model
 from training.evaluate.models import load_model, weights_metadata
+from training.run_files import MANIFEST, PRIORS, read_json
 
 # Keys of `config.json` that do not change the shape of a weight: initial or measured values.
 _VALUES = ("logvar_init", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -54,14 +55,27 @@ def load_initial_weights(model: AutoencoderKLUltra, init_from: str) -> dict[str,
     return {"init_from": init_from, "base_model": base_model, "weights": weights_metadata(init_from)}
 
 
-def fitted_priors(init_from: str) -> list[Path]:
-    """Folders of the priors that were fitted to the latents of a model; see `load_initial_weights`."""
-    folder = Path(resolve_model(init_from).path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(folder), allow_patterns="priors/*"))
-    is_pipeline = (folder.parent / FaceVAEPipeline.config_name).is_file()
-    folders = [(folder.parent if is_pipeline else folder / "priors") / name for name in FITTED_PRIORS]
-    return [path for path in folders if (path / "config.json").is_file()]
+def fitted_priors(init_from: str, latent_dim: int) -> list[Path]:
+    """Folders of the priors that were fitted to the latents of a model.
+
+    Args:
+        init_from: See `load_initial_weights`.
+        latent_dim: Of the new model; that of another image size may be another.
+    """
+    source = resolve_model(init_from)
+    folder = Path(source.path)
+    if not folder.is_dir():  # a Hub id; a pipeline has its VAE in a subfolder
+        inside = "" if source.subfolder else "priors/"
+        patterns = [f"{inside}{name}/*" for name in FITTED_PRIORS]
+        folder = Path(snapshot_download(source.path, allow_patterns=patterns)) / inside
+    elif (folder.parent / FaceVAEPipeline.config_name).is_file():
+        folder = folder.parent
+    elif (folder.parent / MANIFEST).is_file():  # <run>/checkpoints/step_XXXXXXXX/model
+        folder = folder.absolute().parents[2] / PRIORS
+    else:
+        folder = folder / "priors"
+    folders = [folder / name for name in FITTED_PRIORS]
+    return [path for path in folders if read_json(path / "config.json").get("latent_dim") == latent_dim]
 
 
 def _plain(value: Any) -> Any:

@@ -49,6 +49,19 @@ def write_bytes(path: Path, data: bytes) -> str:
     return digest.hexdigest()
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder and its subfolders, fsynced; permissions are not copied.
+
+    Raises:
+        OSError: The disk is full, read-only or broken, or `source` cannot be read.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(copy, path.read_bytes())
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, fsync it and rename it: a reader sees the old content or the new.
 

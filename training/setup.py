@@ -192,9 +192,9 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     if checkpoint is None and presets.init_from is not None:
         origin = on_main_process(accelerator, lambda: load_initial_weights(model, presets.init_from))
         notes.append(f"weights   from {presets.init_from}")
-        if presets.train_only == "decoder":  # the latents stay as they are, so their priors stay valid
-            priors = on_main_process(accelerator, lambda: fitted_priors(presets.init_from))
-            notes += [f"prior     {path.name}, which stays valid" for path in priors]
+        if presets.train_only == "decoder" and presets.pca_lr_scale == 0:  # latents and PCA images stay as they are
+            priors = on_main_process(accelerator, lambda: fitted_priors(presets.init_from, model.config.latent_dim))
+            notes.append(f"priors    kept: {', '.join(path.name for path in priors) or 'none were found'}")
     if config.hub.push:
         on_main_process(accelerator, lambda: hub.check_access(config.hub))
     if config.hub.push_checkpoints is not None:

@@ -18,7 +18,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import DiffusionPrior
 from training.config import Config
 from training.distributed import float32_without_tf32, on_main_process
-from training.evaluate.grids import image_grids
+from training.evaluate.grids import diffusion_grid, image_grids
 from training.evaluate.validation import Validation, validate
 from training.publish.export import export_model
 from training.publish.stage import publish, publish_command
@@ -319,18 +319,20 @@ class Trainer:
 
     def _save_grids(self, model: nn.Module, label: str) -> None:
         """Saves grids of samples and reconstructions of a model."""
+        settings = {
+            "num_samples": self.config.output.num_samples,
+            "seed": self.config.training_presets.seed,
+            "batch": self.train_step.micro_batch,
+        }
         with self.tracker.guard("image grids"):
-            folder = self.run_dir / PRIORS / "diffusion"
-            grids = image_grids(
-                self.accelerator,
-                model,
-                self.setup.validation_images,
-                num_samples=self.config.output.num_samples,
-                seed=self.config.training_presets.seed,
-                batch=self.train_step.micro_batch,
-                prior=DiffusionPrior.from_pretrained(folder) if folder.is_dir() else None,
-            )
-            self.report.grids(grids, label)
+            images = self.setup.validation_images
+            self.report.grids(image_grids(self.accelerator, model, images, **settings), label)
+        folder = self.run_dir / PRIORS / "diffusion"
+        if folder.is_dir():
+            with self.tracker.guard("the grid of the diffusion prior"):
+                prior = DiffusionPrior.from_pretrained(folder).to(self.accelerator.device)
+                grid = diffusion_grid(self.accelerator, model, prior, **settings)
+                self.report.grids({"samples_diffusion": grid}, label)
 
     # ------------------------------------------------------------------ the end
 

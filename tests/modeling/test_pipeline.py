@@ -167,6 +167,7 @@ def _photographs_of_every_mode() -> dict[str, Image.Image]:
         "RGB": photograph(),
         "L": photograph().convert("L"),
         "16 bits": Image.fromarray((65535 * gray).astype(np.uint16)),
+        "16 bits, dark": Image.fromarray((200 * gray).astype(np.uint16)),
         "transparent": transparent,
         "palette": transparent.quantize(16),
     }
@@ -180,9 +181,24 @@ def test_photographs_become_the_same_as_in_training(pipe, mode, tmp_path):
     torch.testing.assert_close(pipe.encode(Image.open(tmp_path / "image.png")), pipe.encode(pixels))
 
 
-def test_images_are_encoded_in_batches(pipe):
-    images = [photograph(seed) for seed in range(3)]
-    torch.testing.assert_close(pipe.encode(images, batch_size=2), pipe.encode(images))
+@pytest.mark.parametrize("values", [np.float32(0.5), np.int32(70_000), np.int32(-1)])
+def test_pixels_without_a_known_range_raise(pipe, values):
+    with pytest.raises(ValueError, match="have no known range: convert them to 8 bits"):
+        pipe.encode(Image.fromarray(np.full((SIZE, SIZE), values)))
+
+
+def test_values_a_little_out_of_range_are_clipped(pipe):
+    image = np.asarray(photograph()) / 255.0
+    over = np.where(image > image.mean(), image + 0.3, image - 0.3).clip(-0.3, 1.3)
+    torch.testing.assert_close(pipe.encode(over), pipe.encode(over.clip(0, 1)))
+
+
+def test_images_are_encoded_in_batches(pipe, monkeypatch):
+    images, sizes, encode = [photograph(seed) for seed in range(3)], [], pipe.vae.encode
+    expected = pipe.encode(images)
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    torch.testing.assert_close(pipe.encode(images, batch_size=2), expected)
+    assert sizes == [2, 1]
 
 
 def test_an_interpolation_begins_and_ends_with_the_reconstructions(pipe):
@@ -236,7 +252,7 @@ def test_attributes_condition_the_diffusion_prior(pipe):
     with pytest.raises(ValueError, match="guidance_scale 3 needs attributes"):
         images(guidance_scale=3)
     for value in (-1, 2, math.nan):
-        with pytest.raises(ValueError, match=rf"'Smiling' must be 1 \(present\) or 0 \(absent\), got {value}"):
+        with pytest.raises(ValueError, match=rf"'Smiling' must be from 0 \(absent\) to 1 \(present\), got {value}"):
             images(attributes={"Smiling": value})
 
 
@@ -271,6 +287,9 @@ def test_a_variant_of_the_vae_loads_with_the_priors(exported, tmp_path):
     FaceVAEPipeline.from_pretrained(exported).vae.half().save_pretrained(tmp_path, variant="fp16")
     loaded = FaceVAEPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
     assert loaded.fitted_priors == list(FITTED_PRIORS) and loaded.diffusion.dtype == torch.float16
+    loaded.save_pretrained(tmp_path / "saved", variant="fp16")  # of all components
+    again = FaceVAEPipeline.from_pretrained(tmp_path / "saved", variant="fp16", torch_dtype=torch.float16)
+    assert torch.equal(again.diffusion.conv_in.weight, loaded.diffusion.conv_in.weight)
 
 
 def test_an_exported_folder_without_priors_and_a_saved_pipeline_without_priors(exported, tmp_path):

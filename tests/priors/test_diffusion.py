@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from runs import fork_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from modeling.pipeline import FaceVAEPipeline
 from training.config import Config, config_from_dict
@@ -38,7 +38,7 @@ def config(folder, **sections) -> Config:
 def random_latents(vae) -> dict[str, torch.Tensor]:
     """Posteriors of 12 faces and their flipped images, with two attributes."""
     generator, shape = torch.Generator().manual_seed(0), (24, vae.config.latent_dim)
-    return {
+    return {"num_faces": torch.tensor(12)} | {
         f"{split}_{name}": values
         for split in ("train", "validation")
         for name, values in {
@@ -142,7 +142,20 @@ def test_a_resume_with_other_weights_of_the_vae_is_refused(session, tmp_path, mo
         return "3 epochs"
 
     monkeypatch.setattr(DiffusionTraining, "_train", change_the_vae)
-    with pytest.raises(RuntimeError, match="now has other weights than the prior was trained for"):
+    with pytest.raises(ValueError, match="no longer holds the VAE that this prior was trained for: copy the prior"):
+        train(tmp_path, "auto")
+
+
+def test_an_older_run_resumes_with_its_epochs_and_a_note(session, tmp_path, monkeypatch):
+    interrupted = train_until(4, tmp_path, monkeypatch)
+    latents = interrupted.run_dir / "latents.safetensors"
+    save_file({name: tensor for name, tensor in load_file(latents).items() if name != "num_faces"}, latents)
+    (interrupted.run_dir / "run.json").write_text("{}")
+    code, resumed = train(tmp_path, "auto")
+    assert code == 0 and resumed.steps_per_epoch == 2 * STEPS
+    assert "has not recorded the weights of its VAE" in (resumed.run_dir / "training.log").read_text()
+    latents.unlink()
+    with pytest.raises(ValueError, match="latents.safetensors is missing, which every process reads"):
         train(tmp_path, "auto")
 
 

@@ -72,6 +72,7 @@ def test_a_checkpoint_does_not_get_priors(finished, capsys):
         (["--data", "synthetic_faces", "--set", "data.crop_px=20"], "give --config"),
         (["--data", "synthetic_faces", "--priors", "diffusion"], "give --config configs/priors/diffusion.json"),
         (["--data", "synthetic_faces", "--resume", "auto"], "give --priors diffusion"),
+        (["--data", "synthetic_faces", "--allow-changed", "processes"], "--allow-changed processes goes with --resume"),
         (
             ["--config", "configs/priors/diffusion.json", "--priors", "diffusion", "--device", "cpu"],
             "--device does not choose the device of a training: set CUDA_VISIBLE_DEVICES",

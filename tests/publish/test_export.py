@@ -48,8 +48,10 @@ def test_an_export_takes_given_priors_and_no_folder_of_the_source(source, tmp_pa
     assert not (tmp_path / "plain" / "priors").exists()
     (tmp_path / "priors" / "gaussian").mkdir(parents=True)
     (tmp_path / "priors" / "gaussian" / "config.json").write_text("{}")
+    (tmp_path / "priors" / "gaussian").chmod(0o555)
     export.export_model(source, tmp_path / "vae", tmp_path / "priors")
     assert (tmp_path / "vae" / "priors" / "gaussian" / "config.json").read_text() == "{}"
+    assert (tmp_path / "vae" / "priors" / "gaussian").stat().st_mode & 0o200  # can be replaced
 
 
 def test_a_full_disk_leaves_the_older_export(source, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import psutil
 from training.checkpoint.format import quarantine_newer, sweep
 from training.checkpoint.resume import find_run, newest_valid
 from training.config import Config
-from training.io import write_json
+from training.io import copy_folder, write_json
 from training.publish.checkpoints import PREFIX, download_run
 from training.run_files import (
     PRIORS,
@@ -136,7 +135,7 @@ class RunFolder:
                     values = {"created": now.isoformat(), "host": socket.gethostname(), **(origin or {})}
                     write_json(self.path / RUN_FILE, values)
                     for prior in priors:
-                        shutil.copytree(prior, self.path / PRIORS / prior.name)
+                        copy_folder(prior, self.path / PRIORS / prior.name)
             if checkpoint is not None:
                 newer = quarantine_newer(self.path, checkpoint)
                 notes = [

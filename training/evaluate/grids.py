@@ -17,14 +17,7 @@ RECONSTRUCTED_IMAGES = 8
 
 @torch.no_grad()
 def image_grids(
-    accelerator: Accelerator,
-    model: AutoencoderKLUltra,
-    images: Tensor,
-    *,
-    num_samples: int,
-    seed: int,
-    batch: int,
-    prior: DiffusionPrior | None = None,
+    accelerator: Accelerator, model: AutoencoderKLUltra, images: Tensor, *, num_samples: int, seed: int, batch: int
 ) -> dict[str, Tensor]:
     """Render the grids of a model.
 
@@ -35,12 +28,10 @@ def image_grids(
         num_samples: Images in a grid of samples.
         seed: Of the samples.
         batch: Images in one forward pass.
-        prior: Diffusion prior of the model's latents.
 
     Returns:
         Grids (3, height, width) in [0, 1], on the host: `samples` from N(0, 1), `samples_gaussian` from a Gaussian
-        fitted to the latents of `images` (absent where they are fewer than 2 or not finite), `samples_diffusion` from
-        `prior`, and `reconstructions`.
+        fitted to the latents of `images` (absent where they are fewer than 2 or not finite), and `reconstructions`.
     """
     was_training = model.training
     model.eval()
@@ -52,14 +43,25 @@ def image_grids(
         gaussian, _ = fit_gaussian(encoded)
         fitted = gaussian(latents.flatten(1)).view_as(latents)  # the same noise
         grids["samples_gaussian"] = sample_grid(accelerator, model, fitted, batch)
-    if prior is not None:
-        noise = _noise(prior.noise_shape, num_samples, generator).to(accelerator.device)
-        prior.to(accelerator.device)
-        sampled = torch.cat([prior.noise_to_latents(model, part) for part in noise.split(batch)])
-        grids["samples_diffusion"] = sample_grid(accelerator, model, sampled, batch)
     grids["reconstructions"] = reconstruction_grid(accelerator, model, images[:RECONSTRUCTED_IMAGES])
     model.train(was_training)
     return grids
+
+
+@torch.no_grad()
+def diffusion_grid(
+    accelerator: Accelerator,
+    model: AutoencoderKLUltra,
+    prior: DiffusionPrior,
+    *,
+    num_samples: int,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """Render samples of a diffusion prior of the model's latents; see `image_grids`."""
+    noise = _noise(prior.noise_shape, num_samples, torch.Generator().manual_seed(seed)).to(accelerator.device)
+    latents = [prior.noise_to_latents(model, part) for part in noise.split(batch)]
+    return sample_grid(accelerator, model, torch.cat(latents), batch)
 
 
 def _noise(shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:

@@ -119,13 +119,13 @@ class DiffusionTraining:
 
     Args:
         vae: In evaluation mode, on the CPU.
-        encode: Returns the latents of `sample_batch` for both splits; called on the main process of a new run.
+        encode: Returns the latents of `sample_batch` for both splits, and `num_faces`, of which some latents may be flipped
+            copies; called on the main process of a new run.
         config: The configuration.
         model_dir: Folder of the VAE; the trained prior is copied to `priors/diffusion/` in it.
         attributes: Names of the attributes in the latents.
         resume: None, "auto" or a path (see `find_run`).
         allow_changed: Keys that a resume may find changed (see `check_resume`).
-        with_flips: Half of the latents are those of flipped images.
 
     Raises:
         ValueError: Anything that the configuration, the files or the machine do not allow, before training starts.
@@ -140,7 +140,6 @@ class DiffusionTraining:
         attributes: tuple[str, ...] = (),
         resume: str | None = None,
         allow_changed: Sequence[str] = (),
-        with_flips: bool = True,
     ) -> None:
         self.config, self.model_dir, presets = config, model_dir, config.training_presets
         processes = join_processes()
@@ -159,12 +158,12 @@ class DiffusionTraining:
         precision, _ = resolve_precision(presets.mixed_precision, processes.device)
         self.folder = RunFolder(config)
         try:
-            self._build(vae, encode, attributes, resume, allow_changed, with_flips, processes, precision)
+            self._build(vae, encode, attributes, resume, allow_changed, processes, precision)
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self, vae, encode, attributes, resume, allow_changed, with_flips, processes, precision) -> None:
+    def _build(self, vae, encode, attributes, resume, allow_changed, processes, precision) -> None:
         config, presets = self.config, self.config.training_presets
         self.vae_fingerprint = fingerprint = latents_fingerprint(vae)
         prior = build_prior(config, vae, attributes)
@@ -182,6 +181,8 @@ class DiffusionTraining:
                     f"--resume: the run {opened['run_dir']} learns the latents of a VAE with other weights: leave out "
                     "--resume to start a new run, or name the run to resume."
                 )
+            if opened["vae"] is None:
+                notes.append("resume: the run has not recorded the weights of its VAE, which are not compared")
         accelerator = self.accelerator = build_accelerator(
             precision, static_graph=self.micro_batch * processes.num_processes == presets.batch_size
         )
@@ -198,7 +199,14 @@ class DiffusionTraining:
 
         run_dir, claimed = self.run_dir, _ = on_main_process(accelerator, prepare)
         setup_logging(accelerator, run_dir / "training.log")
+        if not (run_dir / LATENTS_FILE).is_file():
+            raise ValueError(
+                f"{run_dir / LATENTS_FILE} is missing, which every process reads: with several machines, set output.runs_dir to "
+                "a folder on a disk that they share; else restore the file, or start a new run."
+            )
         self.latents = load_file(run_dir / LATENTS_FILE)
+        if "num_faces" not in self.latents:  # of an older run, whose epochs count flipped images too
+            self.latents["num_faces"] = torch.tensor(len(self.latents["train_mean"]))
         for line in (
             f"run       {run_dir}",
             f"device    {accelerator.device}, precision {precision}",
@@ -222,7 +230,7 @@ class DiffusionTraining:
         )
         self.ema.to(accelerator.device)
         self.learning_rate, self.progress = LearningRate(optimizer, presets), Progress()
-        num_faces = len(self.latents["train_mean"]) // (2 if with_flips else 1)
+        num_faces = int(self.latents["num_faces"])
         self.steps_per_epoch = max(1, min(num_faces, presets.max_images_per_epoch or num_faces) // presets.batch_size)
         resumed_at = None if saved is None else (saved["progress"]["step"], saved["progress"]["epoch"])
         status = {"num_epochs": presets.num_epochs, "steps_per_epoch": self.steps_per_epoch}
@@ -338,9 +346,14 @@ class DiffusionTraining:
 
     def _export(self) -> Path:
         source, target = self.checkpoints.best_model_dir, self.model_dir / "priors" / "diffusion"
-        if latents_fingerprint(AutoencoderKLUltra.from_pretrained(self.model_dir)) != self.vae_fingerprint:
-            raise RuntimeError(
-                f"{self.model_dir} now has other weights than the prior was trained for, which is {source}"
+        try:
+            is_same = latents_fingerprint(AutoencoderKLUltra.from_pretrained(self.model_dir)) == self.vae_fingerprint
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise ValueError(
+                f"{self.model_dir} no longer holds the VAE that this prior was trained for: copy the prior, {source}, to "
+                "priors/diffusion in that VAE's folder, or restore the VAE and resume."
             )
         export_model(source, target)
         return target

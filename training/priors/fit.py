@@ -49,10 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--allow-changed",
-        nargs="+",
+        action="append",
         default=[],
+        nargs="+",
         metavar="KEY",
-        help="diffusion: resume although these keys have changed (section.key, processes or data)",
+        help="resume although this key has changed (section.key or processes)",
     )
     add_option(parser, "--batch-size", default=16)
     add_option(parser, "--seed", default=0)
@@ -162,6 +163,8 @@ def _fit(arguments: argparse.Namespace) -> int:
         )
     if arguments.resume and "diffusion" not in arguments.priors:
         raise ValueError("--resume continues the training of the diffusion prior: give --priors diffusion.")
+    if arguments.allow_changed and not arguments.resume:
+        raise ValueError(f"--allow-changed {arguments.allow_changed[0][0]} goes with --resume only: leave it out.")
     if arguments.device and "diffusion" in arguments.priors:
         raise ValueError("--device does not choose the device of a training: set CUDA_VISIBLE_DEVICES instead.")
     pipeline = load_pipeline(arguments.model, "cpu" if "diffusion" in arguments.priors else arguments.device)
@@ -192,6 +195,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             if attributes:
                 latents[f"{split}_attributes"] = faces.attributes
         counts = [len(latents[f"{split}_mean"]) for split in batches]
+        latents["num_faces"] = torch.tensor(counts[0] // (1 if arguments.no_flip else 2))
         print(f"{counts[0]} training and {counts[1]} validation latents, flipped images included", flush=True)
         return latents
 
@@ -204,8 +208,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             folder,
             attributes,
             resume=arguments.resume,
-            allow_changed=arguments.allow_changed,
-            with_flips=not arguments.no_flip,
+            allow_changed=[key for keys in arguments.allow_changed for key in keys],
         )
     if "gaussian" in arguments.priors and (training is None or training.accelerator.is_main_process):
         latents = encode(vae) if training is None else training.latents

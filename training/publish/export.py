@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
 
-from training.io import fsync_folder, write_bytes
+from training.io import copy_folder, fsync_folder, write_bytes
 
 
 def model_files(model: ModelMixin) -> dict[str, bytes]:
@@ -42,8 +42,8 @@ def export_model(source: Path, folder: Path, priors: Path | None = None) -> None
         temporary.mkdir(parents=True)
         for path in files:
             write_bytes(temporary / path.name, path.read_bytes())
-        if priors is not None and priors.is_dir():
-            shutil.copytree(priors, temporary / priors.name)
+        if priors is not None:
+            copy_folder(priors, temporary / priors.name)
         fsync_folder(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
