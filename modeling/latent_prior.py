@@ -11,13 +11,14 @@ Hub: `subfolder="priors/gaussian"`).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import UniPCMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 
 _TIME_CHANNELS = 128
 _ATTENTION_CHANNELS = 128  # of a head
+# Of the noise levels of sampling, as in Esser et al. 2024 (https://arxiv.org/abs/2403.03206, section 5.3.2): more of them
+# where there is much noise. A third of the error of evenly spaced levels, see docs/lab-notes.md.
+_FLOW_SHIFT = 3.0
 
 
 class LatentPrior(ModelMixin, ConfigMixin):
@@ -173,6 +177,11 @@ def _norm(x: Tensor) -> Tensor:
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
 
 
+def _check_guidance_scale(guidance_scale: float) -> None:
+    if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale must be a number of at least 0, got {guidance_scale!r}: 1 is no guidance.")
+
+
 class Standardize(nn.Module):
     """(x - mean) / std, or its inverse.
 
@@ -221,54 +230,25 @@ class ModulatedBlock(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(len(h), -1, *h.shape[2:])
 
 
-class DiffusionPrior(LatentPrior):
-    """A flow-matching U-Net over the small images of `latents_to_images`. The arguments are the keys of `config.json`.
+class VelocityUNet(nn.Module):
+    """The network of a `DiffusionPrior`, a U-Net of two resolutions; see there for the arguments."""
 
-    On the path x(sigma) = (1 - sigma) image + sigma noise the network predicts the velocity noise - image (Lipman et al.
-    2022, https://arxiv.org/abs/2210.02747, with the direction of time of diffusers' schedulers). Images are standardized
-    by their mean image and one standard deviation.
-
-    Args:
-        latent_dim: Dimension of a latent.
-        image_channels, image_size: Of the images.
-        patch_size: Each patch_size x patch_size pixels become channels of one position before the first convolution.
-        block_out_channels: Channels at 1 / patch_size and at 1 / (2 patch_size) of the resolution.
-        layers_per_block: Residual blocks on the way down, at the lower resolution, and on the way up. Every second
-            block at the lower resolution is followed by self-attention.
-        attributes: Names of the attributes that it is conditioned on.
-        num_inference_steps: Steps of the Heun scheduler; n steps evaluate the network 2n - 1 times.
-
-    Attributes:
-        standardize: Images to the scale on which noise is added.
-
-    Raises:
-        ValueError: The image cannot be divided into patches, or `num_inference_steps` is impossible.
-    """
-
-    @register_to_config
     def __init__(
         self,
-        latent_dim: int = 1024,
-        image_channels: int = 3,
-        image_size: int = 64,
-        patch_size: int = 4,
-        block_out_channels: tuple[int, int] = (192, 384),
-        layers_per_block: tuple[int, int, int] = (2, 5, 3),
-        attributes: tuple[str, ...] = (),
-        num_inference_steps: int = 15,
+        image_channels: int,
+        patch_size: int,
+        block_out_channels: tuple[int, int],
+        layers_per_block: tuple[int, int, int],
+        num_attributes: int,
     ) -> None:
         super().__init__()
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 2:
-            raise ValueError(f"num_inference_steps must be an integer of at least 2, got {num_inference_steps!r}.")
-        if image_size % (2 * patch_size):
-            raise ValueError(f"image_size {image_size} must be a multiple of 2 x patch_size = {2 * patch_size}.")
         fine, coarse = block_out_channels
         down, middle, up = layers_per_block
         patch_channels = image_channels * patch_size**2
-        self.standardize = Standardize(self.noise_shape)
+        self.patch_size = patch_size
         self.time_proj = Timesteps(_TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(_TIME_CHANNELS, coarse)
-        self.attribute_embedding = nn.Linear(len(attributes), coarse, bias=False) if attributes else None
+        self.attribute_embedding = nn.Linear(num_attributes, coarse, bias=False) if num_attributes else None
         self.conv_in = nn.Conv2d(patch_channels, fine, 3, padding=1)
         self.down = nn.ModuleList(ModulatedBlock(fine, coarse) for _ in range(down))
         self.downsample = nn.Conv2d(4 * fine, coarse, 1)
@@ -284,28 +264,14 @@ class DiffusionPrior(LatentPrior):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise of one latent."""
-        return self.config.image_channels, self.config.image_size, self.config.image_size
-
-    def forward(self, x: Tensor, sigma: Tensor, attributes: Tensor | None = None) -> Tensor:
-        """Predicts the velocity.
-
-        Args:
-            x: Standardized images with noise, (N, C, H, W).
-            sigma: Fraction of noise in [0, 1], (N,).
-            attributes: (N, number of attributes): 1 present, -1 absent, 0 unknown; None: all unknown.
-
-        Returns:
-            noise - image, (N, C, H, W).
-        """
+    def forward(self, x: Tensor, sigma: Tensor, attributes: Tensor | None) -> Tensor:
+        """(N, C, H, W), (N,) and (N, number of attributes) to the velocity, (N, C, H, W)."""
         # The embedding's frequencies are made for 0 to 1,000; Timesteps returns float32.
         condition = self.time_embedding(self.time_proj(1000 * sigma).to(x.dtype))
         if self.attribute_embedding is not None and attributes is not None:
             condition = condition + self.attribute_embedding(attributes.to(x.dtype))
         condition = F.silu(condition)
-        h = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
         for block in self.down:
             h = block(h, condition)
         skip, h = h, self.downsample(F.pixel_unshuffle(h, 2))
@@ -314,20 +280,100 @@ class DiffusionPrior(LatentPrior):
         h = self.merge(torch.cat([F.pixel_shuffle(self.upsample(h), 2), skip], dim=1))
         for block in self.up:
             h = block(h, condition)
-        return F.pixel_shuffle(self.conv_out(F.silu(_norm(h))), self.config.patch_size)
+        return F.pixel_shuffle(self.conv_out(F.silu(_norm(h))), self.patch_size)
+
+
+class DiffusionPrior(LatentPrior):
+    """A flow-matching model of the small images of `latents_to_images`. The arguments are the keys of `config.json`.
+
+    On the path x(sigma) = (1 - sigma) image + sigma noise a network predicts the velocity noise - image (Lipman et al.
+    2022, https://arxiv.org/abs/2210.02747, with the direction of time of diffusers' schedulers). Images are standardized
+    by their mean image and one standard deviation.
+
+    Sampling is guided by an earlier, worse version of the network, which does not know the attributes: the velocity is
+    extrapolated from the prediction of this guide through that of the network, away from the errors that both make
+    (autoguidance, Karras et al. 2024, https://arxiv.org/abs/2406.02507) and, where attributes are given, towards these
+    (classifier-free guidance, Ho and Salimans 2022, https://arxiv.org/abs/2207.12598).
+
+    Args:
+        latent_dim: Dimension of a latent.
+        image_channels, image_size: Of the images.
+        patch_size: Each patch_size x patch_size pixels become channels of one position before the first convolution.
+        block_out_channels: Channels at 1 / patch_size and at 1 / (2 patch_size) of the resolution.
+        layers_per_block: Residual blocks on the way down, at the lower resolution, and on the way up. Every second
+            block at the lower resolution is followed by self-attention.
+        attributes: Names of the attributes that it is conditioned on.
+        num_inference_steps: Of sampling; each evaluates the network and the guide once.
+        guidance_scale: Default of sampling; 1: no guidance.
+
+    Attributes:
+        network: Predicts the velocity.
+        guide: An earlier version of the network, not trained.
+        standardize: Images to the scale on which noise is added.
+
+    Raises:
+        ValueError: The image cannot be divided into patches, or a number for sampling is impossible.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int = 1024,
+        image_channels: int = 3,
+        image_size: int = 64,
+        patch_size: int = 4,
+        block_out_channels: tuple[int, int] = (192, 384),
+        layers_per_block: tuple[int, int, int] = (2, 5, 3),
+        attributes: tuple[str, ...] = (),
+        num_inference_steps: int = 15,
+        guidance_scale: float = 1.5,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps must be an integer of at least 2, got {num_inference_steps!r}.")
+        _check_guidance_scale(guidance_scale)
+        if image_size % (2 * patch_size):
+            raise ValueError(f"image_size {image_size} must be a multiple of 2 x patch_size = {2 * patch_size}.")
+        arguments = image_channels, patch_size, block_out_channels, layers_per_block, len(attributes)
+        self.standardize = Standardize(self.noise_shape)
+        self.network = VelocityUNet(*arguments)
+        self.guide = VelocityUNet(*arguments).requires_grad_(False)
+        self.guide.load_state_dict(self.network.state_dict())
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of one latent."""
+        return self.config.image_channels, self.config.image_size, self.config.image_size
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, attributes: Tensor | None = None, with_guide: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predicts the velocity.
+
+        Args:
+            x: Standardized images with noise, (N, C, H, W).
+            sigma: Fraction of noise in [0, 1], (N,).
+            attributes: (N, number of attributes): 1 present, -1 absent, 0 unknown; None: all unknown.
+            with_guide: Return the prediction of the guide, too.
+
+        Returns:
+            noise - image, (N, C, H, W).
+        """
+        velocity = self.network(x, sigma, attributes)
+        return (velocity, self.guide(x, sigma, None)) if with_guide else velocity
 
     def noise_to_latents(
         self,
         vae: ModelMixin,
         noise: Tensor,
         attributes: Mapping[str, float] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
     ) -> Tensor:
         """Transforms standard normal noise (N, *noise_shape) to latents of the VAE, (N, C, h, w); see `denoise`."""
         return self.images_to_latents(vae, self.denoise(noise, attributes, guidance_scale))
 
     def latents_to_noise(self, vae: ModelMixin, latents: Tensor) -> Tensor:
-        """The inverse of `noise_to_latents` without attributes."""
+        """The inverse of `noise_to_latents` without attributes and guidance."""
         return self.add_noise(self.latents_to_images(vae, latents))
 
     @staticmethod
@@ -387,44 +433,50 @@ class DiffusionPrior(LatentPrior):
         return torch.tensor(values).expand(num_samples, -1)
 
     def _velocity(self, x: Tensor, sigma: Tensor, attributes: Tensor | None, guidance_scale: float) -> Tensor:
-        """`forward` with classifier-free guidance (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598).
-
-        Float32, on the device of x: offloading hooks may compute on another.
-        """
+        """`forward` with guidance, float32, on the device of x: offloading hooks may compute on another."""
         device = x.device
         x, sigma = x.to(self.dtype), sigma.to(device).expand(len(x))
         attributes = None if attributes is None else attributes.to(x)
-        if attributes is None or guidance_scale == 1:
+        if guidance_scale == 1:
             return self(x, sigma, attributes).to(device, torch.float32)
-        twice = torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([attributes, torch.zeros_like(attributes)])
-        conditional, unconditional = self(*twice).to(device, torch.float32).chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        velocity, guide = (each.to(device, torch.float32) for each in self(x, sigma, attributes, with_guide=True))
+        return torch.lerp(guide, velocity, guidance_scale)
 
     @torch.no_grad()
     def denoise(
-        self, noise: Tensor, attributes: Mapping[str, float] | None = None, guidance_scale: float = 1.0
+        self, noise: Tensor, attributes: Mapping[str, float] | None = None, guidance_scale: float | None = None
     ) -> Tensor:
-        """Transforms noise (N, C, H, W) to images of the same shape, float32, by diffusers' Heun scheduler.
+        """Transforms noise (N, C, H, W) to images of the same shape, float32, by the UniPC scheduler of diffusers (Zhao et
+        al. 2023, https://arxiv.org/abs/2302.04867).
 
         Args:
             noise: Standard normal, times a temperature.
             attributes: See `attribute_values`.
-            guidance_scale: Weight of the attributes; 1: no guidance.
+            guidance_scale: How far to extrapolate, from the guide at 0 through the network at 1; None: that of the
+                configuration.
+
+        Raises:
+            ValueError: An attribute or a guidance scale that is impossible.
         """
         x, values = noise.float(), self.attribute_values(attributes, len(noise))
-        scheduler = FlowMatchHeunDiscreteScheduler()
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        _check_guidance_scale(guidance_scale)
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_FLOW_SHIFT
+        )
         scheduler.set_timesteps(self.config.num_inference_steps)
         scheduler.set_begin_index(0)
-        for timestep in scheduler.timesteps:
-            velocity = self._velocity(x, timestep / 1000, values, guidance_scale)
+        for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps):
+            velocity = self._velocity(x, sigma, values, guidance_scale)
             x = scheduler.step(velocity, timestep, x).prev_sample
         return self.standardize(x, inverse=True)
 
     @torch.no_grad()
     def add_noise(self, images: Tensor) -> Tensor:
-        """The inverse of `denoise` without attributes, by Heun's method from sigma 0 to 1."""
+        """The inverse of `denoise` without attributes and guidance, by Heun's method from sigma 0 to 1."""
         x = self.standardize(images.float())
         sigmas = torch.linspace(0, 1, self.config.num_inference_steps)
+        sigmas = _FLOW_SHIFT * sigmas / (1 + (_FLOW_SHIFT - 1) * sigmas)
         for start, end in zip(sigmas[:-1], sigmas[1:]):
             first = self._velocity(x, start, None, 1.0)
             second = self._velocity(x + (end - start) * first, end, None, 1.0)

@@ -165,7 +165,7 @@ class FaceVAEPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         generator: Generators = None,
         attributes: Attributes = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         batch_size: int = 8,
     ) -> Tensor:
         """Samples latents from a prior, (num_images, C, h, w); see `__call__`."""
@@ -184,23 +184,23 @@ class FaceVAEPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def noise_to_latents(
-        self, noise: Tensor, prior: str | None = None, attributes: Attributes = None, guidance_scale: float = 1.0
+        self, noise: Tensor, prior: str | None = None, attributes: Attributes = None, guidance_scale: float | None = None
     ) -> Tensor:
         """Transforms standard normal noise, in the shape of the prior, to latents (N, C, h, w); see `__call__`."""
         name, fitted = self._prior(prior)
-        if guidance_scale != 1 and not attributes:
-            raise ValueError(f"guidance_scale {guidance_scale:g} needs attributes, whose weight it is: name some.")
         if name == "diffusion":
             return fitted.noise_to_latents(self.vae, noise, attributes, guidance_scale)
         if attributes:
             raise ValueError(f"attributes need the diffusion prior, got the prior {name!r}: train one, or use `edit`.")
+        if guidance_scale is not None:
+            raise ValueError(f"guidance_scale needs the diffusion prior, got the prior {name!r}: leave it out.")
         if fitted is None:
             return noise.view(-1, *self.vae.latent_shape)
         return fitted.noise_to_latents(self.vae, noise)
 
     @torch.no_grad()
     def latents_to_noise(self, latents: Tensor, prior: str | None = None) -> Tensor:
-        """The inverse of `noise_to_latents`."""
+        """The inverse of `noise_to_latents`, without guidance."""
         _, fitted = self._prior(prior)
         return latents.flatten(1) if fitted is None else fitted.latents_to_noise(self.vae, latents)
 
@@ -256,7 +256,7 @@ class FaceVAEPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         generator: Generators = None,
         attributes: Attributes = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         batch_size: int = 8,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -272,7 +272,8 @@ class FaceVAEPipeline(DiffusionPipeline):
             generator: One generator, from which the images are sampled one after the other, or one for each image.
                 The images do not depend on `batch_size`, and the first images not on `num_images` (up to rounding).
             attributes: Diffusion prior only: name -> 1 for present, 0 for absent, such as `{"Smiling": 1}`.
-            guidance_scale: Weight of the attributes; above 1 they show more clearly, with less variety.
+            guidance_scale: Diffusion prior only: above 1, faces are more plausible and show the attributes more clearly,
+                with less variety; 1: no guidance. None for that of the prior's configuration.
             batch_size: Images computed at once.
             output_type: "pil"; "np" for an array (N, H, W, 3) in [0, 1]; "pt" for a tensor (N, 3, H, W) in [0, 1].
             return_dict: False for a plain tuple.
@@ -366,7 +367,9 @@ class FaceVAEPipeline(DiffusionPipeline):
             return torch.cat([torch.lerp(start, end, fraction) for fraction in fractions])
         noise = self.latents_to_noise(torch.cat([start, end]), prior)
         between = [slerp(*noise, fraction) for fraction in fractions[1:-1]]
-        middle = [self.noise_to_latents(each[None], prior).to(start) for each in between]
+        # Without guidance, as the noise was found: else there would be a jump at both ends.
+        options = {"guidance_scale": 1.0} if self._prior(prior)[0] == "diffusion" else {}
+        middle = [self.noise_to_latents(each[None], prior, **options).to(start) for each in between]
         return torch.cat([start, *middle, end])
 
 

@@ -35,6 +35,7 @@ STATE_FILE = "training_state/trainer_state.json"
 WEIGHTS_FILE = "training_state/weights.safetensors"
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
 DISCRIMINATOR_FILE = "training_state/discriminator.safetensors"
+GUIDE_FILE = "training_state/next_guide.safetensors"
 MODEL_FILE = f"model/{WEIGHTS}"
 PRIORS = "priors"  # of the model that a run of the decoder alone started from
 RUN_FILE = "run.json"  # when and where the run was created, and from which weights

@@ -49,6 +49,7 @@ from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
+from training.run_files import DISCRIMINATOR_FILE
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -260,14 +261,15 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         steps_per_epoch=_steps_per_epoch(config, stream),
     )
     components = {"progress": progress, "learning_rate": learning_rate, "kl": kl, "alerts": alerts}
-    adversarial_weight = None if loss.adversarial is None else AdversarialWeight(config.loss)
-    if adversarial_weight is not None:
-        components["adversarial_weight"] = adversarial_weight
+    adversarial_weight, other_tensors = None, {}
+    if loss.adversarial is not None:
+        adversarial_weight = components["adversarial_weight"] = AdversarialWeight(config.loss)
+        other_tensors[DISCRIMINATOR_FILE] = loss.adversarial.tensors
     best_metric = f"lpips_{eval_lpips_trunk.name}" if presets.best_metric == "lpips" else presets.best_metric
     checkpoints = CheckpointManager(
         run_dir,
         config.output,
-        TrainingState(accelerator, model, optimizer, ema, components, adversarial=loss.adversarial),
+        TrainingState(accelerator, model, optimizer, ema, components, other_tensors),
         progress,
         best_metric=f"validation/{best_metric}",
         description=lambda: {

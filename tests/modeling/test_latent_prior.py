@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import accelerate
 import numpy as np
 import pytest
@@ -126,34 +128,49 @@ def test_a_vector_layout_without_pca_branch_raises():
 class GaussianVelocity(DiffusionPrior):
     """The exact velocity of N(0, 0.5^2): E[noise - x_0 | x], linear in x."""
 
-    def forward(self, x, sigma, attributes=None):
+    def forward(self, x, sigma, attributes=None, with_guide=False):
         sigma = sigma[:, None, None, None]
         variance = (1 - sigma).square() * 0.25 + sigma.square()
-        return (sigma - (1 - sigma) * 0.25) / variance * x
+        velocity = (sigma - (1 - sigma) * 0.25) / variance * x
+        return (velocity, 0 * velocity) if with_guide else velocity
 
 
 def test_denoise_samples_the_distribution_and_add_noise_inverts_it():
     prior = GaussianVelocity(**DIFFUSION | {"num_inference_steps": 15})
     prior.standardize.mean.data.fill_(2.0)
     noise = torch.randn(8, *prior.noise_shape, generator=generator())
-    images = prior.denoise(noise)
+    images = prior.denoise(noise, guidance_scale=1)
     # The exact flow of a Gaussian scales the noise by its standard deviation.
     torch.testing.assert_close(images, 2 + 0.5 * noise, atol=0.02, rtol=0.02)
     torch.testing.assert_close(prior.add_noise(images), noise, atol=0.02, rtol=0.02)
 
 
-def test_attributes_and_guidance_change_the_velocity_linearly():
+def test_guidance_extrapolates_from_the_guide_through_the_network():
     prior = random_priors()["diffusion"]
     noise = torch.randn(2, *prior.noise_shape, generator=generator())
     sigma, values = torch.full((2,), 0.5), prior.attribute_values({"Eyeglasses": 1}, 2)
     assert values.tolist() == [[0, 1], [0, 1]] and prior.attribute_values({"Smiling": 0}, 1).tolist() == [[-1, 0]]
     with torch.no_grad():
-        conditional, unconditional = prior(noise, sigma, values), prior(noise, sigma)
-        guided = prior._velocity(noise, sigma, values, 3.0)
-    assert (conditional - unconditional).abs().max() > 1e-3
-    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+        velocity, guide = prior(noise, sigma, values, with_guide=True)
+        assert torch.equal(velocity, prior(noise, sigma, values))
+        assert torch.equal(guide, prior(noise, sigma, with_guide=True)[1])  # does not know the attributes
+        assert (velocity - prior(noise, sigma)).abs().max() > 1e-3 and (velocity - guide).abs().max() > 1e-3
+        for values_of, expected in ((values, velocity), (None, prior(noise, sigma))):
+            guided = prior._velocity(noise, sigma, values_of, 3.0)
+            torch.testing.assert_close(guided, guide + 3 * (expected - guide), atol=1e-4, rtol=1e-4)
+        assert torch.equal(prior.denoise(noise), prior.denoise(noise, guidance_scale=prior.config.guidance_scale))
+        assert not torch.equal(prior.denoise(noise), prior.denoise(noise, guidance_scale=1))
     with pytest.raises(ValueError, match="'Hat' is unknown: this prior was trained on Smiling, Eyeglasses"):
         prior.denoise(noise, {"Hat": 1})
+
+
+@pytest.mark.parametrize("scale", [-0.5, math.nan, math.inf, "2"])
+def test_an_impossible_guidance_scale_raises(scale):
+    prior = random_priors()["diffusion"]
+    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0, got .*: 1 is no guidance"):
+        prior.denoise(torch.zeros(1, *prior.noise_shape), guidance_scale=scale)
+    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0"):
+        DiffusionPrior(**DIFFUSION | {"guidance_scale": scale})
 
 
 @pytest.mark.parametrize("steps", [0, 1, "15"])

@@ -249,8 +249,9 @@ def test_attributes_condition_the_diffusion_prior(pipe):
     assert (images(attributes={"Smiling": 1}, guidance_scale=4) - images(attributes={"Smiling": 1})).abs().max() > 1e-4
     with pytest.raises(ValueError, match="attributes need the diffusion prior, got the prior 'gaussian'"):
         images(prior="gaussian", attributes={"Smiling": 1})
-    with pytest.raises(ValueError, match="guidance_scale 3 needs attributes"):
-        images(guidance_scale=3)
+    assert (images(guidance_scale=1) - images()).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="guidance_scale needs the diffusion prior, got the prior 'standard'"):
+        images(prior="standard", guidance_scale=3)
     for value in (-1, 2, math.nan):
         with pytest.raises(ValueError, match=rf"'Smiling' must be from 0 \(absent\) to 1 \(present\), got {value}"):
             images(attributes={"Smiling": value})
@@ -289,7 +290,7 @@ def test_a_variant_of_the_vae_loads_with_the_priors(exported, tmp_path):
     assert loaded.fitted_priors == list(FITTED_PRIORS) and loaded.diffusion.dtype == torch.float16
     loaded.save_pretrained(tmp_path / "saved", variant="fp16")  # of all components
     again = FaceVAEPipeline.from_pretrained(tmp_path / "saved", variant="fp16", torch_dtype=torch.float16)
-    assert torch.equal(again.diffusion.conv_in.weight, loaded.diffusion.conv_in.weight)
+    assert torch.equal(again.diffusion.network.conv_in.weight, loaded.diffusion.network.conv_in.weight)
 
 
 def test_an_exported_folder_without_priors_and_a_saved_pipeline_without_priors(exported, tmp_path):

@@ -60,9 +60,10 @@ def test_near_duplicates_of_training_faces_are_counted():
 
 def test_the_command_compares_priors_with_photographs(fitted, photographs, capsys):
     command = [str(fitted), "--data", f"imagefolder:{photographs}", "--num-samples", "6", "--frechet", "st_alexnet"]
-    assert compare.main([*command, "--temperature", "1", "0.5"]) == 0
+    assert compare.main([*command, "--temperature", "1", "0.5", "--guidance-scale", "1", "2"]) == 0
     report = json.loads((fitted / "prior_report.json").read_text())
-    priors = [title for name in ("standard", "gaussian", "diffusion") for title in (name, f"{name} at 0.5")]
+    priors = [title for name in ("standard", "gaussian") for title in (name, f"{name} at 0.5")]
+    priors += [f"{name}, guided {scale}" for name in ("diffusion", "diffusion at 0.5") for scale in (1, 2)]
     references = ["training through the VAE", "validation", "validation through the VAE"]
     assert list(report) == [*references, *priors]
     assert report["gaussian at 0.5"]["latent_median"] < report["gaussian"]["latent_median"]
@@ -79,6 +80,7 @@ def test_the_command_compares_priors_with_photographs(fitted, photographs, capsy
     [
         (["--num-samples", "1"], "--num-samples must be at least 2, got 1"),
         (["--temperature", "1", "-0.5"], "at least 0, got [1.0, -0.5]"),
+        (["--guidance-scale", "-1"], "--guidance-scale must be numbers of at least 0, got [-1.0]"),
         (["--seed", "-1"], "--seed must be from 0"),
     ],
 )

@@ -15,7 +15,7 @@ from training.config import Config, config_from_dict
 from training.priors import fit
 from training.priors.diffusion import DiffusionTraining, build_prior, sample_batch
 from training.randomness import keyed_generator
-from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, list_checkpoints
+from training.run_files import GUIDE_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, list_checkpoints
 from training.signals import EXIT_STOPPED
 
 STEPS = 3  # of an epoch
@@ -78,7 +78,7 @@ def checkpoint_tensors(run_dir) -> dict[str, torch.Tensor]:
     checkpoint = list_checkpoints(run_dir)[-1]
     return {
         f"{file}/{name}": tensor
-        for file in (MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE)
+        for file in (GUIDE_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE)
         for name, tensor in load_file(checkpoint / file).items()
     }
 
@@ -105,6 +105,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(session, tmp_path, mo
     found = checkpoint_tensors(resumed.run_dir)
     assert found.keys() == expected.keys() and len(found) > 50
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_the_guide_is_the_network_of_an_earlier_step(session, tmp_path, monkeypatch):
+    original, ema = DiffusionTraining._step, {}
+
+    def step(self, stop):
+        flags = original(self, stop)
+        ema[self.progress.step] = [parameter.clone() for parameter in self.ema.shadow_params]
+        guides[self.progress.step] = [parameter.clone() for parameter in self.prior.guide.parameters()]
+        return flags
+
+    guides: dict[int, list[torch.Tensor]] = {}
+    monkeypatch.setattr(DiffusionTraining, "_step", step)
+    _, training = train(tmp_path, training_presets=SETTINGS["training_presets"] | {"num_epochs": 6})
+
+    def same(one, other):
+        return all(map(torch.equal, one, other))
+
+    assert training.progress.step == 18 and not same(guides[3], guides[4])
+    for last, source in ((15, 1), (18, 4)):  # from 4 and 16 steps on
+        for steps in range(4 * source, last + 1):
+            assert same(guides[steps], ema[source])
+    exported = FaceVAEPipeline.from_pretrained(tmp_path / "model").diffusion
+    assert same(exported.guide.parameters(), guides[training.progress.best["step"]])
+    assert not same(exported.guide.parameters(), exported.network.parameters())
 
 
 def test_micro_batches_give_the_same_training_and_auto_is_refused(session, tmp_path):
@@ -168,7 +193,7 @@ def test_a_resume_may_shorten_the_epochs(session, tmp_path, monkeypatch):
 def test_gradients_that_stay_non_finite_end_the_run_and_a_loss_that_is_not_finite_is_never_the_best(
     session, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(DiffusionTraining, "_loss", lambda self, batch: self.model.conv_out.bias.sum() * float("nan"))
+    monkeypatch.setattr(DiffusionTraining, "_loss", lambda self, batch: self.model.network.conv_out.bias.sum() * float("nan"))
     with pytest.raises(RuntimeError, match="20 steps in a row had no finite gradient"):
         train(tmp_path, training_presets=SETTINGS["training_presets"] | {"num_epochs": 30})
     (run,) = (tmp_path / "runs").iterdir()

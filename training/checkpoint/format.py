@@ -5,6 +5,7 @@
         weights.safetensors     the weights in training, where EMA weights are kept besides
         optimizer.safetensors   state of the optimizer by parameter
         discriminator.safetensors   its weights and optimizer, with an adversarial term
+        next_guide.safetensors  of a diffusion prior: the weights that will be its guide
         trainer_state.json      progress, plateau, KL controller, configuration, ...
     manifest.json               size and SHA-256 of every file; written last
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 from training.checkpoint.format import copy_into, read_tensors
 from training.distributed import on_main_process
 from training.ema import EMAWeights
-from training.losses.adversarial import AdversarialLoss
-from training.run_files import DISCRIMINATOR_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
+from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class TrainingState:
         optimizer: Adam, AdamW or Muon over the model's trained parameters.
         ema: EMA weights of the trained parameters, or None.
         components: Name in the checkpoint -> object whose state is JSON values, the same on every process.
-        adversarial: Its discriminator is part of a checkpoint.
+        other_tensors: File in the checkpoint -> returns its tensors by name; a checkpoint may lack such a file.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         ema: EMAWeights | None,
         components: dict[str, Stateful],
-        adversarial: AdversarialLoss | None = None,
+        other_tensors: dict[str, Callable[[], dict[str, Tensor]]] | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
-        self.components, self.adversarial = components, adversarial
+        self.components, self._other_tensors = components, other_tensors or {}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._staging: Tensor | None = None
 
@@ -77,9 +77,7 @@ class TrainingState:
             for kind in _OPTIMIZER_STATE
             if kind in self.optimizer.state[parameter]
         }
-        if self.adversarial is not None:
-            files[DISCRIMINATOR_FILE] = self.adversarial.tensors()
-        return files
+        return files | {file: tensors() for file, tensors in self._other_tensors.items()}
 
     def host_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Returns `live_tensors` as contiguous copies in host memory, which are valid until the next call.
@@ -132,8 +130,8 @@ class TrainingState:
         if values["optimizer_has_state"]:
             self.create_optimizer_state()
         for file, tensors in self.live_tensors().items():
-            if file == DISCRIMINATOR_FILE and not on_main_process(self.accelerator, (checkpoint / file).is_file):
-                logger.warning("resume: the checkpoint has no discriminator, which starts from its initial weights")
+            if file in self._other_tensors and not on_main_process(self.accelerator, (checkpoint / file).is_file):
+                logger.warning("resume: the checkpoint has no %s, which starts from its initial values", Path(file).stem)
                 continue
             if self.accelerator.is_main_process:
                 copy_into(tensors, read_tensors(checkpoint, file), file)

@@ -107,9 +107,9 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
     def sample(
         prior: str, temperature: float, seed: float, count: float, present: list[str], guidance: float
     ) -> list[Image.Image]:
-        chosen: dict[str, Any] = (
-            {"attributes": dict.fromkeys(present, 1), "guidance_scale": guidance} if present else {}
-        )
+        chosen: dict[str, Any] = {"attributes": dict.fromkeys(present, 1)}
+        if prior == "diffusion":
+            chosen["guidance_scale"] = guidance
         try:
             return pipe(int(count), prior, temperature, _generator(seed), **chosen).images
         except ValueError as error:  # such as attributes without the diffusion prior
@@ -168,9 +168,12 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
                 temperature = gr.Slider(0, 1.5, value=0.8, step=0.05, label="temperature")
                 seed = gr.Number(0, label="seed", precision=0)
                 count = gr.Slider(1, _MAX_SAMPLES, value=16, step=1, label="images")
-            with gr.Row(visible=bool(conditions)):
-                present = gr.Dropdown(conditions, multiselect=True, label="attributes, with the prior diffusion")
-                guidance = gr.Slider(1, 5, value=1.5, step=0.1, label="guidance, with attributes")
+            with gr.Row(visible=pipe.diffusion is not None):
+                present = gr.Dropdown(
+                    conditions, multiselect=True, visible=bool(conditions), label="attributes, with the prior diffusion"
+                )
+                default = 1.0 if pipe.diffusion is None else pipe.diffusion.config.guidance_scale
+                guidance = gr.Slider(1, 4, value=default, step=0.1, label="guidance, with the prior diffusion")
             button, output = gr.Button("Sample", variant="primary"), gr.Gallery(label="samples", columns=8, **gallery)
             button.click(sample, [prior, temperature, seed, count, present, guidance], output, **queue)
         with gr.Tab("Interpolate"):

@@ -4,7 +4,7 @@
     python -m training.compare_priors MODEL --config configs/ultra.json --temperature 0.8 1 --frechet vgg16 dinov2
 
 Prints a table and writes it to MODEL/prior_report.json. Its rows are reconstructions of training faces, validation
-photographs, reconstructions of these, and for each prior and temperature as many samples.
+photographs, reconstructions of these, and for each prior, temperature and guidance scale as many samples.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="of the samples (default: 1)"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="of the diffusion prior (default: that of its configuration)",
     )
     parser.add_argument(
         "--frechet",
@@ -133,8 +140,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     seeded_generator(seed)  # errors before the model is loaded
     if count < 2:
         raise ValueError(f"--num-samples must be at least 2, got {count}.")
-    if not all(0 <= temperature < float("inf") for temperature in arguments.temperature):
-        raise ValueError(f"--temperature must be numbers of at least 0, got {arguments.temperature}.")
+    for option, values in (("temperature", arguments.temperature), ("guidance-scale", arguments.guidance_scale or [])):
+        if not all(0 <= value < float("inf") for value in values):
+            raise ValueError(f"--{option} must be numbers of at least 0, got {values}.")
     config = read_config(arguments)
     data = config.data
     if arguments.frechet is None:
@@ -167,10 +175,17 @@ def _compare(arguments: argparse.Namespace) -> None:
     }
     for name in ["standard", *pipeline.fitted_priors]:
         for temperature in arguments.temperature:
-            latents = pipeline.sample_latents(
-                count, name, temperature, torch.Generator().manual_seed(seed), batch_size=batch_size
-            )
-            images[name if temperature == 1 else f"{name} at {temperature:g}"] = decoded(latents)
+            for scale in (arguments.guidance_scale or [None]) if name == "diffusion" else [None]:
+                latents = pipeline.sample_latents(
+                    count,
+                    name,
+                    temperature,
+                    torch.Generator().manual_seed(seed),
+                    guidance_scale=scale,
+                    batch_size=batch_size,
+                )
+                title = name if temperature == 1 else f"{name} at {temperature:g}"
+                images[title if scale is None else f"{title}, guided {scale:g}"] = decoded(latents)
     report = compare(images, faces, features, batch_size)
     print(_table(report), flush=True)
     folder = Path(pipeline.name_or_path)

@@ -47,7 +47,7 @@ from training.learning_rate import LearningRate
 from training.priors.latents import latents_fingerprint
 from training.publish.export import export_model, model_files
 from training.randomness import keyed_generator
-from training.run_files import RUN_FILE, read_json
+from training.run_files import GUIDE_FILE, RUN_FILE, read_json
 from training.signals import EXIT_STOPPED, StopSignal
 from training.tracking.progress import Progress
 from training.tracking.trackers import Tracker, setup_logging
@@ -229,6 +229,7 @@ class DiffusionTraining:
             self.parameters, decay=presets.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=presets.ema_power
         )
         self.ema.to(accelerator.device)
+        self._next_guide = [parameter.detach().clone() for parameter in self.parameters]
         self.learning_rate, self.progress = LearningRate(optimizer, presets), Progress()
         num_faces = int(self.latents["num_faces"])
         self.steps_per_epoch = max(1, min(num_faces, presets.max_images_per_epoch or num_faces) // presets.batch_size)
@@ -247,7 +248,7 @@ class DiffusionTraining:
         self.checkpoints = CheckpointManager(
             run_dir,
             config.output,
-            TrainingState(accelerator, prior, optimizer, self.ema, components),
+            TrainingState(accelerator, prior, optimizer, self.ema, components, {GUIDE_FILE: self._next_guide_tensors}),
             self.progress,
             description=lambda: {"config": config.to_dict(), "processes": accelerator.num_processes},
             model_files=lambda: model_files(prior),
@@ -293,7 +294,7 @@ class DiffusionTraining:
             sum(parameter.numel() for parameter in self.parameters) / 1e6,
             gflop,
             3 * gflop,
-            (2 * self.prior.config.num_inference_steps - 1) * gflop,
+            2 * self.prior.config.num_inference_steps * gflop,  # the guide costs the same
             num_faces,
             self.steps_per_epoch,
             images,
@@ -440,6 +441,7 @@ class DiffusionTraining:
                 )
         self.optimizer.zero_grad()
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
+        self._update_guide()
         progress.images_seen += presets.batch_size
         limit = presets.max_train_minutes
         terms, flags = read_later(
@@ -459,6 +461,21 @@ class DiffusionTraining:
         if progress.step == 1 or progress.step % self.config.output.log_every_steps == 0:
             self._log_window()
         return flags
+
+    def _update_guide(self) -> None:
+        """After 4^k steps, the EMA weights of step 4^(k-1) become the guide.
+
+        So the guide has been trained for a sixteenth to a quarter of the steps of the network, however many these will
+        be (a sixteenth in Karras et al. 2024, https://arxiv.org/abs/2406.02507, section 5).
+        """
+        step = self.progress.step
+        if step.bit_count() == 1 and step.bit_length() % 2 == 1:
+            torch._foreach_copy_([parameter.data for parameter in self.prior.guide.parameters()], self._next_guide)
+            torch._foreach_copy_(self._next_guide, self.ema.shadow_params)
+
+    def _next_guide_tensors(self) -> dict[str, Tensor]:
+        """The next guide, for the checkpoint."""
+        return {name: tensor for (name, _), tensor in zip(self.prior.guide.named_parameters(), self._next_guide)}
 
     def _log_window(self) -> None:
         """Logs the means over the steps since the last call."""

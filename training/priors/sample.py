@@ -36,7 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=0|1",
         help="attributes that the diffusion prior was trained on, such as Smiling=1",
     )
-    parser.add_argument("--guidance-scale", type=float, default=1.0, metavar="W", help="weight of the attributes")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="of the diffusion prior: above 1 more plausible, clearer attributes and less variety (default: the prior's)",
+    )
     add_option(
         parser,
         "--num-samples",
