@@ -26,9 +26,7 @@ from torch import Tensor, nn
 
 _TIME_CHANNELS = 128
 _ATTENTION_CHANNELS = 128  # of a head
-# Of the noise levels of sampling, as in Esser et al. 2024 (https://arxiv.org/abs/2403.03206, section 5.3.2): more of them
-# where there is much noise. A third of the error of evenly spaced levels, see docs/lab-notes.md.
-_FLOW_SHIFT = 3.0
+_NOISE_TO_SIGNAL, _RHO = (200.0, 0.02), 7.0  # of the noise levels of sampling: the first and the last above 0, curvature
 
 
 class LatentPrior(ModelMixin, ConfigMixin):
@@ -175,6 +173,17 @@ def _norm(x: Tensor) -> Tensor:
     is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if is_autocast else contextlib.nullcontext():
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
+
+
+def sampling_sigmas(num_steps: int) -> Tensor:
+    """The fractions of noise at which a sample is denoised, falling, (num_steps,).
+
+    The ratio of noise to signal is spaced as in Karras et al. 2022 (https://arxiv.org/abs/2206.00364, equation 5): densely
+    where there is little noise.
+    """
+    first, last = (ratio ** (1 / _RHO) for ratio in _NOISE_TO_SIGNAL)
+    ratios = torch.linspace(first, last, num_steps) ** _RHO
+    return ratios / (1 + ratios)
 
 
 def _check_guidance_scale(guidance_scale: float) -> None:
@@ -461,10 +470,8 @@ class DiffusionPrior(LatentPrior):
         x, values = noise.float(), self.attribute_values(attributes, len(noise))
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         _check_guidance_scale(guidance_scale)
-        scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_FLOW_SHIFT
-        )
-        scheduler.set_timesteps(self.config.num_inference_steps)
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        scheduler.set_timesteps(sigmas=sampling_sigmas(self.config.num_inference_steps).numpy())
         scheduler.set_begin_index(0)
         for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps):
             velocity = self._velocity(x, sigma, values, guidance_scale)
@@ -473,10 +480,9 @@ class DiffusionPrior(LatentPrior):
 
     @torch.no_grad()
     def add_noise(self, images: Tensor) -> Tensor:
-        """The inverse of `denoise` without attributes and guidance, by Heun's method from sigma 0 to 1."""
+        """The inverse of `denoise` without attributes and guidance, by Heun's method."""
         x = self.standardize(images.float())
-        sigmas = torch.linspace(0, 1, self.config.num_inference_steps)
-        sigmas = _FLOW_SHIFT * sigmas / (1 + (_FLOW_SHIFT - 1) * sigmas)
+        sigmas = torch.cat([torch.zeros(1), sampling_sigmas(self.config.num_inference_steps).flip(0)])
         for start, end in zip(sigmas[:-1], sigmas[1:]):
             first = self._velocity(x, start, None, 1.0)
             second = self._velocity(x + (end - start) * first, end, None, 1.0)

@@ -136,13 +136,13 @@ class GaussianVelocity(DiffusionPrior):
 
 
 def test_denoise_samples_the_distribution_and_add_noise_inverts_it():
-    prior = GaussianVelocity(**DIFFUSION | {"num_inference_steps": 15})
+    prior = GaussianVelocity(**DIFFUSION | {"num_inference_steps": 60})
     prior.standardize.mean.data.fill_(2.0)
     noise = torch.randn(8, *prior.noise_shape, generator=generator())
     images = prior.denoise(noise, guidance_scale=1)
     # The exact flow of a Gaussian scales the noise by its standard deviation.
-    torch.testing.assert_close(images, 2 + 0.5 * noise, atol=0.02, rtol=0.02)
-    torch.testing.assert_close(prior.add_noise(images), noise, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(images, 2 + 0.5 * noise, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(prior.add_noise(images), noise, atol=0.03, rtol=0.03)
 
 
 def test_guidance_extrapolates_from_the_guide_through_the_network():
