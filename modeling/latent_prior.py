@@ -26,7 +26,10 @@ from torch import Tensor, nn
 
 _TIME_CHANNELS = 128
 _ATTENTION_CHANNELS = 128  # of a head
-_NOISE_TO_SIGNAL, _RHO = (200.0, 0.02), 7.0  # of the noise levels of sampling: the first and the last above 0, curvature
+_NOISE_TO_SIGNAL, _RHO = (
+    (200.0, 0.02),
+    7.0,
+)  # of the noise levels of sampling: the first and the last above 0, curvature
 
 
 class LatentPrior(ModelMixin, ConfigMixin):
@@ -51,7 +54,10 @@ class LatentPrior(ModelMixin, ConfigMixin):
         loaded = super().from_pretrained(*args, **kwargs)
         for name, parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).named_parameters():
             if parameter.is_meta:
-                raise ValueError(f"the weights of the prior lack {name}: fit or download the prior again.")
+                raise ValueError(
+                    f"the weights of the prior lack {name}: remove {args[0] if args else 'them'}, and fit or download "
+                    "the prior again."
+                )
             parameter.data = parameter.data.clone()
         return loaded
 
@@ -182,12 +188,12 @@ def sampling_sigmas(num_steps: int) -> Tensor:
     where there is little noise.
     """
     first, last = (ratio ** (1 / _RHO) for ratio in _NOISE_TO_SIGNAL)
-    ratios = torch.linspace(first, last, num_steps) ** _RHO
+    ratios = torch.linspace(first, last, num_steps, device="cpu") ** _RHO
     return ratios / (1 + ratios)
 
 
 def _check_guidance_scale(guidance_scale: float) -> None:
-    if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < math.inf:
+    if isinstance(guidance_scale, str) or not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale must be a number of at least 0, got {guidance_scale!r}: 1 is no guidance.")
 
 
@@ -312,7 +318,8 @@ class DiffusionPrior(LatentPrior):
         layers_per_block: Residual blocks on the way down, at the lower resolution, and on the way up. Every second
             block at the lower resolution is followed by self-attention.
         attributes: Names of the attributes that it is conditioned on.
-        num_inference_steps: Of sampling; each evaluates the network and the guide once.
+        num_inference_steps: Of sampling; each evaluates the network and the guide once. Fewer than about 10 give a wrong
+            contrast.
         guidance_scale: Default of sampling; 1: no guidance.
 
     Attributes:
@@ -366,7 +373,7 @@ class DiffusionPrior(LatentPrior):
             with_guide: Return the prediction of the guide, too.
 
         Returns:
-            noise - image, (N, C, H, W).
+            noise - image, (N, C, H, W); with the guide a pair of them.
         """
         velocity = self.network(x, sigma, attributes)
         return (velocity, self.guide(x, sigma, None)) if with_guide else velocity
@@ -482,7 +489,7 @@ class DiffusionPrior(LatentPrior):
     def add_noise(self, images: Tensor) -> Tensor:
         """The inverse of `denoise` without attributes and guidance, by Heun's method."""
         x = self.standardize(images.float())
-        sigmas = torch.cat([torch.zeros(1), sampling_sigmas(self.config.num_inference_steps).flip(0)])
+        sigmas = torch.cat([torch.zeros(1, device="cpu"), sampling_sigmas(self.config.num_inference_steps).flip(0)])
         for start, end in zip(sigmas[:-1], sigmas[1:]):
             first = self._velocity(x, start, None, 1.0)
             second = self._velocity(x + (end - start) * first, end, None, 1.0)

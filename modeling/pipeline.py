@@ -169,6 +169,14 @@ class FaceVAEPipeline(DiffusionPipeline):
         batch_size: int = 8,
     ) -> Tensor:
         """Samples latents from a prior, (num_images, C, h, w); see `__call__`."""
+        noise = self.sample_noise(num_images, prior, temperature, generator)
+        parts = [self.noise_to_latents(part, prior, attributes, guidance_scale) for part in noise.split(batch_size)]
+        return torch.cat(parts)
+
+    def sample_noise(
+        self, num_images: int = 1, prior: str | None = None, temperature: float = 1.0, generator: Generators = None
+    ) -> Tensor:
+        """Samples the noise that a prior transforms, (num_images, *shape of the prior's noise); see `__call__`."""
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}.")
         if not 0 <= temperature < math.inf:
@@ -179,12 +187,15 @@ class FaceVAEPipeline(DiffusionPipeline):
         _, fitted = self._prior(prior)
         shape = (1, *((self.vae.config.latent_dim,) if fitted is None else fitted.noise_shape))
         noise = torch.cat([randn_tensor(shape, each, self._execution_device, torch.float32) for each in generators])
-        parts = (temperature * noise).split(batch_size)
-        return torch.cat([self.noise_to_latents(part, prior, attributes, guidance_scale) for part in parts])
+        return temperature * noise
 
     @torch.no_grad()
     def noise_to_latents(
-        self, noise: Tensor, prior: str | None = None, attributes: Attributes = None, guidance_scale: float | None = None
+        self,
+        noise: Tensor,
+        prior: str | None = None,
+        attributes: Attributes = None,
+        guidance_scale: float | None = None,
     ) -> Tensor:
         """Transforms standard normal noise, in the shape of the prior, to latents (N, C, h, w); see `__call__`."""
         name, fitted = self._prior(prior)
@@ -200,7 +211,7 @@ class FaceVAEPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def latents_to_noise(self, latents: Tensor, prior: str | None = None) -> Tensor:
-        """The inverse of `noise_to_latents`, without guidance."""
+        """The inverse of `noise_to_latents`; of the diffusion prior that with `guidance_scale=1`, approximately."""
         _, fitted = self._prior(prior)
         return latents.flatten(1) if fitted is None else fitted.latents_to_noise(self.vae, latents)
 
@@ -272,8 +283,8 @@ class FaceVAEPipeline(DiffusionPipeline):
             generator: One generator, from which the images are sampled one after the other, or one for each image.
                 The images do not depend on `batch_size`, and the first images not on `num_images` (up to rounding).
             attributes: Diffusion prior only: name -> 1 for present, 0 for absent, such as `{"Smiling": 1}`.
-            guidance_scale: Diffusion prior only: above 1, faces are more plausible and show the attributes more clearly,
-                with less variety; 1: no guidance. None for that of the prior's configuration.
+            guidance_scale: Diffusion prior only: above 1, faces are more plausible and show the attributes more clearly;
+                from about 2 on, contrast is exaggerated. 1: no guidance. None for that of the prior's configuration.
             batch_size: Images computed at once.
             output_type: "pil"; "np" for an array (N, H, W, 3) in [0, 1]; "pt" for a tensor (N, 3, H, W) in [0, 1].
             return_dict: False for a plain tuple.
@@ -367,7 +378,7 @@ class FaceVAEPipeline(DiffusionPipeline):
             return torch.cat([torch.lerp(start, end, fraction) for fraction in fractions])
         noise = self.latents_to_noise(torch.cat([start, end]), prior)
         between = [slerp(*noise, fraction) for fraction in fractions[1:-1]]
-        # Without guidance, as the noise was found: else there would be a jump at both ends.
+        # Without guidance, as the noise was found.
         options = {"guidance_scale": 1.0} if self._prior(prior)[0] == "diffusion" else {}
         middle = [self.noise_to_latents(each[None], prior, **options).to(start) for each in between]
         return torch.cat([start, *middle, end])

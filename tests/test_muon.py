@@ -16,7 +16,7 @@ from training.budget.devices import DEVICES
 from training.budget.estimate import estimate_step
 from training.budget.memory import trace_memory
 from training.builders import build_model, build_optimizer, freeze_parameters, hidden_convolutions
-from training.config import config_from_dict
+from training.config import TrainingPresets, config_from_dict
 from training.muon import Muon, orthogonalization_flop, orthogonalize
 
 MUON = {"optimizer": "muon", "weight_decay": 0.01}
@@ -83,6 +83,11 @@ def test_muon_takes_the_blocks_of_a_diffusion_prior():
     named = {parameter: name for name, parameter in prior.named_parameters()}
     names = [named[each] for each in hidden_convolutions(prior)]
     assert names and all("conv1" in name or "conv2" in name for name in names)
+    trained = [parameter for parameter in prior.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(TrainingPresets(optimizer="muon"), prior, trained, torch.device("cpu"))
+    members = [named[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(members) == sorted(named[parameter] for parameter in trained)
+    assert not any(name.startswith("guide") for name in members)
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(faces, tmp_path):

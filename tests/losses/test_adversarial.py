@@ -199,7 +199,7 @@ def test_the_term_and_the_best_metric_can_change_on_resume_where_it_is_allowed(f
         run(later, "auto")
     with tiny.process_state():
         trainer = Trainer(later, "auto", allowed)
-        assert "the checkpoint has no discriminator, which starts from its initial values" in capsys.readouterr().err
+        assert "the checkpoint has no discriminator, which starts from its initial weights" in capsys.readouterr().err
         assert trainer.progress.best is None and trainer.learning_rate._plateau.best == math.inf
         assert trainer.run() == 0
     assert trainer.progress.best["epoch"] > 1

@@ -13,7 +13,14 @@ from diffusers import AutoModel
 from safetensors.torch import load_file, save_file
 from sklearn.covariance import ledoit_wolf
 
-from modeling.latent_prior import DiffusionPrior, GaussianPrior, LatentPrior, fit_gaussian, shrunk_correlation
+from modeling.latent_prior import (
+    DiffusionPrior,
+    GaussianPrior,
+    LatentPrior,
+    fit_gaussian,
+    sampling_sigmas,
+    shrunk_correlation,
+)
 
 LATENT_DIM = 16  # of the tiny model
 ATTRIBUTES = ("Smiling", "Eyeglasses")
@@ -126,23 +133,42 @@ def test_a_vector_layout_without_pca_branch_raises():
 
 
 class GaussianVelocity(DiffusionPrior):
-    """The exact velocity of N(0, 0.5^2): E[noise - x_0 | x], linear in x."""
+    """The exact velocity of N(0, std^2): E[noise - x_0 | x], linear in x."""
+
+    std = 0.5
 
     def forward(self, x, sigma, attributes=None, with_guide=False):
         sigma = sigma[:, None, None, None]
-        variance = (1 - sigma).square() * 0.25 + sigma.square()
-        velocity = (sigma - (1 - sigma) * 0.25) / variance * x
-        return (velocity, 0 * velocity) if with_guide else velocity
+        variance = ((1 - sigma) * self.std).square() + sigma.square()
+        velocity = (sigma - (1 - sigma) * self.std**2) / variance * x
+        return (velocity, velocity) if with_guide else velocity
 
 
-def test_denoise_samples_the_distribution_and_add_noise_inverts_it():
-    prior = GaussianVelocity(**DIFFUSION | {"num_inference_steps": 60})
+@pytest.mark.parametrize(
+    ("std", "steps", "tolerance"), [(0.5, 15, 0.1), (0.05, 15, 0.13), (2.0, 15, 0.1), (0.5, 60, 0.02), (0.05, 60, 0.08)]
+)
+def test_denoise_samples_the_distribution(std, steps, tolerance):
+    """Of every standard deviation that occurs, from a face's outline to its finest detail."""
+    prior = GaussianVelocity(**DIFFUSION | {"num_inference_steps": steps})
+    prior.std = std
     prior.standardize.mean.data.fill_(2.0)
     noise = torch.randn(8, *prior.noise_shape, generator=generator())
-    images = prior.denoise(noise, guidance_scale=1)
     # The exact flow of a Gaussian scales the noise by its standard deviation.
-    torch.testing.assert_close(images, 2 + 0.5 * noise, atol=0.03, rtol=0.03)
-    torch.testing.assert_close(prior.add_noise(images), noise, atol=0.03, rtol=0.03)
+    torch.testing.assert_close((prior.denoise(noise) - 2) / std, noise, atol=1e-3, rtol=tolerance)
+
+
+def test_add_noise_inverts_denoise():
+    prior = GaussianVelocity(**DIFFUSION | {"num_inference_steps": 60})
+    noise = torch.randn(8, *prior.noise_shape, generator=generator())
+    torch.testing.assert_close(prior.add_noise(prior.denoise(noise)), noise, atol=0.02, rtol=0.02)
+
+
+def test_noise_levels_fall_and_ignore_the_default_device_of_torch():
+    with torch.device("meta"):
+        sigmas = sampling_sigmas(15)
+    assert sigmas.device.type == "cpu" and (sigmas.diff() < 0).all()
+    ratios = sigmas / (1 - sigmas)
+    assert float(ratios[0]) == pytest.approx(200, rel=1e-3) and float(ratios[-1]) == pytest.approx(0.02, rel=1e-3)
 
 
 def test_guidance_extrapolates_from_the_guide_through_the_network():
@@ -204,7 +230,7 @@ def test_a_file_that_lacks_weights_raises(tmp_path):
     random_priors()["gaussian"].save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({"mean": load_file(file)["mean"]}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack factor"):
+    with pytest.raises(ValueError, match="lack factor: remove .*, and fit or download the prior again"):
         GaussianPrior.from_pretrained(tmp_path)
 
 

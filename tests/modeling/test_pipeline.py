@@ -238,6 +238,13 @@ def test_interpolations_keep_the_norm_of_the_noise(pipe, prior):
     assert torch.equal(pipe.interpolate_latents(start, end, 3, linear=True)[1:2], torch.lerp(start, end, 0.5))
 
 
+def test_interpolations_are_not_guided_as_the_noise_is_found_without_guidance(pipe):
+    start, end = pipe.sample_latents(2, "diffusion", generator=generator()).split(1)
+    noise = pipe.latents_to_noise(torch.cat([start, end]), "diffusion")
+    expected = pipe.noise_to_latents(slerp(*noise, 0.5)[None], "diffusion", guidance_scale=1.0)
+    assert torch.equal(pipe.interpolate_latents(start, end, 3, "diffusion")[1:2], expected)
+
+
 # ---- attributes ----
 
 

@@ -36,5 +36,7 @@ def fitted(tmp_path_factory, photographs):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         prior = DiffusionPrior(vae.config.latent_dim, 3, 20, 2, (8, 16), (1, 1, 1), num_inference_steps=3)
+        for parameter in prior.parameters():  # the initial output is 0
+            parameter.data += 0.1 * torch.randn(parameter.shape)
     prior.save_pretrained(folder / "priors" / "diffusion")
     return folder

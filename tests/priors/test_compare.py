@@ -68,6 +68,7 @@ def test_the_command_compares_priors_with_photographs(fitted, photographs, capsy
     assert list(report) == [*references, *priors]
     assert report["gaussian at 0.5"]["latent_median"] < report["gaussian"]["latent_median"]
     assert report["gaussian at 0.5"]["variety"] < report["gaussian"]["variety"]
+    assert report["diffusion, guided 1"]["latent_median"] != report["diffusion, guided 2"]["latent_median"]
     printed = capsys.readouterr().out
     for name, values in report.items():
         assert values["images"] == {"training through the VAE": 64}.get(name, 6)

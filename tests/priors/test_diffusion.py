@@ -193,7 +193,9 @@ def test_a_resume_may_shorten_the_epochs(session, tmp_path, monkeypatch):
 def test_gradients_that_stay_non_finite_end_the_run_and_a_loss_that_is_not_finite_is_never_the_best(
     session, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(DiffusionTraining, "_loss", lambda self, batch: self.model.network.conv_out.bias.sum() * float("nan"))
+    monkeypatch.setattr(
+        DiffusionTraining, "_loss", lambda self, batch: self.model.network.conv_out.bias.sum() * float("nan")
+    )
     with pytest.raises(RuntimeError, match="20 steps in a row had no finite gradient"):
         train(tmp_path, training_presets=SETTINGS["training_presets"] | {"num_epochs": 30})
     (run,) = (tmp_path / "runs").iterdir()

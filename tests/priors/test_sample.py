@@ -31,7 +31,13 @@ def test_grids_depend_on_prior_and_seed_only(fitted, tmp_path):
 
     first = sample_grid("--prior", "diffusion")
     assert (sample_grid("--prior", "diffusion") == first).all()
-    for change in (["--prior", "gaussian"], ["--prior", "diffusion", "--seed", "1"], ["--prior", "standard"]):
+    assert (sample_grid("--prior", "diffusion", "--guidance-scale", "1.5") == first).all()
+    for change in (
+        ["--prior", "gaussian"],
+        ["--prior", "diffusion", "--guidance-scale", "1"],
+        ["--prior", "diffusion", "--seed", "1"],
+        ["--prior", "standard"],
+    ):
         assert (sample_grid(*change) != first).any()
 
 
@@ -50,6 +56,18 @@ def test_interpolations_between_samples_and_between_photographs(fitted, photogra
     command = [str(fitted), "--prior", "gaussian", "--output", output, "--interpolate"]
     assert sample.main([*command, "--num-samples", "2"]) == 0
     grid(output, 18, 9)
+    assert sample.main([*command[:-1], "--num-samples", "4"]) == 0
+    samples = grid(output, 4, 2)
+    assert sample.main([*command, "--num-samples", "2"]) == 0
+    rows = grid(output, 18, 9)
+    for row in (0, 1):  # both ends are samples
+        for end, column in enumerate((0, 8)):
+            index = 2 * row + end
+            tile = rows[42 * row + 2 : 42 * row + 42, 42 * column + 2 : 42 * column + 42].astype(int)
+            sampled = samples[
+                42 * (index // 2) + 2 : 42 * (index // 2) + 42, 42 * (index % 2) + 2 : 42 * (index % 2) + 42
+            ]
+            assert np.abs(tile - sampled).max() <= 1
     images = [str(photographs / "train" / name) for name in ("0.png", "1.png", "2.png")]
     assert sample.main([*command, *images, "--linear"]) == 0
     pixels = grid(output, 18, 9)
@@ -68,6 +86,9 @@ def test_interpolations_between_samples_and_between_photographs(fitted, photogra
         (["MODEL", "--seed", str(2**64)], f"--seed must be from 0 to {2**64 - 1}, got {2**64}"),
         (["MODEL", "--seed", "-1"], "--seed must be from 0"),
         (["MODEL", "--device", "gpu"], "--device gpu"),
+        (["MODEL", "--prior", "gaussian", "--guidance-scale", "2"], "guidance_scale needs the diffusion prior"),
+        (["MODEL", "--guidance-scale", "-1"], "guidance_scale must be a number of at least 0, got -1.0"),
+        (["MODEL", "--guidance-scale", "2", "--interpolate", "a", "b"], "has no attributes and no guidance"),
         (["MODEL", "--attributes", "Smiling"], "write NAME=1 for present"),
         (["MODEL", "--attributes", "Smiling=1"], "'Smiling' is unknown: this prior was trained on no attributes"),
     ],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training.checkpoint.format import copy_into, read_tensors
 from training.distributed import on_main_process
 from training.ema import EMAWeights
-from training.run_files import MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
+from training.run_files import DISCRIMINATOR_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class TrainingState:
         optimizer: Adam, AdamW or Muon over the model's trained parameters.
         ema: EMA weights of the trained parameters, or None.
         components: Name in the checkpoint -> object whose state is JSON values, the same on every process.
-        other_tensors: File in the checkpoint -> returns its tensors by name; a checkpoint may lack such a file.
+        other_tensors: File in the checkpoint -> returns its tensors by name.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class TrainingState:
         if values["optimizer_has_state"]:
             self.create_optimizer_state()
         for file, tensors in self.live_tensors().items():
-            if file in self._other_tensors and not on_main_process(self.accelerator, (checkpoint / file).is_file):
-                logger.warning("resume: the checkpoint has no %s, which starts from its initial values", Path(file).stem)
+            if file == DISCRIMINATOR_FILE and not on_main_process(self.accelerator, (checkpoint / file).is_file):
+                logger.warning("resume: the checkpoint has no discriminator, which starts from its initial weights")
                 continue
             if self.accelerator.is_main_process:
                 copy_into(tensors, read_tensors(checkpoint, file), file)

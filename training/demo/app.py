@@ -173,7 +173,13 @@ def build_demo(pipe: FaceVAEPipeline, examples: Sequence[str], title: str = "Fac
                     conditions, multiselect=True, visible=bool(conditions), label="attributes, with the prior diffusion"
                 )
                 default = 1.0 if pipe.diffusion is None else pipe.diffusion.config.guidance_scale
-                guidance = gr.Slider(1, 4, value=default, step=0.1, label="guidance, with the prior diffusion")
+                guidance = gr.Slider(
+                    min(1, default),
+                    max(2, default),
+                    value=default,
+                    step=0.05,
+                    label="guidance, with the prior diffusion",
+                )
             button, output = gr.Button("Sample", variant="primary"), gr.Gallery(label="samples", columns=8, **gallery)
             button.click(sample, [prior, temperature, seed, count, present, guidance], output, **queue)
         with gr.Tab("Interpolate"):

@@ -148,6 +148,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.frechet is None:
         arguments.frechet = ["vgg16"] if arguments.config is None else [config.output.eval_lpips_trunk]
     pipeline = load_pipeline(arguments.model, arguments.device)
+    if arguments.guidance_scale and pipeline.diffusion is None:
+        raise ValueError("--guidance-scale needs the diffusion prior, which this model has not: leave it out.")
     vae, size = pipeline.vae, pipeline.vae.config.sample_size
     features = _load_features(arguments, vae.device, size)
     training = training_faces(data, size, arguments.max_images, batch_size)
@@ -195,10 +197,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _table(report: dict[str, dict[str, float]]) -> str:
     columns = list(next(iter(report.values())))
-    lines = [f"{'':27}" + "".join(f"{name:>18}" for name in columns)]
+    lines = [f"{'':30}" + "".join(f"{name:>18}" for name in columns)]
     for name, values in report.items():
         cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
-        lines.append(f"{name:27}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{name:30}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -284,6 +284,8 @@ class DiffusionTraining:
             copy = DiffusionPrior.from_config(self.prior.config)
             copy(torch.zeros(1, *copy.noise_shape), torch.zeros(1))
         gflop = counter.get_total_flops() / 1e9
+        # The guide costs as much as the network.
+        evaluations = self.prior.config.num_inference_steps * (1 if self.prior.config.guidance_scale == 1 else 2)
         device = local_device(self.accelerator.device)
         peak = 1000 * (device.float32_tflops if precision == "no" else device.half_tflops)
         images = presets.num_epochs * self.steps_per_epoch * presets.batch_size
@@ -294,7 +296,7 @@ class DiffusionTraining:
             sum(parameter.numel() for parameter in self.parameters) / 1e6,
             gflop,
             3 * gflop,
-            2 * self.prior.config.num_inference_steps * gflop,  # the guide costs the same
+            evaluations * gflop,
             num_faces,
             self.steps_per_epoch,
             images,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
+from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, slerp
 from training.cli import add_option, resolve_model, run, select_device
 from training.data.images import CorruptImage, decode_image, normalize
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="of the diffusion prior: above 1 more plausible, clearer attributes and less variety (default: the prior's)",
+        help="of the diffusion prior: above 1 more plausible and clearer attributes, 1 no guidance (default: the prior's)",
     )
     add_option(
         parser,
@@ -110,6 +110,21 @@ def _encode_files(pipeline: FaceVAEPipeline, paths: Sequence[str], crop_px: int 
     return torch.cat([vae.encode(image).latent_dist.mode() for image in pixels.split(1)])
 
 
+def _between_samples(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> Tensor:
+    """Latents of `--interpolate` without images, whose noise is known."""
+    noise = pipeline.sample_noise(
+        2 * (arguments.num_samples or _NUM_ROWS),
+        arguments.prior,
+        arguments.temperature[0],
+        seeded_generator(arguments.seed),
+    )
+    fractions = torch.linspace(0, 1, _INTERPOLATION_STEPS).tolist()
+    frames = [slerp(*pair, fraction) for pair in noise.unflatten(0, (-1, 2)) for fraction in fractions]
+    options = _attributes(arguments.attributes), arguments.guidance_scale
+    parts = torch.stack(frames).split(arguments.batch_size)
+    return torch.cat([pipeline.noise_to_latents(part, arguments.prior, *options) for part in parts])
+
+
 def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> tuple[Tensor, int]:
     """Latents of the grid, and the number of images in a row."""
     temperatures, count = arguments.temperature, arguments.num_samples
@@ -138,8 +153,12 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
             raise ValueError(f"--interpolate needs at least two images, or none for samples: {arguments.interpolate}.")
         if count is not None or temperatures != [1.0]:
             raise ValueError("--interpolate between images samples nothing: leave out --num-samples and --temperature.")
+        if arguments.attributes or arguments.guidance_scale is not None:
+            raise ValueError("--interpolate between images has no attributes and no guidance: leave them out.")
         latents = _encode_files(pipeline, arguments.interpolate, arguments.crop_px).split(1)
         pairs = list(zip(latents[:-1], latents[1:]))
+    elif not arguments.linear:
+        return _between_samples(pipeline, arguments), _INTERPOLATION_STEPS
     else:
         latents = sample(2 * (count or _NUM_ROWS), temperatures[0]).split(1)
         pairs = list(zip(latents[::2], latents[1::2]))
