@@ -19,7 +19,7 @@ import tiny
 import yaml
 from PIL import Image
 
-from modeling.latent_prior import GaussianPrior
+from modeling.latent_prior import DiffusionPrior, GaussianPrior
 from training.demo import command
 from training.publish.space import stage_space
 
@@ -34,12 +34,14 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model with a Gaussian prior that knows the directions of two attributes."""
+    """A model with a Gaussian prior that knows the directions of two attributes, and a diffusion prior of one."""
     folder = tmp_path_factory.mktemp("demo") / "vae_tiny"
     tiny.random_vae().save_pretrained(folder)
     prior = GaussianPrior(16, attributes=("Smiling", "Wearing_Hat"))
     prior.directions.data.fill_(1.0)
     prior.save_pretrained(folder / "priors" / "gaussian")
+    prior = DiffusionPrior(16, 3, 20, 2, (8, 16), (1, 1, 1), ("Smiling",), num_inference_steps=3)
+    prior.save_pretrained(folder / "priors" / "diffusion")
     return folder
 
 
@@ -150,6 +152,11 @@ class TestBrowser:
         tab = open_tab(page, "Samples")
         tab.get_by_role("button", name="Sample", exact=True).click()
         tab.locator(".thumbnail-item").nth(15).wait_for()
+        tab.get_by_label("number input for guidance, with the prior diffusion").fill("1")
+        tab.get_by_label("number input for guidance, with the prior diffusion").press("Enter")
+        tab.get_by_role("button", name="Sample", exact=True).click()
+        page.wait_for_timeout(500)
+        assert page.locator(".toast-body.error").count() == 0
 
     def test_interpolate_between_seeds_and_move_the_slider(self, page):
         tab = open_tab(page, "Interpolate")
