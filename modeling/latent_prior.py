@@ -192,9 +192,9 @@ def sampling_sigmas(num_steps: int) -> Tensor:
     return ratios / (1 + ratios)
 
 
-def _check_guidance_scale(guidance_scale: float) -> None:
-    if isinstance(guidance_scale, str) or not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"guidance_scale must be a number of at least 0, got {guidance_scale!r}: 1 is no guidance.")
+def _check_scale(name: str, scale: float) -> None:
+    if isinstance(scale, str) or not 0 <= scale < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {scale!r}: 1 has no effect.")
 
 
 class Standardize(nn.Module):
@@ -305,10 +305,10 @@ class DiffusionPrior(LatentPrior):
     2022, https://arxiv.org/abs/2210.02747, with the direction of time of diffusers' schedulers). Images are standardized
     by their mean image and one standard deviation.
 
-    Sampling is guided by an earlier, worse version of the network, which does not know the attributes: the velocity is
-    extrapolated from the prediction of this guide through that of the network, away from the errors that both make
-    (autoguidance, Karras et al. 2024, https://arxiv.org/abs/2406.02507) and, where attributes are given, towards these
-    (classifier-free guidance, Ho and Salimans 2022, https://arxiv.org/abs/2207.12598).
+    Sampling is guided by an earlier, worse version of the network: the velocity is extrapolated from the prediction of
+    this guide through that of the network, away from the errors that both make (autoguidance, Karras et al. 2024,
+    https://arxiv.org/abs/2406.02507). Where attributes are given, the prediction of the network is first extrapolated from
+    that without attributes (classifier-free guidance, Ho and Salimans 2022, https://arxiv.org/abs/2207.12598).
 
     Args:
         latent_dim: Dimension of a latent.
@@ -320,7 +320,7 @@ class DiffusionPrior(LatentPrior):
         attributes: Names of the attributes that it is conditioned on.
         num_inference_steps: Of sampling; each evaluates the network and the guide once. Fewer than about 10 give a wrong
             contrast.
-        guidance_scale: Default of sampling; 1: no guidance.
+        guidance_scale, attribute_scale: Defaults of `denoise`.
 
     Attributes:
         network: Predicts the velocity.
@@ -343,11 +343,13 @@ class DiffusionPrior(LatentPrior):
         attributes: tuple[str, ...] = (),
         num_inference_steps: int = 15,
         guidance_scale: float = 1.5,
+        attribute_scale: float = 4.0,
     ) -> None:
         super().__init__()
         if not isinstance(num_inference_steps, int) or num_inference_steps < 2:
             raise ValueError(f"num_inference_steps must be an integer of at least 2, got {num_inference_steps!r}.")
-        _check_guidance_scale(guidance_scale)
+        _check_scale("guidance_scale", guidance_scale)
+        _check_scale("attribute_scale", attribute_scale)
         if image_size % (2 * patch_size):
             raise ValueError(f"image_size {image_size} must be a multiple of 2 x patch_size = {2 * patch_size}.")
         arguments = image_channels, patch_size, block_out_channels, layers_per_block, len(attributes)
@@ -384,9 +386,10 @@ class DiffusionPrior(LatentPrior):
         noise: Tensor,
         attributes: Mapping[str, float] | None = None,
         guidance_scale: float | None = None,
+        attribute_scale: float | None = None,
     ) -> Tensor:
         """Transforms standard normal noise (N, *noise_shape) to latents of the VAE, (N, C, h, w); see `denoise`."""
-        return self.images_to_latents(vae, self.denoise(noise, attributes, guidance_scale))
+        return self.images_to_latents(vae, self.denoise(noise, attributes, guidance_scale, attribute_scale))
 
     def latents_to_noise(self, vae: ModelMixin, latents: Tensor) -> Tensor:
         """The inverse of `noise_to_latents` without attributes and guidance."""
@@ -448,19 +451,29 @@ class DiffusionPrior(LatentPrior):
         values = [2.0 * attributes[name] - 1 if name in attributes else 0.0 for name in names]
         return torch.tensor(values).expand(num_samples, -1)
 
-    def _velocity(self, x: Tensor, sigma: Tensor, attributes: Tensor | None, guidance_scale: float) -> Tensor:
+    def _velocity(
+        self, x: Tensor, sigma: Tensor, attributes: Tensor | None, guidance_scale: float, attribute_scale: float = 1.0
+    ) -> Tensor:
         """`forward` with guidance, float32, on the device of x: offloading hooks may compute on another."""
-        device = x.device
+        device, guide = x.device, None
         x, sigma = x.to(self.dtype), sigma.to(device).expand(len(x))
         attributes = None if attributes is None else attributes.to(x)
         if guidance_scale == 1:
-            return self(x, sigma, attributes).to(device, torch.float32)
-        velocity, guide = (each.to(device, torch.float32) for each in self(x, sigma, attributes, with_guide=True))
-        return torch.lerp(guide, velocity, guidance_scale)
+            velocity = self(x, sigma, attributes)
+        else:
+            velocity, guide = self(x, sigma, attributes, with_guide=True)
+        velocity = velocity.to(device, torch.float32)
+        if attributes is not None and attribute_scale != 1:
+            velocity = torch.lerp(self(x, sigma).to(device, torch.float32), velocity, attribute_scale)
+        return velocity if guide is None else torch.lerp(guide.to(device, torch.float32), velocity, guidance_scale)
 
     @torch.no_grad()
     def denoise(
-        self, noise: Tensor, attributes: Mapping[str, float] | None = None, guidance_scale: float | None = None
+        self,
+        noise: Tensor,
+        attributes: Mapping[str, float] | None = None,
+        guidance_scale: float | None = None,
+        attribute_scale: float | None = None,
     ) -> Tensor:
         """Transforms noise (N, C, H, W) to images of the same shape, float32, by the UniPC scheduler of diffusers (Zhao et
         al. 2023, https://arxiv.org/abs/2302.04867).
@@ -470,18 +483,22 @@ class DiffusionPrior(LatentPrior):
             attributes: See `attribute_values`.
             guidance_scale: How far to extrapolate, from the guide at 0 through the network at 1; None: that of the
                 configuration.
+            attribute_scale: How far to extrapolate, from no attributes at 0 through the given ones at 1; None: that of
+                the configuration.
 
         Raises:
-            ValueError: An attribute or a guidance scale that is impossible.
+            ValueError: An attribute or a scale that is impossible.
         """
         x, values = noise.float(), self.attribute_values(attributes, len(noise))
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        _check_guidance_scale(guidance_scale)
+        attribute_scale = self.config.attribute_scale if attribute_scale is None else attribute_scale
+        _check_scale("guidance_scale", guidance_scale)
+        _check_scale("attribute_scale", attribute_scale)
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         scheduler.set_timesteps(sigmas=sampling_sigmas(self.config.num_inference_steps).numpy())
         scheduler.set_begin_index(0)
         for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps):
-            velocity = self._velocity(x, sigma, values, guidance_scale)
+            velocity = self._velocity(x, sigma, values, guidance_scale, attribute_scale)
             x = scheduler.step(velocity, timestep, x).prev_sample
         return self.standardize(x, inverse=True)
 

@@ -166,12 +166,13 @@ class FaceVAEPipeline(DiffusionPipeline):
         generator: Generators = None,
         attributes: Attributes = None,
         guidance_scale: float | None = None,
+        attribute_scale: float | None = None,
         batch_size: int = 8,
     ) -> Tensor:
         """Samples latents from a prior, (num_images, C, h, w); see `__call__`."""
         noise = self.sample_noise(num_images, prior, temperature, generator)
-        parts = [self.noise_to_latents(part, prior, attributes, guidance_scale) for part in noise.split(batch_size)]
-        return torch.cat(parts)
+        options = prior, attributes, guidance_scale, attribute_scale
+        return torch.cat([self.noise_to_latents(part, *options) for part in noise.split(batch_size)])
 
     def sample_noise(
         self, num_images: int = 1, prior: str | None = None, temperature: float = 1.0, generator: Generators = None
@@ -196,11 +197,14 @@ class FaceVAEPipeline(DiffusionPipeline):
         prior: str | None = None,
         attributes: Attributes = None,
         guidance_scale: float | None = None,
+        attribute_scale: float | None = None,
     ) -> Tensor:
         """Transforms standard normal noise, in the shape of the prior, to latents (N, C, h, w); see `__call__`."""
         name, fitted = self._prior(prior)
+        if attribute_scale is not None and not attributes:
+            raise ValueError(f"attribute_scale {attribute_scale:g} needs attributes, whose weight it is: name some.")
         if name == "diffusion":
-            return fitted.noise_to_latents(self.vae, noise, attributes, guidance_scale)
+            return fitted.noise_to_latents(self.vae, noise, attributes, guidance_scale, attribute_scale)
         if attributes:
             raise ValueError(f"attributes need the diffusion prior, got the prior {name!r}: train one, or use `edit`.")
         if guidance_scale is not None:
@@ -268,6 +272,7 @@ class FaceVAEPipeline(DiffusionPipeline):
         generator: Generators = None,
         attributes: Attributes = None,
         guidance_scale: float | None = None,
+        attribute_scale: float | None = None,
         batch_size: int = 8,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -283,8 +288,10 @@ class FaceVAEPipeline(DiffusionPipeline):
             generator: One generator, from which the images are sampled one after the other, or one for each image.
                 The images do not depend on `batch_size`, and the first images not on `num_images` (up to rounding).
             attributes: Diffusion prior only: name -> 1 for present, 0 for absent, such as `{"Smiling": 1}`.
-            guidance_scale: Diffusion prior only: above 1, faces are more plausible and show the attributes more clearly;
-                from about 2 on, contrast is exaggerated. 1: no guidance. None for that of the prior's configuration.
+            guidance_scale: Diffusion prior only: above 1, faces are more plausible; from about 2 on, contrast is
+                exaggerated. 1: no guidance. None for that of the prior's configuration.
+            attribute_scale: Above 1, faces show the given attributes more clearly, with less variety. None for that of
+                the prior's configuration.
             batch_size: Images computed at once.
             output_type: "pil"; "np" for an array (N, H, W, 3) in [0, 1]; "pt" for a tensor (N, 3, H, W) in [0, 1].
             return_dict: False for a plain tuple.
@@ -295,7 +302,8 @@ class FaceVAEPipeline(DiffusionPipeline):
         Raises:
             ValueError: The prior was not fitted or not to these attributes, or an argument is out of range.
         """
-        latents = self.sample_latents(num_images, prior, temperature, generator, attributes, guidance_scale, batch_size)
+        options = attributes, guidance_scale, attribute_scale, batch_size
+        latents = self.sample_latents(num_images, prior, temperature, generator, *options)
         images = self.decode(latents, output_type, batch_size)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

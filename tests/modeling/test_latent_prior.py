@@ -184,6 +184,12 @@ def test_guidance_extrapolates_from_the_guide_through_the_network():
         for values_of, expected in ((values, velocity), (None, prior(noise, sigma))):
             guided = prior._velocity(noise, sigma, values_of, 3.0)
             torch.testing.assert_close(guided, guide + 3 * (expected - guide), atol=1e-4, rtol=1e-4)
+        stronger = prior._velocity(noise, sigma, values, 3.0, 5.0)
+        expected = prior(noise, sigma) + 5 * (velocity - prior(noise, sigma))
+        torch.testing.assert_close(stronger, guide + 3 * (expected - guide), atol=1e-4, rtol=1e-4)
+        assert torch.equal(prior.denoise(noise, attribute_scale=2), prior.denoise(noise))  # nothing to strengthen
+        samples = [prior.denoise(noise, {"Smiling": 1}, attribute_scale=scale) for scale in (None, 4, 1)]
+        assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
         assert torch.equal(prior.denoise(noise), prior.denoise(noise, guidance_scale=prior.config.guidance_scale))
         assert not torch.equal(prior.denoise(noise), prior.denoise(noise, guidance_scale=1))
     with pytest.raises(ValueError, match="'Hat' is unknown: this prior was trained on Smiling, Eyeglasses"):
@@ -193,10 +199,13 @@ def test_guidance_extrapolates_from_the_guide_through_the_network():
 @pytest.mark.parametrize("scale", [-0.5, math.nan, math.inf, "2"])
 def test_an_impossible_guidance_scale_raises(scale):
     prior = random_priors()["diffusion"]
-    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0, got .*: 1 is no guidance"):
+    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0, got .*: 1 has no effect"):
         prior.denoise(torch.zeros(1, *prior.noise_shape), guidance_scale=scale)
-    with pytest.raises(ValueError, match="guidance_scale must be a number of at least 0"):
-        DiffusionPrior(**DIFFUSION | {"guidance_scale": scale})
+    with pytest.raises(ValueError, match="attribute_scale must be a number of at least 0"):
+        prior.denoise(torch.zeros(1, *prior.noise_shape), attribute_scale=scale)
+    for name in ("guidance_scale", "attribute_scale"):
+        with pytest.raises(ValueError, match=f"{name} must be a number of at least 0"):
+            DiffusionPrior(**DIFFUSION | {name: scale})
 
 
 @pytest.mark.parametrize("steps", [0, 1, "15"])

@@ -253,10 +253,14 @@ def test_attributes_condition_the_diffusion_prior(pipe):
         return pipe(2, generator=generator(), output_type="pt", **arguments).images
 
     assert (images(attributes={"Smiling": 1}) - images()).abs().max() > 1e-4
-    assert (images(attributes={"Smiling": 1}, guidance_scale=4) - images(attributes={"Smiling": 1})).abs().max() > 1e-4
+    for option in ("guidance_scale", "attribute_scale"):
+        changed = images(attributes={"Smiling": 1}, **{option: 1})
+        assert (changed - images(attributes={"Smiling": 1})).abs().max() > 1e-4
     with pytest.raises(ValueError, match="attributes need the diffusion prior, got the prior 'gaussian'"):
         images(prior="gaussian", attributes={"Smiling": 1})
     assert (images(guidance_scale=1) - images()).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="attribute_scale 3 needs attributes"):
+        images(attribute_scale=3)
     with pytest.raises(ValueError, match="guidance_scale needs the diffusion prior, got the prior 'standard'"):
         images(prior="standard", guidance_scale=3)
     for value in (-1, 2, math.nan):

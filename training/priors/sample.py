@@ -40,7 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="of the diffusion prior: above 1 more plausible and clearer attributes, 1 no guidance (default: the prior's)",
+        help="of the diffusion prior: above 1 more plausible faces, 1 no guidance (default: the prior's)",
+    )
+    parser.add_argument(
+        "--attribute-scale", type=float, metavar="W", help="above 1 clearer attributes (default: the prior's)"
     )
     add_option(
         parser,
@@ -120,7 +123,7 @@ def _between_samples(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -
     )
     fractions = torch.linspace(0, 1, _INTERPOLATION_STEPS).tolist()
     frames = [slerp(*pair, fraction) for pair in noise.unflatten(0, (-1, 2)) for fraction in fractions]
-    options = _attributes(arguments.attributes), arguments.guidance_scale
+    options = _attributes(arguments.attributes), arguments.guidance_scale, arguments.attribute_scale
     parts = torch.stack(frames).split(arguments.batch_size)
     return torch.cat([pipeline.noise_to_latents(part, arguments.prior, *options) for part in parts])
 
@@ -137,6 +140,7 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
             seeded_generator(arguments.seed),
             _attributes(arguments.attributes),
             arguments.guidance_scale,
+            arguments.attribute_scale,
             arguments.batch_size,
         )
 
