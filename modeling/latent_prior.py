@@ -26,10 +26,8 @@ from torch import Tensor, nn
 
 _TIME_CHANNELS = 128
 _ATTENTION_CHANNELS = 128  # of a head
-_NOISE_TO_SIGNAL, _RHO = (
-    (200.0, 0.02),
-    7.0,
-)  # of the noise levels of sampling: the first and the last above 0, curvature
+_NOISE_TO_SIGNAL = (200.0, 0.02)  # at the first noise level of sampling, and at the last one above 0
+_RHO = 7.0  # the larger, the more levels with little noise
 
 
 class LatentPrior(ModelMixin, ConfigMixin):

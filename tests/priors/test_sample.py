@@ -89,6 +89,7 @@ def test_interpolations_between_samples_and_between_photographs(fitted, photogra
         (["MODEL", "--prior", "gaussian", "--guidance-scale", "2"], "guidance_scale needs the diffusion prior"),
         (["MODEL", "--guidance-scale", "-1"], "guidance_scale must be a number of at least 0, got -1.0"),
         (["MODEL", "--guidance-scale", "2", "--interpolate", "a", "b"], "has no attributes and no guidance"),
+        (["MODEL", "--attribute-scale", "2", "--interpolate", "a", "b"], "has no attributes and no guidance"),
         (["MODEL", "--attribute-scale", "2"], "attribute_scale 2 needs attributes"),
         (["MODEL", "--attributes", "Smiling"], "write NAME=1 for present"),
         (["MODEL", "--attributes", "Smiling=1"], "'Smiling' is unknown: this prior was trained on no attributes"),

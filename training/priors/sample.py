@@ -157,7 +157,7 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
             raise ValueError(f"--interpolate needs at least two images, or none for samples: {arguments.interpolate}.")
         if count is not None or temperatures != [1.0]:
             raise ValueError("--interpolate between images samples nothing: leave out --num-samples and --temperature.")
-        if arguments.attributes or arguments.guidance_scale is not None:
+        if arguments.attributes or (arguments.guidance_scale, arguments.attribute_scale) != (None, None):
             raise ValueError("--interpolate between images has no attributes and no guidance: leave them out.")
         latents = _encode_files(pipeline, arguments.interpolate, arguments.crop_px).split(1)
         pairs = list(zip(latents[:-1], latents[1:]))
