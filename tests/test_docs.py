@@ -47,10 +47,21 @@ def options(command: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
-def test_links_lead_to_files(path):
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", without_code(path.read_text(encoding="utf-8"))):
-        if not re.match(r"https?://|mailto:", link):
-            assert (path.parent / link).exists(), link
+def test_links_lead_to_files_and_headings(path):
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", without_code(path.read_text(encoding="utf-8"))):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, where GitHub and the documentation site agree on them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize(
