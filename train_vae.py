@@ -110,18 +110,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         allowed = [key for keys in arguments.allow_changed for key in keys]
         try:
-            return Trainer(config, arguments.resume, allowed).run()
+            trainer = Trainer(config, arguments.resume, allowed)
         except FinishedRun as finished:
             if os.environ.get("RANK", "0") == "0":
                 print(finished, file=sys.stderr)
             return 0
     except (ValueError, UserError) as error:
-        # Only errors of the main process are known to be printed by another process.
-        if not getattr(error, "from_main_process", False):
-            rank = os.environ.get("RANK", "0")
-            message = " ".join(line.strip() for line in str(error).splitlines())
-            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
-        return 2
+        return _print_error(error)
+    try:
+        return trainer.run()
+    except UserError as error:  # a ValueError is a bug there, and needs its traceback
+        return _print_error(error)
+
+
+def _print_error(error: Exception) -> int:
+    """Prints an error that the user can correct; returns the exit code."""
+    # Only errors of the main process are known to be printed by another process.
+    if not getattr(error, "from_main_process", False):
+        rank = os.environ.get("RANK", "0")
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_every_row_of_the_page_has_five_cells_and_escaped_markup():
 def test_explain():
     assert explain("training_presets.kl_target_low").splitlines() == [
         "training_presets.kl_target_low  (number, greater than 0 and less than 1; default 0.01)",
-        "target range of the smoothed KL fraction of the loss",
+        "lower end of the target range of the smoothed KL fraction",
         "configs/celebahq.json: 0.03",
         "configs/ffhq.json: 0.03",
         "configs/own_faces.json: 0.01",

@@ -22,6 +22,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import DiffusionPrior, GaussianPrior
 from modeling.pipeline import FaceVAEPipeline
 from training.builders import build_model
+from training.checkpoint.run_dir import RunFolder
 from training.initial_weights import fitted_priors, load_initial_weights
 from training.publish.card import write_card
 from training.publish.run_record import read_run
@@ -177,8 +178,15 @@ def test_resume_refuses_a_run_that_started_from_other_weights(finished, faces, t
     run_dir = tmp_path / "runs" / "tiny_20000101_000000" / "checkpoints"
     run_dir.parent.mkdir(parents=True)
     run_dir.symlink_to(finished.folder / "checkpoints")
-    with pytest.raises(ValueError, match="init_from is other/model, but the run .* started from random weights: leave"):
+    remedy = "to resume that run, give --set training_presets.init_from=null"
+    with pytest.raises(ValueError, match=f"init_from is other/model, but the run .* started from random weights: {remedy}"):
         Trainer(fine_tuning(tmp_path, faces, "other/model"), "auto")
+    (run_dir.parent / "run.json").write_text(json.dumps({"init_from": str(tmp_path / "base")}))
+    with pytest.raises(ValueError, match=rf"init_from is other/model, .*init_from=\"{tmp_path / 'base'}\";"):
+        RunFolder(fine_tuning(tmp_path, faces, "other/model")).open("auto")
+    folder = RunFolder(fine_tuning(tmp_path, faces, tmp_path / "runs" / ".." / "base"))  # another spelling
+    assert folder.open("auto")["run_dir"] == run_dir.parent
+    folder.release()
 
 
 def test_a_missing_model_is_an_error_of_one_line(faces, tmp_path, capsys, session):

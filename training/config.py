@@ -242,8 +242,10 @@ class LossConfig(_Section):
         """Name and crop size (pixels; None: full images) of each feature network that a term with weight reads."""
         if self.perceptual_weight == 0 and self.lpips_weight == 0:
             return []
-        named = [(self.trunk, self.perceptual_crop_px), (self.lpips_trunk, self.lpips_crop_px)]
-        return [(name, crop_size) for name, crop_size in named if name is not None]
+        named = [(self.trunk, self.perceptual_crop_px)]
+        if self.lpips_trunk is not None and self.lpips_weight > 0:
+            named.append((self.lpips_trunk, self.lpips_crop_px))
+        return named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,18 +254,17 @@ class KLSchedule(_Section):
 
     section = "training_presets"
 
-    kl_target_low: float = constrained(0.01, gt=0, lt=1)  # target range of the smoothed KL fraction of the loss
+    kl_target_low: float = constrained(0.01, gt=0, lt=1)  # lower end of the target range of the smoothed KL fraction
     kl_target_high: float = constrained(0.03, gt=0, lt=1)  # upper end of the target range
     kl_beta_init: float = constrained(1e-4, gt=0)  # controlled beta at the start; constant beta where control is off
-    kl_beta_min: float = constrained(1e-6, gt=0)  # range of beta
-    kl_beta_max: float = constrained(1.0, gt=0)  # upper end of the range of beta
+    kl_beta_min: float = constrained(1e-6, gt=0)  # lower limit of beta
+    kl_beta_max: float = constrained(1.0, gt=0)  # upper limit of beta
     kl_half_life_images: int = constrained(2048, ge=1)  # half-life of the exponential moving averages, in images
     # Gain per half-life: with 0.5, 1 - exp(-0.5) = 39 % of the error is corrected in one half-life.
     kl_gain: float = constrained(0.5, gt=0, le=2)
     # Limit of |change of log beta| per half-life; 0.7 = log 2: beta doubles or halves.
     kl_max_step: float = constrained(0.7, gt=0, le=3)
-    # Images over which beta rises linearly from 0. Meanwhile log beta is frozen and the moving averages are updated. One
-    # half-life, so that beta is controlled for more than half of a run of 5,000 images.
+    # Images over which beta rises linearly to kl_beta_init, from 0 or from the minimum beta. Control starts after them.
     kl_warmup_images: int = constrained(2048, ge=0)
     # Below this smoothed KL, in nats per dimension, beta decreases whatever the fraction; 0: off. A dimension whose
     # posterior mean has variance 0.01, the least that counts as active (Burda et al. 2016), costs 0.005 nats.
@@ -271,7 +272,7 @@ class KLSchedule(_Section):
     kl_cycle_enabled: bool = True  # begin each cycle of epochs with a low-beta phase; false: none
     kl_cycle_period: int = constrained(8, ge=1)  # epochs per cycle
     kl_cooldown_epochs: int = constrained(2, ge=0)  # epochs of the low-beta phase, the first of each cycle
-    kl_cooldown_reduction: float = constrained(0.25, gt=0, le=1)  # factor of beta and target range in a low-beta phase
+    kl_cooldown_reduction: float = constrained(0.25, gt=0, le=1)  # factor of beta, down to the minimum beta, in a low-beta phase
     kl_beta_floor: float = constrained(5e-5, ge=0)  # minimum beta is kl_beta_floor * kl_floor_growth**epoch; 0: none
     kl_floor_growth: float = constrained(1.02, ge=1)  # growth of the minimum beta per epoch
 
@@ -428,6 +429,7 @@ class HubConfig(_Section):
         if self.push_checkpoints is not None:
             valid = re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_checkpoints) is not None
             self._require(valid, "push_checkpoints", '"organization/name" or null')
+        self._require(self.push or self.push_every_epochs is None, "push_every_epochs", "null where hub.push is false")
         if self.push:
             valid = self.repo_id is not None and self.repo_id.count("/") == 1
             self._require(valid, "repo_id", '"organization/name" where hub.push is true')

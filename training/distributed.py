@@ -55,7 +55,6 @@ def join_processes() -> PartialState:
             "training_presets.batch_size and micro_batch_size; remove gradient_accumulation_steps from the accelerate "
             "configuration."
         )
-    # The main process initializes the PCA branch while the others wait for it in their first collective.
     timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     state = PartialState(cpu=_use_cpu(), **timeout.to_kwargs(), **_store_of_restart())
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -305,11 +305,15 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         report=report,
         checkpoints=checkpoints,
     )
-    if checkpoint is not None:
-        run.load(checkpoint, saved)
-        logger.info("resumed from %s: epoch %d, step %d", checkpoint, progress.epoch, progress.step)
-    elif presets.micro_batch_size == "auto":
-        _find_micro_batch(run)
+    try:
+        if checkpoint is not None:
+            run.load(checkpoint, saved)
+            logger.info("resumed from %s: epoch %d, step %d", checkpoint, progress.epoch, progress.step)
+        elif presets.micro_batch_size == "auto":
+            _find_micro_batch(run)
+    except Exception as error:
+        report.failed(error)
+        raise
     return run
 
 

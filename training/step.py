@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.cli import UserError
 from training.cast_weights import CastWeights
 from training.data.images import normalize, random_affine
 from training.distributed import AUTOCAST_DTYPES, is_out_of_memory, read_later
@@ -48,7 +49,7 @@ class StepResult:
     halved: bool
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(UserError):
     """A forward and backward pass does not fit; nothing has changed since the last step, so a checkpoint can be written."""
 
 

@@ -54,6 +54,8 @@ class Trainer:
         self.model, self.ema, self.train_step, self.stream = run.model, run.ema, run.train_step, run.stream
         self.kl, self.learning_rate, self.progress = run.kl, run.learning_rate, run.progress
         self.checkpoints, self.tracker, self.report = run.checkpoints, run.tracker, run.report
+        self._clock, self._waited, self._save_due = 0.0, 0.0, False  # time and image waiting up to the last step
+        self._example_ids: list[str] = []  # of the step that is being computed
         self.report.status(steps_per_epoch=run.steps_per_epoch)
 
     # ------------------------------------------------------------------ the run
@@ -66,7 +68,7 @@ class Trainer:
 
         Raises:
             DataError: The source fails for good, or too many images are corrupt; the last checkpoint is intact.
-            ValueError: Out of memory; with one process, a checkpoint of the last step has been written.
+            OutOfMemory: With one process, a checkpoint of the last step has been written.
             RuntimeError: The gradients stay non-finite; the last checkpoint is intact.
         """
         try:
@@ -86,10 +88,10 @@ class Trainer:
                 self._complete_step(self.train_step.finish(), stop)
                 self.checkpoints.save()
                 self.checkpoints.wait()
-            self.report.failed(str(error))
-            raise ValueError(f"{error} Then resume with --resume auto.") from None
+            self.report.failed(error)
+            raise OutOfMemory(f"{error} Then resume with --resume auto.") from None
         except BaseException as error:
-            self.report.failed(f"{type(error).__name__}: {error}")
+            self.report.failed(error)
             raise
         finally:
             self.checkpoints.join_writer()
@@ -176,7 +178,7 @@ class Trainer:
                 log_due = progress.step == 1 or progress.step % self.config.output.log_every_steps == 0
                 if log_due or reason is not None:
                     reason = self._complete_step(self.train_step.finish(), stop) or reason
-                if log_due:
+                if log_due and progress.has_measurements:
                     self.report.step_metrics()
                     self._clock = time.monotonic()
                 if reason is not None:
@@ -217,8 +219,9 @@ class Trainer:
             if self.setup.adversarial_weight is not None:
                 self.setup.adversarial_weight.observe(result.terms, presets.batch_size, progress.images_seen)
         now, waited = time.monotonic(), self.stream.wait_seconds
+        overflow = result.skipped and self.accelerator.scaler is not None  # of fp16: no measurement
         progress.add_step(
-            result.terms,
+            None if overflow else result.terms,
             beta=result.beta,
             grad_norm=result.grad_norm,
             max_grad_norm=presets.max_grad_norm,
@@ -358,11 +361,10 @@ class Trainer:
                 self.report.event(f"cannot export to {model_dir} ({error}); the model is in {source}", "warning")
                 model_dir = source
             self._save_grids(model.to(self.accelerator.device), "final")
-        lpips = f"lpips_{self.setup.eval_lpips_trunk.name}"
+        lpips = next(name for name in best if name.startswith("validation/lpips_"))  # its network when it was measured
         self.report.event(
-            f"finished: {reason}; best model of epoch {best['epoch']}, step {best['step']}: validation PSNR "
-            f"{best['validation/psnr']:.2f} dB, {lpips} {best[f'validation/{lpips}']:.4f}, MSE "
-            f"{best['validation/mse']:.5f} on [-1, 1]",
+            f"finished: {reason}; best model of step {best['step']}: validation PSNR {best['validation/psnr']:.2f} dB, "
+            f"{lpips.removeprefix('validation/')} {best[lpips]:.4f}, MSE {best['validation/mse']:.5f} on [-1, 1]",
         )
         self.report.status(state="finished", reason=reason, model_dir=str(model_dir), seconds_left=0.0)
         logger.info("model        %s", model_dir)

@@ -154,6 +154,26 @@ def test_a_change_is_accepted_where_it_is_allowed_by_name(finished, session, fac
     assert "data.horizontal_flp: did you mean data.horizontal_flip?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("training_presets", "optimizer", "muon"),
+        ("training_presets", "pca_lr_scale", 0.5),
+        ("training_presets", "muon_lr_scale", 2.0),
+        ("training_presets", "train_only", "decoder"),
+        ("model", "vector_width", 16),
+    ],
+)
+def test_what_the_optimizer_depends_on_changes_in_a_new_run_only(finished, session, tmp_path, section, key, value):
+    run_dir = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
+    values = finished.config.to_dict()
+    values[section][key] = value
+    with pytest.raises(ValueError, match=rf"other values of {section}.{key} .* start a new run, .* --init-from RUN\.$"):
+        Trainer(config_from_dict(values), str(run_dir), [f"{section}.{key}"])
+    assert not (run_dir / "config.json").exists()  # nothing was written
+
+
 def test_resume_takes_new_optimizer_settings(finished, session, tmp_path):
     folder = tmp_path / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010")
@@ -176,7 +196,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, session, capsys):
     }
     config = finished.config.to_dict()
     config["training_presets"]["learning_rate"] = 0.5
-    with pytest.raises(FinishedRun, match="has finished .*raise training_presets.num_epochs; to train anew"):
+    with pytest.raises(FinishedRun, match="has finished .*raise training_presets.num_epochs; for a new run"):
         Trainer(config_from_dict(config), str(finished.folder))
     assert {path: path.read_bytes() for path in files} == files
     file = finished.folder.parent / "finished.json"

@@ -534,6 +534,16 @@ def test_attributes_come_with_their_images(tmp_path, cache):
     assert found == [1 if number else -1 for number in numbers] and len(found) > 5
 
 
+def test_a_cache_with_attributes_does_not_replace_one_without(tmp_path):
+    plain = coded_config(tmp_path, 12, 1, cache="on")
+    read_epoch(plain)
+    with_labels = dataclasses.replace(plain, attribute_columns=["label"])
+    read_epoch(with_labels)  # complete, and newer
+    for config, attributes in ((plain, None), (with_labels, ["label"])):
+        stream = open_stream(dataclasses.replace(config, cache="only"))
+        assert stream.identity.get("attributes") == attributes
+
+
 def test_an_attribute_that_is_nan_is_unknown():
     row = {"image": b"", "a": 1.0, "b": 0.0, "c": -1.0, "d": float("nan"), "e": None}
     assert list(as_example(row, "image", "abcde").attributes) == [1, 0xFF, 0xFF, 0, 0]

@@ -37,6 +37,19 @@ def test_a_window_is_logged_as_means_over_its_steps():
     assert progress.window == {} and progress.train_seconds == 1.0
 
 
+def test_a_step_without_measurements_counts_in_the_speed_only():
+    progress = Progress()
+    overflow = {"beta": 1e-3, "grad_norm": math.inf, "max_grad_norm": 1.0, "seconds": 0.5, "waited": 0.1}
+    progress.add_step(None, **overflow)
+    assert not progress.has_measurements  # such a window is not logged
+    add_step(progress, mse=0.1)
+    progress.add_step(None, **overflow)
+    assert progress.has_measurements
+    values = take_window(progress)
+    assert values["loss/mse"] == pytest.approx(0.1) and values["optim/grad_norm"] == 2.0
+    assert values["speed/images_per_second"] == pytest.approx(2 * PRESETS.batch_size)
+
+
 def test_a_loss_term_of_a_user_is_logged_under_its_own_name():
     progress = Progress()
     add_step(progress, **{"edges": 0.7, "weighted/edges": 0.07})

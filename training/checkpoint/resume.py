@@ -40,6 +40,14 @@ FIXED_ON_RESUME = (
     "training_presets.seed",
     "training_presets.train_only",
 )
+# Of these, --allow-changed cannot change what the parameters, their groups and the optimizer's state depend on.
+_ANOTHER_RUN = (
+    "model.",
+    "training_presets.muon_lr_scale",
+    "training_presets.optimizer",
+    "training_presets.pca_lr_scale",
+    "training_presets.train_only",
+)
 # Exceptions: paths and speeds.
 FREE_ON_RESUME = (
     "data.cache_dir",
@@ -135,15 +143,20 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
         key
         for key in changed
         if (key.startswith(FIXED_ON_RESUME) or (by_lpips and key == "output.eval_lpips_trunk"))
-        and key not in (*FREE_ON_RESUME, *allowed)
+        and key not in FREE_ON_RESUME
+        and (key not in allowed or key.startswith(_ANOTHER_RUN))
         # The cache has one example order, whichever of the two modes filled it.
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
     ]
     if refused:
         shown = ", ".join(f"{key} ({_json(saved, key)} -> {_json(now, key)})" for key in refused)
+        if any(key.startswith(_ANOTHER_RUN) for key in refused):
+            remedy = "or start a new run, from the weights of this one with --init-from RUN"
+        else:
+            remedy = f"start a new run, or accept the change with --allow-changed {' '.join(refused)}"
         raise ValueError(
             f"--resume: the checkpoint was trained with other values of {shown}: repeat the --set options of that run, "
-            f"start a new run, or accept the change with --allow-changed {' '.join(refused)}."
+            f"{remedy}."
         )
     return [f"resume: {key} was {_json(saved, key)}, is now {_json(now, key)}" for key in changed]
 
@@ -189,5 +202,5 @@ def check_unfinished(config: Config, run_dir: Path, saved: dict[str, Any]) -> No
         return
     raise FinishedRun(
         f"{run_dir} has finished ({status.get('reason')}), and its model is in {target}: nothing was changed. "
-        f"To train longer, {remedy}; to train anew, leave out --resume."
+        f"To train longer, {remedy}; for a new run, leave out --resume."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import socket
 import time
@@ -87,10 +88,11 @@ class RunFolder:
             return {"run_dir": self.path, "checkpoint": None, "state": None, "notes": notes}
         self.path, named = found
         given, origin = self._config.training_presets.init_from, read_json(self.path / RUN_FILE).get("init_from")
-        if given not in (None, origin):
+        if given not in (None, origin) and (origin is None or os.path.realpath(given) != os.path.realpath(origin)):
             raise ValueError(
-                f"training_presets.init_from is {given}, but the run {self.path} started from "
-                f"{origin or 'random weights'}: leave it out to resume that run, or leave out --resume to start a new one."
+                f"training_presets.init_from is {given}, but the run {self.path} started from {origin or 'random weights'}: "
+                f"to resume that run, give --set training_presets.init_from={json.dumps(origin)}; for a new one, leave out "
+                "--resume."
             )
         self._lock = RunLock(self.path)
         notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(self.path)]

@@ -411,7 +411,8 @@ def find_complete(config, requested: dict) -> Path | None:
     found = []
     for path in cache_root(config).glob("*/manifest.json"):
         identity = (read_manifest(path.parent) or {}).get("identity", {})
-        same = all(identity.get(key) == value for key, value in requested.items() if key != "revision")
+        keys = (requested.keys() | {"attributes"}) - {"revision"}  # a request without attributes leaves their key out
+        same = all(identity.get(key) == requested.get(key) for key in keys)
         if same and requested["revision"] in (identity["revision"], identity.get("commit")):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None

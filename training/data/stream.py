@@ -234,8 +234,8 @@ class TrainStream:
             max_batches: Ends after so many batches.
 
         Raises:
-            ValueError: The split holds fewer images than one global batch, or fewer batches than `start_batch`.
-            DataError: More than `max_corrupt_fraction` of the images are corrupt.
+            DataError: The split holds fewer images than one global batch, or fewer batches than `start_batch`; or more
+                than `max_corrupt_fraction` of the images are corrupt.
         """
         handover: queue.Queue = queue.Queue(max(1, self.config.prefetch_batches))
         closing = threading.Event()
@@ -327,7 +327,7 @@ class TrainStream:
                 yield pixels, jobs
         self.num_examples = index * self._global_batch + len(batch)
         if index == 0 or index < start_batch:
-            raise ValueError(
+            raise DataError(
                 f"data: {self.config.dataset!r} holds {self.num_examples} images to train on, {index} batches of "
                 f"{self._global_batch}, and batch {start_batch} was asked for. Use a smaller batch or more "
                 "data; a resume needs the data that the run was started with."

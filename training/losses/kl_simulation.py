@@ -113,9 +113,11 @@ def _run(arguments: argparse.Namespace) -> None:
     _plot(records, arguments.images_per_epoch, arguments.output)
     judged = [r for r in records if r["images"] >= presets.kl_warmup_images and not r["low_beta_phase"]]
     inside = sum(record["low"] <= record["fraction"] <= record["high"] for record in judged)
-    at_minimum = sum(record["beta"] <= record["minimum_beta"] * (1 + 1e-9) for record in judged)
+    at_minimum = [record for record in records if record["beta"] <= record["minimum_beta"] * (1 + 1e-9)]
+    low_beta = sum(record["low_beta_phase"] for record in at_minimum)
     print(f"{len(judged)} of {len(records)} observations outside warm-up and low-beta phases: {inside} with the KL")
-    print(f"fraction in its target range, {at_minimum} with beta at its minimum; plotted to {arguments.output}")
+    print(f"fraction in its target range; {len(at_minimum)} of all with beta at its minimum, {low_beta} of them in low-beta")
+    print(f"phases; plotted to {arguments.output}")
 
 
 def build_parser() -> argparse.ArgumentParser:

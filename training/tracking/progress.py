@@ -57,7 +57,7 @@ class Progress:
 
     def add_step(
         self,
-        parts: dict[str, float],
+        parts: dict[str, float] | None,
         *,
         beta: float,
         grad_norm: float,
@@ -68,7 +68,8 @@ class Progress:
         """Add one step to the window.
 
         Args:
-            parts: Loss terms, means over the global batch; a name without "/" is logged as "loss/<name>".
+            parts: Loss terms, means over the global batch; a name without "/" is logged as "loss/<name>". None for a
+                step that counts in the speed only.
             beta: Weight of KL in this step.
             grad_norm: Before clipping.
             max_grad_norm: Larger norms were clipped.
@@ -76,13 +77,21 @@ class Progress:
             waited: Seconds spent waiting for images.
         """
         self.train_seconds += seconds
-        terms = {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
-        terms["kl/loss_fraction"] = parts["weighted/kl"] / parts["total"] if parts["total"] else math.nan
-        terms["kl/beta"] = beta
-        terms["optim/grad_norm"] = grad_norm
-        terms["optim/clipped_fraction"] = float(grad_norm > max_grad_norm)
-        for name, value in {**terms, "steps": 1.0, "seconds": seconds, "waited": waited}.items():
+        sums = {"steps": 1.0, "seconds": seconds, "waited": waited}
+        if parts is not None:
+            sums |= {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
+            sums["kl/loss_fraction"] = parts["weighted/kl"] / parts["total"] if parts["total"] else math.nan
+            sums["kl/beta"] = beta
+            sums["optim/grad_norm"] = grad_norm
+            sums["optim/clipped_fraction"] = float(grad_norm > max_grad_norm)
+            sums["measured"] = 1.0
+        for name, value in sums.items():
             self.window[name] = self.window.get(name, 0.0) + value
+
+    @property
+    def has_measurements(self) -> bool:
+        """Whether the window has a step with loss terms."""
+        return "loss/total" in self.window
 
     def take_window(
         self, presets: TrainingPresets, kl: KLController, *, latent_dim: int, learning_rate: float
@@ -97,7 +106,8 @@ class Progress:
         """
         window, self.window = self.window, {}
         steps, seconds, waited = (window.pop(name) for name in ("steps", "seconds", "waited"))
-        values: dict[str, Any] = {name: total / steps for name, total in window.items()}
+        measured = window.pop("measured", steps)  # absent in the window of an older checkpoint
+        values: dict[str, Any] = {name: total / measured for name, total in window.items()}
         low, high = kl.target_range(self.epoch)
         return values | {
             "kl/smoothed_fraction": kl.smoothed_fraction,

@@ -13,7 +13,7 @@ from training.learning_rate import LearningRate
 from training.losses.kl_control import KLController
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress, ProgressLine
-from training.tracking.trackers import Tracker
+from training.tracking.trackers import Tracker, log_failed
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,9 @@ class RunReport:
             **progress.where,
         )
 
-    def failed(self, reason: str) -> None:
-        """Logs why the run fails."""
-        logger.error("failed: %s", reason)
-        self.status(state="failed", reason=reason)
+    def failed(self, error: BaseException) -> None:
+        """Logs the error that ends the run."""
+        self.status(state="failed", reason=log_failed(error))
 
     def step_metrics(self) -> None:
         """Reports the means over the steps since the last call."""

@@ -29,6 +29,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from torch import Tensor
 from torchvision.utils import save_image
 
+from training.cli import UserError
 from training.config import TOKEN
 from training.io import printable, write_file, write_json
 
@@ -52,7 +53,9 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
         handler.close()
     rank = f" [{accelerator.process_index}]" if accelerator.num_processes > 1 else ""
     formatter = RedactingFormatter(f"%(asctime)s{rank} %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.addFilter(lambda record: record.exc_info is None)  # Python itself prints the traceback of an error there
+    handlers: list[logging.Handler] = [terminal]
     if accelerator.is_main_process and log_file is not None:
         handlers.append(LogFile(log_file, encoding="utf-8", errors="backslashreplace"))  # file names need not be UTF-8
     for handler in handlers:
@@ -94,6 +97,20 @@ class RedactingFormatter(logging.Formatter):
 
 def _log_failure(name: str, error: BaseException | None) -> None:
     logger.warning("%s failed, training continues (%s: %s)", name, type(error).__name__, error)
+
+
+def log_failed(error: BaseException) -> str:
+    """Logs the error that ends a run, with its traceback in the log file unless the user can correct it.
+
+    Returns:
+        The reason for status.json.
+    """
+    is_user_error = isinstance(error, UserError)
+    reason = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+    logger.error("failed: %s", reason)
+    if not is_user_error:
+        logger.error("traceback", exc_info=error)
+    return reason
 
 
 def check_trackers(names: Sequence[str]) -> None:
