@@ -411,15 +411,18 @@ class AutoencoderKLUltra(ModelMixin, AutoencoderMixin, ConfigMixin):
         latent_channels: Channels of the latent.
         latent_size: Height and width of the latent at `sample_size`; 1 for "vector".
         patch_size: Each patch_size x patch_size pixels become channels of one position before the first convolution.
-        encoder_block_out_channels, encoder_layers_per_block: Channels and residual blocks of each encoder stage, fine
-            to coarse; stage i works at sample_size / (patch_size x 2^i).
-        decoder_block_out_channels, decoder_layers_per_block: The same for the decoder, also listed from fine to coarse.
+        encoder_block_out_channels: Channels of each encoder stage, fine to coarse; stage i works at sample_size /
+            (patch_size x 2^i).
+        encoder_layers_per_block: Residual blocks of each encoder stage, fine to coarse.
+        decoder_block_out_channels: Channels of each decoder stage, also listed from fine to coarse.
+        decoder_layers_per_block: Residual blocks of each decoder stage, also listed from fine to coarse.
         vector_width: "vector" only: channels of the coarsest map before it is flattened.
         pca_size: Resolution that the PCA branch encodes, pixels; null for no PCA branch.
         pca_decode_size: Resolution that the PCA branch decodes to, pixels; ignored without a PCA branch.
         logvar_init: Posterior log-variance before training (PCA initialization replaces it by one for each channel).
-        scaling_factor, shift_factor: (latents - shift_factor) x scaling_factor has mean 0 and variance 1 over the
-            validation images. Measured after training; 1 and 0 mean "not measured".
+        scaling_factor: (latents - shift_factor) x scaling_factor has mean 0 and variance 1 over the validation images.
+            Measured after training; 1 with shift_factor 0 means "not measured".
+        shift_factor: Mean of the latents over the validation images, see scaling_factor.
         latents_mean, latents_std: The same for each channel, measured after training; null before.
 
     Raises:

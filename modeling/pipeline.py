@@ -10,6 +10,7 @@ installed. Therefore, this file imports nothing of the project.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
@@ -242,7 +243,9 @@ class FaceVAEPipeline(DiffusionPipeline):
         """A PIL image as an RGB square of `sample_size`, an array or a tensor as floating-point values in [0, 1]."""
         if isinstance(image, Image.Image):
             size = (self.vae.config.sample_size, self.vae.config.sample_size)
-            return ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), size, Image.Resampling.LANCZOS)
+            with contextlib.suppress(Exception):  # broken EXIF raises SyntaxError, struct.error, KeyError, ...
+                image = ImageOps.exif_transpose(image)
+            return ImageOps.fit(_to_rgb(image), size, Image.Resampling.LANCZOS)
         if str(image.dtype).endswith("uint8"):
             return image / 255
         lowest, highest = float(image.min()), float(image.max())

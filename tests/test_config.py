@@ -187,6 +187,7 @@ def test_an_invalid_value_is_an_error_with_key_value_and_remedy(section, key, va
             'output.trackers must be a list, such as ["trackio", "wandb"], got "trackio,wandb".',
         ),
         ({"data": {"attribute_columns": "Smiling"}}, 'must be a list, such as ["Smiling"], got "Smiling".'),
+        ({"hub": {"push_every_epochs": 5}}, "hub.push_every_epochs must be null where hub.push is false, got 5."),
         ({"hub": {"push": True}}, 'hub.repo_id must be "organization/name" where hub.push is true, got null.'),
         (
             {"loss": {f"{name}_weight": 0 for name in ("mse", "l1", "perceptual", "lpips")}},
@@ -395,3 +396,5 @@ def test_an_invalid_resolution_schedule_is_an_error(schedule, message):
 def test_trunks_are_the_networks_in_use_with_their_crops():
     assert LossConfig(lpips_trunk="alexnet", perceptual_crop_px=48).trunks == [("vgg16", 48), ("alexnet", None)]
     assert LossConfig(lpips_trunk="alexnet", perceptual_weight=0, lpips_weight=0).trunks == []
+    assert LossConfig(lpips_trunk="alexnet", lpips_weight=0).trunks == [("vgg16", None)]
+    assert LossConfig(lpips_trunk="alexnet", perceptual_weight=0).trunks == [("vgg16", None), ("alexnet", None)]

@@ -64,6 +64,20 @@ def test_synthetic_faces_are_image_files_of_consecutive_seeds(photographs):
 # ---- reconstruct ----
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"), [("strip", "must be a file that ends in .png"), ("file/x.png", "cannot be written")]
+)
+def test_an_output_that_cannot_be_written_is_an_error_before_the_work(
+    models, photographs, tmp_path, capsys, place, reason
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "strip").mkdir()
+    assert reconstruct.main([models[0], str(photographs / "missing.jpg"), "--output", str(tmp_path / place)]) == 2
+    assert "missing.jpg does not exist" in capsys.readouterr().err
+    assert reconstruct.main(["no/model", str(photographs), "--output", str(tmp_path / place)]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_reconstruct_writes_a_strip_and_the_metrics_of_each_image(models, photographs, tmp_path, capsys):
     strip = tmp_path / "new" / "strip.png"
     result = output(capsys, reconstruct, models[0], photographs, *OFFLINE, "--output", strip)

@@ -179,7 +179,9 @@ def test_resume_refuses_a_run_that_started_from_other_weights(finished, faces, t
     run_dir.parent.mkdir(parents=True)
     run_dir.symlink_to(finished.folder / "checkpoints")
     remedy = "to resume that run, give --set training_presets.init_from=null"
-    with pytest.raises(ValueError, match=f"init_from is other/model, but the run .* started from random weights: {remedy}"):
+    with pytest.raises(
+        ValueError, match=f"init_from is other/model, but the run .* started from random weights: {remedy}"
+    ):
         Trainer(fine_tuning(tmp_path, faces, "other/model"), "auto")
     (run_dir.parent / "run.json").write_text(json.dumps({"init_from": str(tmp_path / "base")}))
     with pytest.raises(ValueError, match=rf"init_from is other/model, .*init_from=\"{tmp_path / 'base'}\";"):

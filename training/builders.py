@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import json
+import types
+import typing
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,21 +18,38 @@ from training.muon import Muon
 _BLOCKS = (ResBlock, Downsample, Upsample, ModulatedBlock)  # from feature maps to feature maps
 
 
+def _is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value suits an annotation such as `tuple[int, ...] | None`."""
+    if isinstance(annotation, types.UnionType):
+        return any(_is_of_type(value, each) for each in annotation.__args__)
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, (list, tuple)) and all(_is_of_type(each, annotation.__args__[0]) for each in value)
+    return type(value) is annotation or (annotation is float and type(value) is int)
+
+
+def _describe_type(annotation: Any) -> str:
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(map(_describe_type, annotation.__args__))
+    if typing.get_origin(annotation) is tuple:
+        return f"an array, each element {_describe_type(annotation.__args__[0])}"
+    return {int: "an integer", float: "a number", str: "a string", type(None): "null"}[annotation]
+
+
 def build_model(config: Config) -> AutoencoderKLUltra:
     """The model of section `model`, on the CPU, with the seed's initial weights.
 
     Raises:
         ValueError: Unknown key, impossible shape, or a resolution schedule that does not suit it.
     """
-    known = [name for name in inspect.signature(AutoencoderKLUltra.__init__).parameters if name != "self"]
-    for key in config.model:
+    known = typing.get_type_hints(AutoencoderKLUltra.__init__)
+    del known["return"]
+    for key, value in config.model.items():
         if key not in known:
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in known])
+        if not _is_of_type(value, known[key]):
+            raise ValueError(f"model.{key} must be {_describe_type(known[key])}, got {json.dumps(value)}.")
     torch.manual_seed(config.training_presets.seed)
-    try:
-        model = AutoencoderKLUltra(**config.model)
-    except TypeError as error:
-        raise ValueError(f"section model: a value has the wrong type ({error}).") from None
+    model = AutoencoderKLUltra(**config.model)
     sample_size, ratio = model.config.sample_size, model.spatial_compression_ratio
     for size in map(int, config.training_presets.resolution_schedule):
         if model.config.latent_layout == "vector":

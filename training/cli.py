@@ -17,7 +17,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import torch
 
 _MODEL_HELP = "folder of an exported model, a run (its best model) or a checkpoint; or a Hub id"
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of image files that commands write
 
 
 class UserError(RuntimeError):
@@ -116,6 +120,30 @@ def data_source(source: str, split: str) -> dict[str, Any]:
 def lpips_trunks(names: str) -> tuple[str, ...]:
     """The feature networks that `--lpips NAMES` lists."""
     return () if names == "none" else tuple(names.split(","))
+
+
+def check_output(path: Path, suffixes: Sequence[str] = (), what: str = "--output") -> None:
+    """Check before the work that its result can be written, and create the folder.
+
+    Args:
+        path: The file if there are `suffixes`, else the folder.
+        suffixes: In lower case, ".png" and so on.
+        what: Names the path in errors.
+
+    Raises:
+        ValueError: Another suffix, a folder where a file must be or the reverse, or no permission.
+    """
+    if suffixes and (path.suffix.lower() not in suffixes or path.is_dir()):
+        raise ValueError(f"{what} {path} must be a file that ends in {', '.join(suffixes)}.")
+    try:
+        folder = path.parent if suffixes else path
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be written ({error}): use another place.") from None
 
 
 def run(command: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

@@ -272,7 +272,9 @@ class KLSchedule(_Section):
     kl_cycle_enabled: bool = True  # begin each cycle of epochs with a low-beta phase; false: none
     kl_cycle_period: int = constrained(8, ge=1)  # epochs per cycle
     kl_cooldown_epochs: int = constrained(2, ge=0)  # epochs of the low-beta phase, the first of each cycle
-    kl_cooldown_reduction: float = constrained(0.25, gt=0, le=1)  # factor of beta, down to the minimum beta, in a low-beta phase
+    kl_cooldown_reduction: float = constrained(
+        0.25, gt=0, le=1
+    )  # factor of beta, down to the minimum beta, in a low-beta phase
     kl_beta_floor: float = constrained(5e-5, ge=0)  # minimum beta is kl_beta_floor * kl_floor_growth**epoch; 0: none
     kl_floor_growth: float = constrained(1.02, ge=1)  # growth of the minimum beta per epoch
 

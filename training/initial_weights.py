@@ -14,7 +14,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
 from training.cli import resolve_model
 from training.evaluate.models import load_model, weights_metadata
-from training.run_files import MANIFEST, PRIORS, read_json
+from training.run_files import priors_of, read_json
 
 # Keys of `config.json` that do not change the shape of a weight: initial or measured values.
 _VALUES = ("logvar_init", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -70,10 +70,8 @@ def fitted_priors(init_from: str, latent_dim: int) -> list[Path]:
         folder = Path(snapshot_download(source.path, allow_patterns=patterns)) / inside
     elif (folder.parent / FaceVAEPipeline.config_name).is_file():
         folder = folder.parent
-    elif (folder.parent / MANIFEST).is_file():  # <run>/checkpoints/step_XXXXXXXX/model
-        folder = folder.absolute().parents[2] / PRIORS
     else:
-        folder = folder / "priors"
+        folder = priors_of(folder)
     folders = [folder / name for name in FITTED_PRIORS]
     return [path for path in folders if read_json(path / "config.json").get("latent_dim") == latent_dim]
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.cli import add_option, lpips_trunks, run, select_device
+from training.cli import IMAGE_SUFFIXES, add_option, check_output, lpips_trunks, run, select_device
 from training.config import Config, load_config
 
 _STRIP_IMAGES, _STRIP_PAIRS = 64, 4  # at most in the strip; in one row of it
@@ -70,6 +70,7 @@ def list_images(places: Sequence[Path]) -> list[Path]:
 def _reconstruct(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config) if arguments.config else Config()
     files = list_images(arguments.images)
+    check_output(arguments.output, IMAGE_SUFFIXES)
     import torch
     from torchvision.utils import make_grid, save_image
 
@@ -101,12 +102,8 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
         for part in images[:_STRIP_IMAGES].split(arguments.batch_size):
             pixels = normalize(part.to(device))
             strip += torch.stack([pixels, model.decode(model.encode(pixels)[0])], dim=1).flatten(0, 1).cpu()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        columns = 2 * min(_STRIP_PAIRS, len(strip) // 2)
-        save_image(make_grid([(image.clamp(-1, 1) + 1) / 2 for image in strip], nrow=columns), arguments.output)
-    except ValueError as error:  # Pillow knows no such format
-        raise ValueError(f"--output {arguments.output}: {error}; use .png or .jpg.") from error
+    columns = 2 * min(_STRIP_PAIRS, len(strip) // 2)
+    save_image(make_grid([(image.clamp(-1, 1) + 1) / 2 for image in strip], nrow=columns), arguments.output)
 
     names = ["psnr", "ssim", *(f"lpips_{name}" for name in lpips)]
     metrics = {name: result.reconstruction.per_image[name] for name in names}

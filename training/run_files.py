@@ -223,6 +223,13 @@ def best_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     )
 
 
+def priors_of(model: Path) -> Path:
+    """The folder of the priors of a model: beside its weights, or in the run whose checkpoint has the model."""
+    if (model.parent / MANIFEST).is_file():  # RUN/checkpoints/step_XXXXXXXX/model
+        return model.absolute().parents[2] / PRIORS
+    return model / PRIORS
+
+
 def _recorded_bests(run_dir: Path) -> Iterator[dict[str, Any]]:
     """Every record of the best model, the most trustworthy first."""
     for checkpoint in reversed(list_checkpoints(run_dir)):

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.cli import UserError
 from training.cast_weights import CastWeights
+from training.cli import UserError
 from training.data.images import normalize, random_affine
 from training.distributed import AUTOCAST_DTYPES, is_out_of_memory, read_later
 from training.ema import EMAWeights
@@ -71,7 +71,7 @@ class TrainStep:
             first agree that all of them got there.
         max_grad_norm: Gradients are clipped to this norm.
         augment: Apply `training.data.images.random_affine` to each image.
-        compile: Compile the forward pass with the loss, for each shape anew. The model itself stays eager, so other calls
+        compile: Compile the forward pass with the loss, once for each shape. The model itself stays eager, so other calls
             (validation, sampling) do not compile anything.
     """
 

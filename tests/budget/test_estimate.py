@@ -392,6 +392,16 @@ def test_both_networks_of_the_loss_are_counted():
     assert both == pytest.approx(one + other)
 
 
+def test_the_optimizer_counts_in_the_memory_of_an_estimate():
+    light = {"model": tiny.SETTINGS["model"], "loss": {"perceptual_weight": 0, "lpips_weight": 0}}
+    adam, muon = (
+        estimate_memory(config_from_dict(light | {"training_presets": {"optimizer": optimizer}}), 4, 1)
+        for optimizer in ("adam", "muon")
+    )
+    assert muon.optimizer_flop > adam.optimizer_flop == 0
+    assert muon.parts["optimizer state"] < adam.parts["optimizer state"]
+
+
 @pytest.mark.parametrize("batch", [4, 16])
 def test_the_estimated_micro_batch_fits_and_one_more_does_not(tmp_path, batch):
     presets = {"batch_size": batch, "micro_batch_size": "auto"}

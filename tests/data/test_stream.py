@@ -26,7 +26,7 @@ from training.config import DataConfig
 from training.data import images as data_images
 from training.data import shards, sources
 from training.data import stream as data
-from training.data.images import decode_image
+from training.data.images import DataError, decode_image
 from training.data.shards import as_example
 from training.data.sources import open_source
 from training.data.stream import TrainStream, load_validation, validation_attributes
@@ -215,11 +215,11 @@ def test_an_unreadable_shard_reaches_the_consumer(tmp_path):
 
 def test_too_little_data_is_an_error(tmp_path):
     config = coded_config(tmp_path, count=10, shards=2)
-    with pytest.raises(ValueError, match=r"holds 10 images to train on, 0 batches of 12"):
+    with pytest.raises(DataError, match=r"holds 10 images to train on, 0 batches of 12"):
         read_epoch(config, global_batch=12)
-    with pytest.raises(ValueError, match=r"2 batches of 5, and batch 3 was asked for"):
+    with pytest.raises(DataError, match=r"2 batches of 5, and batch 3 was asked for"):
         read_epoch(config, global_batch=5, start_batch=3)
-    with pytest.raises(ValueError, match=r"batch of 5 cannot be divided over 2"):
+    with pytest.raises(ValueError, match=r"batch_size 5 cannot be divided over 2"):
         open_stream(config, world_size=2, global_batch=5)
 
 

@@ -366,6 +366,8 @@ def test_where_images_come_from(tmp_path):
         "--data", "flwrlabs/celeba", "--split", "test", config=config_from_dict({"data": {"revision": "abc"}})
     )
     assert (data.dataset, data.revision, data.validation_split) == ("flwrlabs/celeba", None, "test")
+    ultra = config_from_dict({"data": {"crop_px": 178}})
+    assert parsed("--data", "imagefolder:.", config=ultra).crop_px is None  # the crop belongs to the other images
     held_out = config_from_dict({"data": {"validation_split": None}})
     assert parsed("--config", "x", config=held_out).validation_split is None  # as in training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -150,6 +151,13 @@ def test_arrays_of_another_size_type_or_range_raise(pipe):
     ):
         with pytest.raises(ValueError, match=r"must be uint8 or floating-point in \[0, 1\], got .*: scale them"):
             pipe.reconstruct(images)
+
+
+def test_a_photograph_with_broken_exif_is_encoded_as_it_is(pipe):
+    buffer = io.BytesIO()
+    photograph().save(buffer, "PNG", exif=b"Exif\0\0no TIFF header")
+    with Image.open(buffer) as broken:
+        assert torch.equal(pipe.encode(broken), pipe.encode(photograph()))
 
 
 def test_arrays_and_tensors_of_8_bits_are_scaled(pipe):

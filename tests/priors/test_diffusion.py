@@ -53,7 +53,7 @@ def train(folder, resume=None, vae=None, **sections) -> tuple[int, DiffusionTrai
     vae = vae or tiny.random_vae()
     vae.save_pretrained(folder / "model")
     training = DiffusionTraining(
-        vae, random_latents, config(folder, **sections), folder / "model", ("Smiling", "Male"), resume
+        vae, lambda: vae, random_latents, config(folder, **sections), folder / "model", ("Smiling", "Male"), resume
     )
     return training.run(), training
 
@@ -251,13 +251,40 @@ def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces
 
 def test_a_vae_without_pca_branch_raises(session, tmp_path):
     with pytest.raises(ValueError, match="needs a PCA branch"):
-        DiffusionTraining(tiny.random_vae(pca_size=None), random_latents, config(tmp_path), tmp_path)
+        DiffusionTraining(tiny.random_vae(pca_size=None), dict, random_latents, config(tmp_path), tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_argument_of_the_prior_raises(session, tmp_path):
     with pytest.raises(ValueError, match="section model: .*width.*arguments of DiffusionPrior"):
-        DiffusionTraining(tiny.random_vae(), random_latents, config(tmp_path, model={"width": 3}), tmp_path)
+        DiffusionTraining(tiny.random_vae(), dict, random_latents, config(tmp_path, model={"width": 3}), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["augment", "gradient_checkpointing"])
+def test_keys_without_effect_raise(session, tmp_path, key):
+    settings = config(tmp_path, training_presets={key: True})
+    with pytest.raises(
+        ValueError, match=f"training_presets.{key} is True, which the training of a prior does not have"
+    ):
+        DiffusionTraining(tiny.random_vae(), dict, random_latents, settings, tmp_path)
+
+
+def test_images_that_cannot_be_opened_leave_no_run(session, tmp_path):
+    def missing():
+        raise ValueError("no split")
+
+    with pytest.raises(ValueError, match="no split"):
+        DiffusionTraining(tiny.random_vae(), missing, random_latents, config(tmp_path), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_beyond_its_time_limit_does_nothing(session, tmp_path):
+    _, first = train(tmp_path, training_presets={"max_train_minutes": 1e-6, "early_stopping_patience": 2})
+    assert first.progress.early_stopping_bad_epochs == 0
+    metrics = (first.run_dir / "metrics.jsonl").read_text()
+    code, again = train(tmp_path, "auto", training_presets={"max_train_minutes": 1e-6, "early_stopping_patience": 2})
+    assert code == 0 and again.progress.step == first.progress.step and again.run_dir == first.run_dir
+    assert (first.run_dir / "metrics.jsonl").read_text().count('"validation"') == metrics.count('"validation"')
 
 
 def test_the_spatial_layout_is_learned_in_latent_space():

@@ -77,7 +77,7 @@ def test_interpolations_between_samples_and_between_photographs(fitted, photogra
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL", "--output", "grid.txt"], "--output must end in .png"),
+        (["MODEL", "--output", "grid.txt"], "--output grid.txt must be a file that ends in .png"),
         (["missing"], "there is no folder missing"),
         (["MODEL", "--interpolate", "one.png"], "at least two images"),
         (["MODEL", "--interpolate", "one.png", "two.png"], "one.png is not a readable image"),

@@ -19,6 +19,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.data.synthetic_faces.render import render_face
 from training.pca_init import fit_pca_branch
 from training.publish import export_formats
+from training.run_files import list_checkpoints
 
 # Largest allowed differences from float32, in latents (of standard deviation 1) and images (in [-1, 1]). Rounding to 11
 # and 8 bits is 2^-12 and 2^-9 of a value; a handful of layers add up.
@@ -133,6 +134,12 @@ def test_errors_are_one_line(trained, tmp_path, capsys):
         assert export_formats.main(arguments) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and expected in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_does_not_get_a_variant(finished, capsys):
+    checkpoint = list_checkpoints(finished.folder)[-1]
+    assert export_formats.main([str(checkpoint), "--variant", "fp16"]) == 2
+    assert "belongs to a checkpoint, which is removed when a better one comes" in capsys.readouterr().err
 
 
 def test_incomplete_weights_raise(trained, tmp_path, capsys):

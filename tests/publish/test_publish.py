@@ -18,10 +18,13 @@ from fake_hub import TOKEN, FakeHub
 from safetensors.torch import load_file, save_file
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from modeling.latent_prior import GaussianPrior
 from training.config import HubConfig
+from training.initial_weights import fitted_priors
+from training.priors.sample import load_pipeline
 from training.publish import stage as publish
 from training.publish.hub import PushError, check_access, files_to_publish, find_secrets, push
-from training.run_files import MODEL_FILE, WEIGHTS, best_checkpoint
+from training.run_files import MODEL_FILE, WEIGHTS, best_checkpoint, find_model
 
 ROOT = Path(__file__).parents[2]
 CONFIG = HubConfig(push=True, repo_id="org/faces-vae", private=True)
@@ -311,6 +314,20 @@ def test_the_command_publishes_a_run(hub, finished, capsys):
     assert repository.files[WEIGHTS] == best_weights(finished.folder)
     path = str(finished.folder.parent.parent).encode()
     assert [name for name, data in repository.files.items() if path in data] == []
+
+
+def test_an_unfinished_run_has_the_priors_that_it_started_with(finished, tmp_path):
+    """Of a run of the decoder alone, until it exports its model."""
+    run_dir = shutil.copytree(finished.folder, tmp_path / finished.folder.name, symlinks=True)
+    status = json.loads((run_dir / "status.json").read_text())
+    (run_dir / "status.json").write_text(json.dumps({**status, "model_dir": None}))
+    vae, _ = find_model(run_dir)
+    assert load_pipeline(str(run_dir), "cpu").fitted_priors == []
+    GaussianPrior(latent_dim=16).save_pretrained(run_dir / "priors" / "gaussian")
+    published = {name for name in files_to_publish(vae) if name.startswith("priors/")}
+    assert "priors/gaussian/config.json" in published and len(published) == 3
+    assert load_pipeline(str(run_dir), "cpu").fitted_priors == ["gaussian"]
+    assert fitted_priors(str(run_dir), 16) == [run_dir / "priors" / "gaussian"]
 
 
 def test_a_copied_run_is_published_with_its_best_weights_and_their_metrics(hub, finished, tmp_path, capsys):

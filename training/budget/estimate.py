@@ -109,7 +109,15 @@ def estimate_memory(config: Config, micro_batch: int, processes: int) -> MemoryE
     Precision is the configuration's; "auto" counts as bf16, which every GPU of the table computes in.
     """
     presets = config.training_presets
-    names = ("ema_decay", "gradient_checkpointing", "pca_lr_scale", "train_only")
+    names = (
+        "channels_last",
+        "compile",
+        "ema_decay",
+        "gradient_checkpointing",
+        "optimizer",
+        "pca_lr_scale",
+        "train_only",
+    )
     settings = {
         "model": config.model,
         "loss": asdict(config.loss),

@@ -74,7 +74,7 @@ class DatasetCache:
         self.is_complete = False
         self._look_for_manifest()
         if not self.is_complete and source is None:
-            raise ValueError(f"data.cache: {folder} is not complete.")
+            raise ValueError(f'data.cache: {folder} is not complete: fill it with data.cache="on" first.')
         if not self.is_complete:
             self._check_disk()
 

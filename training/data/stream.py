@@ -210,7 +210,9 @@ class TrainStream:
         pin_memory: bool = False,
     ):
         if global_batch % world_size:
-            raise ValueError(f"A global batch of {global_batch} cannot be divided over {world_size} processes.")
+            raise ValueError(
+                f"training_presets.batch_size {global_batch} cannot be divided over {world_size} processes: use a multiple."
+            )
         self.config, self._resolution, self._pin_memory = config, resolution, pin_memory
         self._seed, self._global_batch = seed, global_batch
         self._local = range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
@@ -430,7 +432,7 @@ class TrainStream:
             )
             raise DataError(
                 f"{self.corrupt_examples} of {total} images of {self.config.dataset!r} are corrupt, more than "
-                f"data.max_corrupt_fraction={limit}: {some}"
+                f"data.max_corrupt_fraction={limit}: {some}. Restore these images, or raise data.max_corrupt_fraction."
             )
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.cli import add_option, data_source, lpips_trunks, positive_int, run, select_device
+from training.cli import add_option, check_output, data_source, lpips_trunks, positive_int, run, select_device
 from training.config import Config, DataConfig, load_config
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def data_config(arguments: argparse.Namespace, config: Config) -> DataConfig:
     changes: dict[str, Any] = {}
     split = arguments.split
     if arguments.data is not None:
-        changes = data_source(arguments.data, split or "validation")
+        changes = {**data_source(arguments.data, split or "validation"), "crop_px": None}  # --config's has another
         if changes["dataset"] in ("imagefolder", "parquet"):
             split = split or "validation"
         if changes["dataset"] == "imagefolder" and arguments.split is None:
@@ -186,6 +186,8 @@ def measure_models(
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.output is not None:
+        check_output(arguments.output)
     data, networks, images, results = measure_models(arguments)
     from training.evaluate.measure import summarize
     from training.evaluate.report import extremes_grid, page, reading_notes, table_rows
@@ -208,7 +210,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         _print_table(heads, rows, notes)
     if arguments.output is not None:
         folder = arguments.output
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         _write_per_image(folder / "per_image.csv", results)
         device = select_device(arguments.device)

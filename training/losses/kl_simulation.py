@@ -106,8 +106,7 @@ def _plot(records: list[dict[str, Any]], images_per_epoch: int, path: Path) -> N
 
 def _run(arguments: argparse.Namespace) -> None:
     presets = load_config(arguments.config, arguments.overrides).training_presets
-    if not arguments.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {arguments.output}: its folder does not exist.")
+    cli.check_output(arguments.output, (".png",))
     controller = KLController(presets, presets.kl_control_enabled)
     records = list(simulate(controller, SimulatedPlant(), arguments.epochs, arguments.images_per_epoch))
     _plot(records, arguments.images_per_epoch, arguments.output)
@@ -116,7 +115,9 @@ def _run(arguments: argparse.Namespace) -> None:
     at_minimum = [record for record in records if record["beta"] <= record["minimum_beta"] * (1 + 1e-9)]
     low_beta = sum(record["low_beta_phase"] for record in at_minimum)
     print(f"{len(judged)} of {len(records)} observations outside warm-up and low-beta phases: {inside} with the KL")
-    print(f"fraction in its target range; {len(at_minimum)} of all with beta at its minimum, {low_beta} of them in low-beta")
+    print(
+        f"fraction in its target range; {len(at_minimum)} of all with beta at its minimum, {low_beta} of them in low-beta"
+    )
     print(f"phases; plotted to {arguments.output}")
 
 

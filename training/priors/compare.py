@@ -152,12 +152,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ValueError("--guidance-scale needs the diffusion prior, which this model has not: leave it out.")
     vae, size = pipeline.vae, pipeline.vae.config.sample_size
     features = _load_features(arguments, vae.device, size)
+    validation = list(validation_faces(data, size, batch_size))
+    photographs = [pixels / 127.5 - 1 for pixels, _ in validation]
     training = training_faces(data, size, arguments.max_images, batch_size)
     faces = encode_faces(vae, training, not arguments.no_flip, features, count)
-    validation, photographs = [], []
-    for pixels, attributes in validation_faces(data, size, batch_size):
-        validation.append((pixels, attributes))
-        photographs.append(pixels / 127.5 - 1)
     held_out = encode_faces(vae, validation, with_flips=False)
     print(
         f"{len(faces.mean)} training latents, flipped images included; {len(held_out.mean)} validation faces",

@@ -50,13 +50,24 @@ from training.randomness import keyed_generator
 from training.run_files import GUIDE_FILE, RUN_FILE, read_json
 from training.signals import EXIT_STOPPED, StopSignal
 from training.tracking.progress import Progress
-from training.tracking.trackers import Tracker, setup_logging
+from training.tracking.trackers import Tracker, check_trackers, log_failed, setup_logging
 
 logger = logging.getLogger(__name__)
 
 LATENTS_FILE = "latents.safetensors"
 _STATISTICS_FACES = 2048  # posterior samples whose images give the standard deviation
 _VALIDATION_BATCHES = 8
+# Keys without effect here, which are refused.
+_KEYS_OF_THE_VAE = (
+    "hub.push",
+    "hub.push_checkpoints",
+    "training_presets.augment",
+    "training_presets.best_metric",
+    "training_presets.gradient_checkpointing",
+    "training_presets.init_from",
+    "training_presets.resolution_schedule",
+    "training_presets.train_only",
+)
 _DROP_ALL, _VALIDATION_KEY = 0.1, 1 << 32  # fraction of samples without attributes; third part of validation's seeds
 
 
@@ -115,12 +126,13 @@ def sample_batch(
 
 
 class DiffusionTraining:
-    """A run that trains a diffusion prior: `DiffusionTraining(vae, encode, config, model_dir).run()`.
+    """A run that trains a diffusion prior: `DiffusionTraining(vae, open_faces, encode, config, model_dir).run()`.
 
     Args:
         vae: In evaluation mode, on the CPU.
-        encode: Returns the latents of `sample_batch` for both splits, and `num_faces`, of which some latents may be flipped
-            copies; called on the main process of a new run.
+        open_faces: Opens the images, or raises ValueError; called on the main process of a new run before it has a folder.
+        encode: Takes what `open_faces` returns; returns the latents of `sample_batch` for both splits, and `num_faces`, of
+            which some latents may be flipped copies. `vae` is on the device then.
         config: The configuration.
         model_dir: Folder of the VAE; the trained prior is copied to `priors/diffusion/` in it.
         attributes: Names of the attributes in the latents.
@@ -134,7 +146,8 @@ class DiffusionTraining:
     def __init__(
         self,
         vae: AutoencoderKLUltra,
-        encode: Callable[[AutoencoderKLUltra], dict[str, Tensor]],
+        open_faces: Callable[[], Any],
+        encode: Callable[[Any], dict[str, Tensor]],
         config: Config,
         model_dir: Path,
         attributes: tuple[str, ...] = (),
@@ -148,22 +161,29 @@ class DiffusionTraining:
                 f"training_presets.batch_size {presets.batch_size} cannot be divided over {processes.num_processes} "
                 "processes: use a multiple."
             )
+        check_trackers(config.output.trackers)
         if presets.micro_batch_size == "auto":
             raise ValueError(
                 'training_presets.micro_batch_size is "auto", which a prior does not have: use a number, or null for one '
                 "forward pass."
             )
+        values, defaults = config.flat(), Config().flat()
+        for key in _KEYS_OF_THE_VAE:
+            if values[key] != defaults[key]:
+                raise ValueError(
+                    f"{key} is {values[key]!r}, which the training of a prior does not have: leave it out."
+                )
         local = presets.batch_size // processes.num_processes
         self.micro_batch = min(presets.micro_batch_size or local, local)
         precision, _ = resolve_precision(presets.mixed_precision, processes.device)
         self.folder = RunFolder(config)
         try:
-            self._build(vae, encode, attributes, resume, allow_changed, processes, precision)
+            self._build(vae, open_faces, encode, attributes, resume, allow_changed, processes, precision)
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self, vae, encode, attributes, resume, allow_changed, processes, precision) -> None:
+    def _build(self, vae, open_faces, encode, attributes, resume, allow_changed, processes, precision) -> None:
         config, presets = self.config, self.config.training_presets
         self.vae_fingerprint = fingerprint = latents_fingerprint(vae)
         prior = build_prior(config, vae, attributes)
@@ -191,9 +211,10 @@ class DiffusionTraining:
         vae.to(accelerator.device).requires_grad_(False)
 
         def prepare() -> tuple[Path, list[str]]:
-            latents = encode(vae) if checkpoint is None else None
+            faces = open_faces() if checkpoint is None else None
             run_dir, claimed = self.folder.claim(checkpoint, {"vae": fingerprint})
-            if latents is not None:
+            if faces is not None:
+                latents = encode(faces)
                 save_file({name: tensor.contiguous() for name, tensor in latents.items()}, run_dir / LATENTS_FILE)
             return run_dir, claimed
 
@@ -339,8 +360,7 @@ class DiffusionTraining:
             self.tracker.update_status(state="finished", reason=reason, model_dir=str(target), seconds_left=0.0)
             return 0
         except BaseException as error:
-            logger.error("failed: %s: %s", type(error).__name__, error)
-            self.tracker.update_status(state="failed", reason=str(error))
+            self.tracker.update_status(state="failed", reason=log_failed(error))
             raise
         finally:
             self.checkpoints.join_writer()
@@ -367,6 +387,9 @@ class DiffusionTraining:
     def _train(self, stop: StopSignal) -> str | None:
         """Trains until something ends the run; returns what, None for a signal."""
         presets, output, progress = self.config.training_presets, self.config.output, self.progress
+        limit = presets.max_train_minutes
+        if limit is not None and progress.train_seconds >= 60 * limit:  # resumed; the same on all processes
+            return f"the limit of {limit:g} minutes of training"
         while progress.epoch < presets.num_epochs:
             bad_epochs = progress.early_stopping_bad_epochs
             if presets.early_stopping_patience and bad_epochs >= presets.early_stopping_patience:
@@ -384,13 +407,13 @@ class DiffusionTraining:
             if progress.batch >= self.steps_per_epoch:  # more if a resume has shortened the epochs
                 progress.epoch, progress.batch = progress.epoch + 1, 0
             is_last = out_of_time or progress.epoch == presets.num_epochs
-            is_best = self._validate()
+            is_best = self._validate(complete=not out_of_time)
             if is_last or progress.epoch % output.sample_every_epochs == 0:
                 on_main_process(self.accelerator, self._save_grid)
             if is_last or self.checkpoints.is_due_at_epoch(is_best, is_last):
                 self.checkpoints.save()
             if out_of_time:
-                return f"the limit of {presets.max_train_minutes:g} minutes of training"
+                return f"the limit of {limit:g} minutes of training"
         return f"{presets.num_epochs} epochs"
 
     def _micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -458,9 +481,13 @@ class DiffusionTraining:
         )()
         seconds = time.monotonic() - started
         progress.train_seconds += seconds
-        for name, value in {**terms, "optim/grad_norm": grad_norm, "steps": 1.0, "seconds": seconds}.items():
+        sums = {"steps": 1.0, "seconds": seconds}
+        if is_finite or self.accelerator.scaler is None:  # an overflow of fp16 is no measurement
+            sums |= {**terms, "optim/grad_norm": grad_norm, "measured": 1.0}
+        for name, value in sums.items():
             progress.window[name] = progress.window.get(name, 0.0) + value
-        if progress.step == 1 or progress.step % self.config.output.log_every_steps == 0:
+        log_due = progress.step == 1 or progress.step % self.config.output.log_every_steps == 0
+        if log_due and "loss/velocity" in progress.window:
             self._log_window()
         return flags
 
@@ -484,7 +511,8 @@ class DiffusionTraining:
         progress, presets = self.progress, self.config.training_presets
         window, progress.window = progress.window, {}
         steps, seconds = window.pop("steps"), window.pop("seconds")
-        values: dict[str, Any] = {name: total / steps for name, total in window.items()}
+        measured = window.pop("measured", steps)  # absent in the window of an older checkpoint
+        values: dict[str, Any] = {name: total / measured for name, total in window.items()}
         values |= {
             "optim/learning_rate": self.learning_rate.value,
             "optim/skipped_steps": progress.skipped_steps,
@@ -500,8 +528,11 @@ class DiffusionTraining:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _validate(self) -> bool:
-        """Measures the EMA weights on the same noise each time; returns whether they are the best so far."""
+    def _validate(self, complete: bool) -> bool:
+        """Measures the EMA weights on the same noise each time; returns whether they are the best so far.
+
+        Learning rate and early stopping count the ends of epochs only (`complete`).
+        """
         presets, progress = self.config.training_presets, self.progress
         with self.ema.applied(self.parameters):
             loss = torch.zeros((), device=self.accelerator.device)
@@ -512,14 +543,18 @@ class DiffusionTraining:
                     loss += self._loss(part) * len(part["sigma"])
         count = presets.batch_size // self.accelerator.num_processes * _VALIDATION_BATCHES
         loss = self.accelerator.reduce(loss / count, reduction="mean").item()
-        before, after = self.learning_rate.after_epoch(loss, progress.step)
-        if after < before:
-            self._event(
-                f"learning rate {before:.2e} -> {after:.2e}: no improvement in {presets.plateau_patience} epochs"
-            )
+        if complete:
+            before, after = self.learning_rate.after_epoch(loss, progress.step)
+            if after < before:
+                self._event(
+                    f"learning rate {before:.2e} -> {after:.2e}: no improvement in {presets.plateau_patience} epochs"
+                )
         values = {"validation/velocity_loss": loss}
         is_best = self.checkpoints.update_best(loss, values, presets.plateau_threshold)
-        progress.early_stopping_bad_epochs = 0 if is_best else progress.early_stopping_bad_epochs + 1
+        if is_best:
+            progress.early_stopping_bad_epochs = 0
+        elif complete:
+            progress.early_stopping_bad_epochs += 1
         logger.info("epoch %d: velocity_loss %.4f%s", progress.epoch, loss, " (best)" if is_best else "")
         self.tracker.log("validation", values, **progress.where)
         self.tracker.update_status(best=progress.best, **progress.where)

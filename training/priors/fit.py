@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from modeling.latent_prior import GaussianPrior, LatentPrior, fit_gaussian
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
-from training.cli import add_option, data_source, positive_int, run
+from training.cli import add_option, check_output, data_source, positive_int, run
 from training.config import Config, config_from_dict, load_config
 from training.priors.diffusion import DiffusionTraining
-from training.priors.latents import encode_faces, training_faces, validation_faces
+from training.priors.latents import Faces, encode_faces, training_faces, validation_faces
 from training.priors.sample import load_pipeline, seeded_generator
 from training.run_files import MANIFEST
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.fit_prior", description="Fit priors to training latents.")
     add_option(parser, "model", help="folder of an exported model; priors are written into it")
     add_data_options(parser)
-    parser.add_argument("--priors", nargs="+", choices=FITTED_PRIORS, default=["gaussian"], help="default: %(default)s")
+    parser.add_argument("--priors", nargs="+", choices=FITTED_PRIORS, default=["gaussian"], help="default: gaussian")
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
@@ -69,7 +69,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation", metavar="GLOB", help="validation files of --data parquet (default: part of the training files)"
     )
-    parser.add_argument("--crop-px", type=int, metavar="N", help="size of the center crop, as in training")
+    add_option(parser, "--crop-px", help="size of the center crop, as in training")
     parser.add_argument(
         "--max-images", type=positive_int, default=200_000, metavar="N", help="training images (default: %(default)s)"
     )
@@ -94,10 +94,11 @@ def read_config(arguments: argparse.Namespace) -> Config:
         keys = data_source(arguments.data, "train")
         if arguments.validation:
             keys["data_files"]["validation"] = arguments.validation
-        elif keys["dataset"] == "parquet":
-            keys["validation_split"] = None
-        elif keys["dataset"] == "imagefolder" and not (Path(keys["data_dir"]).expanduser() / "validation").is_dir():
-            keys["validation_split"] = None
+        elif keys["dataset"] == "imagefolder":
+            if not (Path(keys["data_dir"]).expanduser() / "validation").is_dir():
+                keys["validation_split"] = None
+        elif keys["dataset"] != "synthetic_faces":
+            keys["validation_split"] = None  # a fraction of the training images is held out
         config = config_from_dict({"data": keys})
     changes = {} if arguments.crop_px is None else {"crop_px": arguments.crop_px}
     data = dataclasses.replace(config.data, horizontal_flip=False, **changes)
@@ -182,27 +183,30 @@ def _fit(arguments: argparse.Namespace) -> int:
         )
     attributes = tuple(config.data.attribute_columns)
 
-    def encode(vae: nn.Module) -> dict[str, Tensor]:
+    def open_faces() -> dict[str, Faces]:
         size, batch_size = vae.config.sample_size, arguments.batch_size
-        batches = {
-            "train": training_faces(config.data, size, arguments.max_images, batch_size),
-            "validation": validation_faces(config.data, size, batch_size),
-        }
+        faces = {}
+        if "diffusion" in arguments.priors:  # the Gaussian needs no validation
+            faces["validation"] = validation_faces(config.data, size, batch_size)
+        return faces | {"train": training_faces(config.data, size, arguments.max_images, batch_size)}
+
+    def encode(faces: dict[str, Faces]) -> dict[str, Tensor]:
         latents = {}
-        for split, images in batches.items():
-            faces = encode_faces(vae, images, with_flips=not arguments.no_flip, with_thumbnails=False)
-            latents |= {f"{split}_mean": faces.mean.cpu(), f"{split}_std": faces.std.cpu()}
+        for split, images in faces.items():
+            found = encode_faces(vae, images, with_flips=not arguments.no_flip, with_thumbnails=False)
+            latents |= {f"{split}_mean": found.mean.cpu(), f"{split}_std": found.std.cpu()}
             if attributes:
-                latents[f"{split}_attributes"] = faces.attributes
-        counts = [len(latents[f"{split}_mean"]) for split in batches]
-        latents["num_faces"] = torch.tensor(counts[0] // (1 if arguments.no_flip else 2))
-        print(f"{counts[0]} training and {counts[1]} validation latents, flipped images included", flush=True)
+                latents[f"{split}_attributes"] = found.attributes
+            print(f"{len(found.mean)} {split} latents, flipped images included", flush=True)
+        latents["num_faces"] = torch.tensor(len(latents["train_mean"]) // (1 if arguments.no_flip else 2))
         return latents
 
+    check_output(folder / "priors", what="the folder of priors")
     training = None
     if "diffusion" in arguments.priors:
         training = DiffusionTraining(
             vae,
+            open_faces,
             encode,
             config,
             folder,
@@ -211,7 +215,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             allow_changed=[key for keys in arguments.allow_changed for key in keys],
         )
     if "gaussian" in arguments.priors and (training is None or training.accelerator.is_main_process):
-        latents = encode(vae) if training is None else training.latents
+        latents = encode(open_faces()) if training is None else training.latents
         prior, shrinkage = fit_gaussian_prior(latents, attributes, arguments.seed)
         _save(prior, folder / "priors" / "gaussian")
         print(f"{folder / 'priors' / 'gaussian'}: shrinkage {shrinkage:.4g}", flush=True)

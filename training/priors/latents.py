@@ -36,26 +36,31 @@ def latents_fingerprint(vae: AutoencoderKLUltra) -> str:
 def training_faces(
     data: DataConfig, resolution: int, max_images: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the first training images in batches, with a progress bar on a terminal."""
+    """Opens the training images; returns an iterator over batches of the first ones, with a progress bar."""
     # One image at a time, so that no image of the last batch is left out.
     stream = TrainStream(data, resolution=resolution, seed=0, global_batch=1, rank=0, world_size=1)
     total = max_images if stream.num_examples is None else min(max_images, stream.num_examples)
-    batches = stream.epoch_batches(0, max_batches=total)
-    batches = tqdm(batches, desc="encoding", total=total, unit="image", disable=not sys.stderr.isatty())
-    pending = []
-    for batch in batches:
-        pending.append((batch.pixels, batch.attributes))
-        if len(pending) == batch_size:
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; each update is a line of a file
+        images = stream.epoch_batches(0, max_batches=total)
+        images = tqdm(images, desc="encoding", total=total, unit="image", mininterval=interval, maxinterval=interval)
+        pending = []
+        for image in images:
+            pending.append((image.pixels, image.attributes))
+            if len(pending) == batch_size:
+                yield tuple(map(torch.cat, zip(*pending)))
+                pending = []
+        if pending:
             yield tuple(map(torch.cat, zip(*pending)))
-            pending = []
-    if pending:
-        yield tuple(map(torch.cat, zip(*pending)))
+
+    return batches()
 
 
 def validation_faces(data: DataConfig, resolution: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the validation images in batches."""
+    """Opens and decodes the validation images; returns an iterator over batches of them."""
     pixels, indices = load_validation(data, resolution=resolution, rank=0, world_size=1)
-    yield from zip(pixels.split(batch_size), validation_attributes(data, indices).split(batch_size))
+    return zip(pixels.split(batch_size), validation_attributes(data, indices).split(batch_size))
 
 
 @dataclass

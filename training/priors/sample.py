@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from modeling.latent_prior import DiffusionPrior, GaussianPrior
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline, slerp
-from training.cli import add_option, resolve_model, run, select_device
+from training.cli import IMAGE_SUFFIXES, add_option, check_output, resolve_model, run, select_device
 from training.data.images import CorruptImage, decode_image, normalize
+from training.run_files import priors_of
 
 _INTERPOLATION_STEPS = 9  # both ends included
 _NUM_SAMPLES, _NUM_ROWS = 64, 8  # of a plain grid; of a comparison
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attributes",
         nargs="+",
-        metavar="NAME=0|1",
-        help="attributes that the diffusion prior was trained on, such as Smiling=1",
+        metavar="NAME=VALUE",
+        help="attributes that the diffusion prior was trained on: Smiling=1 present, Smiling=0 absent",
     )
     parser.add_argument(
         "--guidance-scale",
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--interpolate", nargs="*", metavar="IMAGE", help="interpolate between samples, or from image to image"
     )
     parser.add_argument("--linear", action="store_true", help="interpolate linearly, not spherically")
-    parser.add_argument("--crop-px", type=int, metavar="N", help="size of the center crop of --interpolate's images")
+    add_option(parser, "--crop-px", help="size of the center crop of --interpolate's images")
     add_option(parser, "--seed", default=0)
     add_option(parser, "--batch-size", default=8)
     add_option(parser, "--output", default=Path("samples.png"), help="image file to write")
@@ -75,6 +76,10 @@ def load_pipeline(model: str, device: str | None) -> FaceVAEPipeline:
         raise ValueError(f"{model} is of class {class_name}: give a model of class AutoencoderKLUltra.")
     is_pipeline = (Path(model).expanduser() / FaceVAEPipeline.config_name).is_file()
     pipeline = FaceVAEPipeline.from_pretrained(Path(model).expanduser() if is_pipeline else source.path)
+    for name, prior in {"gaussian": GaussianPrior, "diffusion": DiffusionPrior}.items():
+        folder = priors_of(Path(source.path)) / name
+        if getattr(pipeline, name) is None and folder.is_dir():  # the run has not exported its model
+            pipeline.register_modules(**{name: prior.from_pretrained(folder)})
     return pipeline.to(select_device(device))
 
 
@@ -90,7 +95,7 @@ def seeded_generator(seed: int) -> torch.Generator:
 
 
 def _attributes(pairs: list[str] | None) -> dict[str, float]:
-    """NAME=0|1 to name -> value."""
+    """NAME=1 (present) or NAME=0 (absent) to name -> value."""
     values = {}
     for pair in pairs or ():
         name, _, value = pair.partition("=")
@@ -174,13 +179,11 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
 
 def _sample(arguments: argparse.Namespace) -> None:
     output = arguments.output
-    if output.suffix.lower() not in _IMAGE_SUFFIXES:
-        raise ValueError(f"--output must end in {', '.join(_IMAGE_SUFFIXES)}, got {output}.")
+    check_output(output, IMAGE_SUFFIXES)
     seeded_generator(arguments.seed)  # an error before the model is loaded
     pipeline = load_pipeline(arguments.model, arguments.device)
     latents, columns = _grid_latents(pipeline, arguments)
     images = pipeline.decode(latents, "pt", arguments.batch_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(images.float().cpu(), nrow=columns, padding=2), output)
     prior = arguments.prior or pipeline.default_prior
     print(f"{output}: {len(images)} images of the prior {prior}, {columns} per row")

@@ -324,12 +324,18 @@ def _training(record: RunRecord) -> str:
         "" if loss.lpips_trunk is None else f", LPIPS also {loss.lpips_trunk}"
     )
     beta = "controlled to keep KL's fraction of the loss in a target range" if presets.kl_control_enabled else "fixed"
+    kl = "" if presets.train_only == "decoder" else f" + beta x KL, beta {beta}"
+    if loss.adversarial_weight > 0:
+        kl += (
+            f"; an adversarial term with {loss.adversarial_weight:g} times the gradient of the others, after "
+            f"{loss.adversarial_start_images:,} images"
+        )
     lines = [
         f"- {images_seen:,} images in {record.status.get('epoch')} epochs, batch {presets.batch_size}, "
         f"{presets.optimizer}, learning rate {presets.learning_rate:g}, seed {presets.seed}; every key is in "
         "`training_config.json`.",
         f"- Loss: {loss.mse_weight:g} MSE + {loss.l1_weight:g} L1 + {loss.perceptual_weight:g} perceptual + "
-        f"{loss.lpips_weight:g} LPIPS ({networks}) + beta x KL, beta {beta}.",
+        f"{loss.lpips_weight:g} LPIPS ({networks}){kl}.",
         f"- {hours:.2f} hours ({60 * hours:.1f} minutes) of training steps, without validation.",
     ]
     if record.init_from is not None:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalTokenNotFoundError, 
 from training.cli import UserError
 from training.config import HubConfig
 from training.io import http_response, retry_after
+from training.run_files import priors_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class PushError(UserError):
 
 
 def files_to_publish(folder: Path) -> dict[str, Path]:
-    """The files of a folder that belong to a published model: name in the repository -> file.
+    """The files of a folder, and of its run's priors, that belong to a published model: name in the repository -> file.
 
     Optimizer states, logs, checkpoints and other files are left out.
 
@@ -68,6 +69,9 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
         ValueError: There is no model in the folder.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if (priors := priors_of(folder)).parent != folder:
+        found = (path for path in sorted(priors.rglob("*")) if path.is_file())
+        files |= {f"priors/{path.relative_to(priors).as_posix()}": path for path in found}
     published = {name: path for name, path in files.items() if is_published(name)}
     for config in [name for name in published if PurePosixPath(name).name == "config.json"]:
         source = _source_of(published[config])
