@@ -230,6 +230,17 @@ def test_photographs_are_published_on_request_only(finished, tmp_path):
         assert ("images/reconstructions.png" in (folder / "README.md").read_text()) == asked
 
 
+def test_the_loss_of_a_sharpened_decoder_is_described(finished):
+    record = read_run(finished.folder)
+    assert "+ beta x KL, beta controlled" in model_card._training(record)
+    loss = dataclasses.replace(record.config.loss, adversarial_weight=0.5, adversarial_start_images=2048)
+    presets = dataclasses.replace(record.config.training_presets, train_only="decoder")
+    record.config = dataclasses.replace(record.config, loss=loss, training_presets=presets)
+    text = model_card._training(record)
+    assert "; an adversarial term with 0.5 times the gradient of the others, after 2,048 images." in text
+    assert "beta" not in text
+
+
 def test_fitted_priors_are_named(finished, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(finished.folder / "best", folder)
