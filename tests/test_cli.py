@@ -17,6 +17,7 @@ from training import builders as build
 from training import distributed
 from training.budget.estimate import count_flops
 from training.builders import micro_batch_size
+from training.cli import UserError
 from training.config import load_config
 from training.data import sources
 from training.distributed import resolve_precision
@@ -208,6 +209,22 @@ def test_an_error_of_the_program_keeps_its_traceback(cli, monkeypatch):
     monkeypatch.setattr(build, "build_model", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         cli("--dry-run")
+
+
+def test_only_errors_that_the_user_can_correct_are_one_line_during_training(cli, monkeypatch):
+    class Failing:
+        def __init__(self, *_):
+            pass
+
+        def run(self):
+            raise error
+
+    monkeypatch.setattr("training.trainer.Trainer", Failing)
+    error = UserError("no answer")
+    assert cli.error() == "error: no answer"
+    error = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        cli()
 
 
 def test_every_process_prints_its_own_errors(cli, monkeypatch):

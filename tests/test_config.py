@@ -187,7 +187,6 @@ def test_an_invalid_value_is_an_error_with_key_value_and_remedy(section, key, va
             'output.trackers must be a list, such as ["trackio", "wandb"], got "trackio,wandb".',
         ),
         ({"data": {"attribute_columns": "Smiling"}}, 'must be a list, such as ["Smiling"], got "Smiling".'),
-        ({"hub": {"push_every_epochs": 5}}, "hub.push_every_epochs must be null where hub.push is false, got 5."),
         ({"hub": {"push": True}}, 'hub.repo_id must be "organization/name" where hub.push is true, got null.'),
         (
             {"loss": {f"{name}_weight": 0 for name in ("mse", "l1", "perceptual", "lpips")}},

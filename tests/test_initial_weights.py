@@ -178,13 +178,13 @@ def test_resume_refuses_a_run_that_started_from_other_weights(finished, faces, t
     run_dir = tmp_path / "runs" / "tiny_20000101_000000" / "checkpoints"
     run_dir.parent.mkdir(parents=True)
     run_dir.symlink_to(finished.folder / "checkpoints")
-    remedy = "to resume that run, give --set training_presets.init_from=null"
+    remedy = "to resume that run, leave out --init-from, or give --set training_presets.init_from=null"
     with pytest.raises(
         ValueError, match=f"init_from is other/model, but the run .* started from random weights: {remedy}"
     ):
         Trainer(fine_tuning(tmp_path, faces, "other/model"), "auto")
     (run_dir.parent / "run.json").write_text(json.dumps({"init_from": str(tmp_path / "base")}))
-    with pytest.raises(ValueError, match=rf"init_from is other/model, .*init_from=\"{tmp_path / 'base'}\";"):
+    with pytest.raises(ValueError, match=rf"init_from is other/model, .*init_from=\"{tmp_path / 'base'}\" "):
         RunFolder(fine_tuning(tmp_path, faces, "other/model")).open("auto")
     folder = RunFolder(fine_tuning(tmp_path, faces, tmp_path / "runs" / ".." / "base"))  # another spelling
     assert folder.open("auto")["run_dir"] == run_dir.parent

@@ -274,7 +274,7 @@ class KLSchedule(_Section):
     kl_cooldown_epochs: int = constrained(2, ge=0)  # epochs of the low-beta phase, the first of each cycle
     kl_cooldown_reduction: float = constrained(
         0.25, gt=0, le=1
-    )  # factor of beta, down to the minimum beta, in a low-beta phase
+    )  # factor of beta (not below the minimum beta) and of the target range
     kl_beta_floor: float = constrained(5e-5, ge=0)  # minimum beta is kl_beta_floor * kl_floor_growth**epoch; 0: none
     kl_floor_growth: float = constrained(1.02, ge=1)  # growth of the minimum beta per epoch
 
@@ -431,7 +431,6 @@ class HubConfig(_Section):
         if self.push_checkpoints is not None:
             valid = re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_checkpoints) is not None
             self._require(valid, "push_checkpoints", '"organization/name" or null')
-        self._require(self.push or self.push_every_epochs is None, "push_every_epochs", "null where hub.push is false")
         if self.push:
             valid = self.repo_id is not None and self.repo_id.count("/") == 1
             self._require(valid, "repo_id", '"organization/name" where hub.push is true')

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.budget.estimate import describe_estimate, estimate_micro_batch
 from training.builders import build_model, build_optimizer, freeze_parameters, micro_batch_size
+from training.checkpoint.format import check_shapes
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import check_resume, check_unfinished
 from training.checkpoint.run_dir import RunFolder
@@ -188,6 +189,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     model = build_model(config)
     if saved is not None:
         notes += check_resume(config, accelerator.num_processes, saved, allow_changed)
+        on_main_process(accelerator, lambda: check_shapes(checkpoint, model))
         on_main_process(accelerator, lambda: check_unfinished(config, opened["run_dir"], saved))
     origin, priors = {}, []
     if checkpoint is None and presets.init_from is not None:
@@ -196,6 +198,11 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         if presets.train_only == "decoder" and presets.pca_lr_scale == 0:  # latents and PCA images stay as they are
             priors = on_main_process(accelerator, lambda: fitted_priors(presets.init_from, model.config.latent_dim))
             notes.append(f"priors    kept: {', '.join(path.name for path in priors) or 'none were found'}")
+    if config.hub.push_every_epochs is not None and not config.hub.push:
+        raise ValueError(
+            f"hub.push_every_epochs is {config.hub.push_every_epochs}, but hub.push is false: set it to true, or "
+            "hub.push_every_epochs to null."
+        )
     if config.hub.push:
         on_main_process(accelerator, lambda: hub.check_access(config.hub))
     if config.hub.push_checkpoints is not None:

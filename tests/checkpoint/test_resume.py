@@ -161,7 +161,6 @@ def test_a_change_is_accepted_where_it_is_allowed_by_name(finished, session, fac
         ("training_presets", "pca_lr_scale", 0.5),
         ("training_presets", "muon_lr_scale", 2.0),
         ("training_presets", "train_only", "decoder"),
-        ("model", "vector_width", 16),
     ],
 )
 def test_what_the_optimizer_depends_on_changes_in_a_new_run_only(finished, session, tmp_path, section, key, value):
@@ -169,9 +168,21 @@ def test_what_the_optimizer_depends_on_changes_in_a_new_run_only(finished, sessi
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
     values = finished.config.to_dict()
     values[section][key] = value
-    with pytest.raises(ValueError, match=rf"other values of {section}.{key} .* start a new run, .* --init-from RUN\.$"):
+    with pytest.raises(
+        ValueError, match=rf"other values of {section}.{key} .*{section}.{key} cannot change within one\.$"
+    ):
         Trainer(config_from_dict(values), str(run_dir), [f"{section}.{key}"])
     assert not (run_dir / "config.json").exists()  # nothing was written
+
+
+def test_another_model_is_refused_before_anything_is_written(finished, session, tmp_path):
+    run_dir = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
+    values = finished.config.to_dict()
+    values["model"]["vector_width"] = 16
+    with pytest.raises(ValueError, match=r"has shape \(.*\) in the checkpoint and \(.*\) here: this is another model"):
+        Trainer(config_from_dict(values), str(run_dir), ["model.vector_width"])
+    assert not (run_dir / "config.json").exists()
 
 
 def test_resume_takes_new_optimizer_settings(finished, session, tmp_path):

@@ -382,7 +382,7 @@ def test_command_plots_the_simulation(tmp_path, capsys):
         (None, "kl.png", "No such file"),
         ("{", "kl.png", "is not JSON"),
         ('{"training_presets": {"kl_gain": -1}}', "kl.png", "training_presets.kl_gain must be greater than 0"),
-        ("{}", "missing/kl.png", "its folder does not exist"),
+        ("{}", "kl.txt", "must be a file that ends in .png"),
     ],
 )
 def test_command_errors_are_one_line(tmp_path, capsys, text, output, message):

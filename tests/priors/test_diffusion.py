@@ -11,11 +11,12 @@ from runs import fork_ranks
 from safetensors.torch import load_file, save_file
 
 from modeling.pipeline import FaceVAEPipeline
+from training.checkpoint.manager import CheckpointManager
 from training.config import Config, config_from_dict
 from training.priors import fit
 from training.priors.diffusion import DiffusionTraining, build_prior, sample_batch
 from training.randomness import keyed_generator
-from training.run_files import GUIDE_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, list_checkpoints
+from training.run_files import GUIDE_FILE, MODEL_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, list_checkpoints, read_state
 from training.signals import EXIT_STOPPED
 
 STEPS = 3  # of an epoch
@@ -53,7 +54,7 @@ def train(folder, resume=None, vae=None, **sections) -> tuple[int, DiffusionTrai
     vae = vae or tiny.random_vae()
     vae.save_pretrained(folder / "model")
     training = DiffusionTraining(
-        vae, lambda: vae, random_latents, config(folder, **sections), folder / "model", ("Smiling", "Male"), resume
+        vae, random_latents, config(folder, **sections), folder / "model", ("Smiling", "Male"), resume
     )
     return training.run(), training
 
@@ -251,31 +252,39 @@ def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces
 
 def test_a_vae_without_pca_branch_raises(session, tmp_path):
     with pytest.raises(ValueError, match="needs a PCA branch"):
-        DiffusionTraining(tiny.random_vae(pca_size=None), dict, random_latents, config(tmp_path), tmp_path)
+        DiffusionTraining(tiny.random_vae(pca_size=None), random_latents, config(tmp_path), tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_argument_of_the_prior_raises(session, tmp_path):
     with pytest.raises(ValueError, match="section model: .*width.*arguments of DiffusionPrior"):
-        DiffusionTraining(tiny.random_vae(), dict, random_latents, config(tmp_path, model={"width": 3}), tmp_path)
+        DiffusionTraining(tiny.random_vae(), random_latents, config(tmp_path, model={"width": 3}), tmp_path)
 
 
 @pytest.mark.parametrize("key", ["augment", "gradient_checkpointing"])
 def test_keys_without_effect_raise(session, tmp_path, key):
     settings = config(tmp_path, training_presets={key: True})
     with pytest.raises(
-        ValueError, match=f"training_presets.{key} is True, which the training of a prior does not have"
+        ValueError, match=f"training_presets.{key} is true, which the training of a prior does not have"
     ):
-        DiffusionTraining(tiny.random_vae(), dict, random_latents, settings, tmp_path)
+        DiffusionTraining(tiny.random_vae(), random_latents, settings, tmp_path)
 
 
 def test_images_that_cannot_be_opened_leave_no_run(session, tmp_path):
-    def missing():
+    def missing(vae):
         raise ValueError("no split")
 
     with pytest.raises(ValueError, match="no split"):
-        DiffusionTraining(tiny.random_vae(), missing, random_latents, config(tmp_path), tmp_path)
-    assert not (tmp_path / "runs").exists()
+        DiffusionTraining(tiny.random_vae(), missing, config(tmp_path), tmp_path)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_time_limit_within_an_epoch_is_no_epoch_without_improvement(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointManager, "update_best", lambda self, *_: False)
+    with pytest.raises(RuntimeError, match="no model to export"):
+        train(tmp_path, training_presets={"max_train_minutes": 1e-6})
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert read_state(list_checkpoints(run_dir)[-1])["progress"]["early_stopping_bad_epochs"] == 0
 
 
 def test_a_run_beyond_its_time_limit_does_nothing(session, tmp_path):

@@ -58,7 +58,7 @@ def test_a_loss_term_of_a_user_is_logged_under_its_own_name():
 
 
 def test_a_state_with_one_field_more_and_one_less_is_restored(caplog):
-    progress = Progress(epoch=3, step=40, skipped_steps=2, best={"step": 30}, window={"steps": 1.0})
+    progress = Progress(epoch=3, step=40, skipped_steps=2, best={"step": 30}, window={"steps": 1.0, "measured": 1.0})
     saved = progress.state_dict()
     del saved["rollbacks"]
     restored = Progress()
@@ -66,6 +66,18 @@ def test_a_state_with_one_field_more_and_one_less_is_restored(caplog):
     assert restored == progress and [field.name for field in dataclasses.fields(restored)] == list(vars(restored))
     assert "progress: ignored unknown fields: new_counter" in caplog.text
     assert "progress: fields missing, defaults used: rollbacks" in caplog.text
+
+
+def test_the_window_of_an_older_checkpoint_counts_its_steps():
+    progress = Progress()
+    add_step(progress, mse=0.1)
+    add_step(progress, mse=0.1)
+    saved = progress.state_dict()
+    del saved["window"]["measured"]
+    restored = Progress()
+    restored.load_state_dict(saved)
+    add_step(restored, mse=0.4)
+    assert take_window(restored)["loss/mse"] == pytest.approx(0.2)
 
 
 def test_the_state_is_a_copy():

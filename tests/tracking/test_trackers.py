@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training.cli import UserError
 from training.config import TOKEN
-from training.tracking.trackers import LogFile, RedactingFormatter, Tracker
+from training.tracking.trackers import LogFile, RedactingFormatter, Tracker, log_failed, setup_logging
 
 WHERE = {"step": 5, "epoch": 1, "images_seen": 320}
 
@@ -30,6 +31,20 @@ def tracker(tmp_path, session):
 
 def lines(tracker: Tracker) -> list[dict]:
     return [json.loads(text) for text in (tracker.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_log_file_has_the_traceback_of_a_bug(tmp_path, capsys, session):
+    setup_logging(Accelerator(cpu=True), tmp_path / "training.log")
+    for error, traceback in ((UserError("the disk is full"), False), (IndexError("out of range"), True)):
+        try:
+            raise error
+        except Exception as caught:
+            reason = log_failed(caught)
+        log, terminal = (tmp_path / "training.log").read_text(), capsys.readouterr().err
+        assert f"failed: {reason}" in log and f"failed: {reason}" in terminal
+        assert ("Traceback" in log) == traceback and "Traceback" not in terminal
+    logging.getLogger("other").error("broken", exc_info=IndexError("of a library"))
+    assert "of a library" in capsys.readouterr().err
 
 
 def test_non_finite_metrics_are_null_in_metrics_jsonl(tracker):

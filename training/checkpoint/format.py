@@ -38,10 +38,10 @@ import diffusers
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.io import fsync_folder, point_to, remove_folder, rename_folder, write_bytes
-from training.run_files import FORMAT, MANIFEST, STATE_FILE, list_checkpoints, step_folder, step_of
+from training.run_files import FORMAT, MANIFEST, MODEL_FILE, STATE_FILE, list_checkpoints, step_folder, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +272,23 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint; empty if there is no such file."""
     path = checkpoint / name
     return safetensors.torch.load(path.read_bytes()) if path.is_file() else {}
+
+
+def check_shapes(checkpoint: Path, model: nn.Module) -> None:
+    """Check that a checkpoint has the weights of a model, without reading them.
+
+    Raises:
+        ValueError: A name or a shape differs.
+    """
+    live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safetensors.safe_open(checkpoint / MODEL_FILE, "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    for name in sorted(live.keys() | saved.keys()):
+        if live.get(name) != saved.get(name):
+            raise ValueError(
+                f"--resume: {name} has shape {saved.get(name)} in the checkpoint and {live.get(name)} here: this is another "
+                "model."
+            )
 
 
 def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:

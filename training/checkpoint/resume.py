@@ -40,9 +40,8 @@ FIXED_ON_RESUME = (
     "training_presets.seed",
     "training_presets.train_only",
 )
-# Of these, --allow-changed cannot change what the parameters, their groups and the optimizer's state depend on.
+# Of these, what not even --allow-changed changes: the groups of parameters and the optimizer's state depend on it.
 _ANOTHER_RUN = (
-    "model.",
     "training_presets.muon_lr_scale",
     "training_presets.optimizer",
     "training_presets.pca_lr_scale",
@@ -144,14 +143,14 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
         for key in changed
         if (key.startswith(FIXED_ON_RESUME) or (by_lpips and key == "output.eval_lpips_trunk"))
         and key not in FREE_ON_RESUME
-        and (key not in allowed or key.startswith(_ANOTHER_RUN))
+        and (key not in allowed or key in _ANOTHER_RUN)
         # The cache has one example order, whichever of the two modes filled it.
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
     ]
     if refused:
         shown = ", ".join(f"{key} ({_json(saved, key)} -> {_json(now, key)})" for key in refused)
-        if any(key.startswith(_ANOTHER_RUN) for key in refused):
-            remedy = "or start a new run, from the weights of this one with --init-from RUN"
+        if fixed := [key for key in refused if key in _ANOTHER_RUN]:
+            remedy = f"or start a new run, because {' and '.join(fixed)} cannot change within one"
         else:
             remedy = f"start a new run, or accept the change with --allow-changed {' '.join(refused)}"
         raise ValueError(

@@ -91,8 +91,8 @@ class RunFolder:
         if given not in (None, origin) and (origin is None or os.path.realpath(given) != os.path.realpath(origin)):
             raise ValueError(
                 f"training_presets.init_from is {given}, but the run {self.path} started from {origin or 'random weights'}: "
-                f"to resume that run, give --set training_presets.init_from={json.dumps(origin)}; for a new one, leave out "
-                "--resume."
+                f"to resume that run, leave out --init-from, or give --set training_presets.init_from={json.dumps(origin)} "
+                "where the configuration file has another; for a new run, leave out --resume."
             )
         self._lock = RunLock(self.path)
         notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(self.path)]

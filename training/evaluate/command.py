@@ -41,7 +41,11 @@ def add_measurement_options(parser: argparse.ArgumentParser, lpips: str, frechet
     data = parser.add_argument_group("images")
     held_out = "training images are measured, too: give --config RUN/config.json for the held-out ones"
     add_option(data, "--data", help=f"synthetic_faces, imagefolder:DIR, parquet:GLOB or a Hub data set; {held_out}")
-    add_option(data, "--config", help="configuration whose validation images are measured; --data replaces the source")
+    add_option(
+        data,
+        "--config",
+        help="configuration whose validation images are measured; --data replaces the source and its crop",
+    )
     add_option(data, "--set")
     data.add_argument("--split", metavar="NAME", help="default: the one that training validates on")
     data.add_argument("--max-images", type=positive_int, metavar="N", help="first N images of the split (2,048)")
@@ -102,7 +106,9 @@ def data_config(arguments: argparse.Namespace, config: Config) -> DataConfig:
     changes: dict[str, Any] = {}
     split = arguments.split
     if arguments.data is not None:
-        changes = {**data_source(arguments.data, split or "validation"), "crop_px": None}  # --config's has another
+        changes = data_source(arguments.data, split or "validation")
+        if not any(change.startswith("data.crop_px=") for change in arguments.overrides):
+            changes["crop_px"] = None  # that of the configuration belongs to its images
         if changes["dataset"] in ("imagefolder", "parquet"):
             split = split or "validation"
         if changes["dataset"] == "imagefolder" and arguments.split is None:

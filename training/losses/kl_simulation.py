@@ -116,9 +116,9 @@ def _run(arguments: argparse.Namespace) -> None:
     low_beta = sum(record["low_beta_phase"] for record in at_minimum)
     print(f"{len(judged)} of {len(records)} observations outside warm-up and low-beta phases: {inside} with the KL")
     print(
-        f"fraction in its target range; {len(at_minimum)} of all with beta at its minimum, {low_beta} of them in low-beta"
+        f"fraction in its target range. Beta at its minimum in {len(at_minimum)} of all observations, {low_beta} of them"
     )
-    print(f"phases; plotted to {arguments.output}")
+    print(f"in low-beta phases. Plotted to {arguments.output}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ is as many samples as there are training faces.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import time
@@ -29,10 +30,12 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from modeling.latent_prior import DiffusionPrior
 from training.budget.devices import local_device
 from training.builders import build_optimizer
+from training.checkpoint.format import check_shapes
 from training.checkpoint.manager import CheckpointManager
 from training.checkpoint.resume import check_resume
 from training.checkpoint.run_dir import RunFolder
 from training.checkpoint.state import TrainingState
+from training.cli import check_output
 from training.config import Config
 from training.distributed import (
     build_accelerator,
@@ -126,13 +129,12 @@ def sample_batch(
 
 
 class DiffusionTraining:
-    """A run that trains a diffusion prior: `DiffusionTraining(vae, open_faces, encode, config, model_dir).run()`.
+    """A run that trains a diffusion prior: `DiffusionTraining(vae, encode, config, model_dir).run()`.
 
     Args:
         vae: In evaluation mode, on the CPU.
-        open_faces: Opens the images, or raises ValueError; called on the main process of a new run before it has a folder.
-        encode: Takes what `open_faces` returns; returns the latents of `sample_batch` for both splits, and `num_faces`, of
-            which some latents may be flipped copies. `vae` is on the device then.
+        encode: Returns the latents of `sample_batch` for both splits, and `num_faces`, of which some latents may be flipped
+            copies; called on the main process of a new run.
         config: The configuration.
         model_dir: Folder of the VAE; the trained prior is copied to `priors/diffusion/` in it.
         attributes: Names of the attributes in the latents.
@@ -146,8 +148,7 @@ class DiffusionTraining:
     def __init__(
         self,
         vae: AutoencoderKLUltra,
-        open_faces: Callable[[], Any],
-        encode: Callable[[Any], dict[str, Tensor]],
+        encode: Callable[[AutoencoderKLUltra], dict[str, Tensor]],
         config: Config,
         model_dir: Path,
         attributes: tuple[str, ...] = (),
@@ -171,19 +172,19 @@ class DiffusionTraining:
         for key in _KEYS_OF_THE_VAE:
             if values[key] != defaults[key]:
                 raise ValueError(
-                    f"{key} is {values[key]!r}, which the training of a prior does not have: leave it out."
+                    f"{key} is {json.dumps(values[key])}, which the training of a prior does not have: leave it out."
                 )
         local = presets.batch_size // processes.num_processes
         self.micro_batch = min(presets.micro_batch_size or local, local)
         precision, _ = resolve_precision(presets.mixed_precision, processes.device)
         self.folder = RunFolder(config)
         try:
-            self._build(vae, open_faces, encode, attributes, resume, allow_changed, processes, precision)
+            self._build(vae, encode, attributes, resume, allow_changed, processes, precision)
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self, vae, open_faces, encode, attributes, resume, allow_changed, processes, precision) -> None:
+    def _build(self, vae, encode, attributes, resume, allow_changed, processes, precision) -> None:
         config, presets = self.config, self.config.training_presets
         self.vae_fingerprint = fingerprint = latents_fingerprint(vae)
         prior = build_prior(config, vae, attributes)
@@ -203,6 +204,7 @@ class DiffusionTraining:
                 )
             if opened["vae"] is None:
                 notes.append("resume: the run has not recorded the weights of its VAE, which are not compared")
+            on_main_process(processes, lambda: check_shapes(checkpoint, prior))
         accelerator = self.accelerator = build_accelerator(
             precision, static_graph=self.micro_batch * processes.num_processes == presets.batch_size
         )
@@ -211,10 +213,11 @@ class DiffusionTraining:
         vae.to(accelerator.device).requires_grad_(False)
 
         def prepare() -> tuple[Path, list[str]]:
-            faces = open_faces() if checkpoint is None else None
+            if checkpoint is None:
+                check_output(Path(config.output.runs_dir), what="output.runs_dir")
+            latents = encode(vae) if checkpoint is None else None
             run_dir, claimed = self.folder.claim(checkpoint, {"vae": fingerprint})
-            if faces is not None:
-                latents = encode(faces)
+            if latents is not None:
                 save_file({name: tensor.contiguous() for name, tensor in latents.items()}, run_dir / LATENTS_FILE)
             return run_dir, claimed
 
@@ -347,6 +350,10 @@ class DiffusionTraining:
                 self._event(f"stopped by {stop.received}; resume with the same command and --resume auto")
                 self.tracker.update_status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
+            if self.progress.best is None:  # stopped before a validation, and out of time now
+                self._validate(complete=False)
+                self.checkpoints.save()
+                self.checkpoints.wait()
             best = self.progress.best
             if best is None:
                 raise RuntimeError(
@@ -407,7 +414,7 @@ class DiffusionTraining:
             if progress.batch >= self.steps_per_epoch:  # more if a resume has shortened the epochs
                 progress.epoch, progress.batch = progress.epoch + 1, 0
             is_last = out_of_time or progress.epoch == presets.num_epochs
-            is_best = self._validate(complete=not out_of_time)
+            is_best = self._validate(complete=progress.batch == 0)
             if is_last or progress.epoch % output.sample_every_epochs == 0:
                 on_main_process(self.accelerator, self._save_grid)
             if is_last or self.checkpoints.is_due_at_epoch(is_best, is_last):
@@ -511,7 +518,7 @@ class DiffusionTraining:
         progress, presets = self.progress, self.config.training_presets
         window, progress.window = progress.window, {}
         steps, seconds = window.pop("steps"), window.pop("seconds")
-        measured = window.pop("measured", steps)  # absent in the window of an older checkpoint
+        measured = window.pop("measured")
         values: dict[str, Any] = {name: total / measured for name, total in window.items()}
         values |= {
             "optim/learning_rate": self.learning_rate.value,

@@ -30,7 +30,7 @@ from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
 from training.cli import add_option, check_output, data_source, positive_int, run
 from training.config import Config, config_from_dict, load_config
 from training.priors.diffusion import DiffusionTraining
-from training.priors.latents import Faces, encode_faces, training_faces, validation_faces
+from training.priors.latents import encode_faces, training_faces, validation_faces
 from training.priors.sample import load_pipeline, seeded_generator
 from training.run_files import MANIFEST
 
@@ -183,14 +183,11 @@ def _fit(arguments: argparse.Namespace) -> int:
         )
     attributes = tuple(config.data.attribute_columns)
 
-    def open_faces() -> dict[str, Faces]:
+    def encode(vae: nn.Module) -> dict[str, Tensor]:
         size, batch_size = vae.config.sample_size, arguments.batch_size
-        faces = {}
+        faces = {"train": training_faces(config.data, size, arguments.max_images, batch_size)}
         if "diffusion" in arguments.priors:  # the Gaussian needs no validation
             faces["validation"] = validation_faces(config.data, size, batch_size)
-        return faces | {"train": training_faces(config.data, size, arguments.max_images, batch_size)}
-
-    def encode(faces: dict[str, Faces]) -> dict[str, Tensor]:
         latents = {}
         for split, images in faces.items():
             found = encode_faces(vae, images, with_flips=not arguments.no_flip, with_thumbnails=False)
@@ -206,7 +203,6 @@ def _fit(arguments: argparse.Namespace) -> int:
     if "diffusion" in arguments.priors:
         training = DiffusionTraining(
             vae,
-            open_faces,
             encode,
             config,
             folder,
@@ -215,7 +211,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             allow_changed=[key for keys in arguments.allow_changed for key in keys],
         )
     if "gaussian" in arguments.priors and (training is None or training.accelerator.is_main_process):
-        latents = encode(open_faces()) if training is None else training.latents
+        latents = encode(vae) if training is None else training.latents
         prior, shrinkage = fit_gaussian_prior(latents, attributes, arguments.seed)
         _save(prior, folder / "priors" / "gaussian")
         print(f"{folder / 'priors' / 'gaussian'}: shrinkage {shrinkage:.4g}", flush=True)

@@ -321,7 +321,7 @@ def _training(record: RunRecord) -> str:
     presets, loss = record.config.training_presets, record.config.loss
     hours, images_seen = record.train_seconds / 3600, record.status.get("images_seen", 0)
     networks = f"feature network {loss.trunk}" + (
-        "" if loss.lpips_trunk is None else f", LPIPS also {loss.lpips_trunk}"
+        "" if loss.lpips_trunk is None or loss.lpips_weight == 0 else f", LPIPS also {loss.lpips_trunk}"
     )
     beta = "controlled to keep KL's fraction of the loss in a target range" if presets.kl_control_enabled else "fixed"
     kl = "" if presets.train_only == "decoder" else f" + beta x KL, beta {beta}"

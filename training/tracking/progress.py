@@ -49,6 +49,8 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state; unknown fields are logged and ignored, missing ones take their defaults."""
         vars(self).update(restore_fields(asdict(Progress()), copy.deepcopy(dict(state)), "progress"))
+        if self.window:
+            self.window.setdefault("measured", self.window["steps"])  # absent in older checkpoints
 
     @property
     def where(self) -> dict[str, int]:
@@ -106,7 +108,7 @@ class Progress:
         """
         window, self.window = self.window, {}
         steps, seconds, waited = (window.pop(name) for name in ("steps", "seconds", "waited"))
-        measured = window.pop("measured", steps)  # absent in the window of an older checkpoint
+        measured = window.pop("measured")
         values: dict[str, Any] = {name: total / measured for name, total in window.items()}
         low, high = kl.target_range(self.epoch)
         return values | {

@@ -54,7 +54,7 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     rank = f" [{accelerator.process_index}]" if accelerator.num_processes > 1 else ""
     formatter = RedactingFormatter(f"%(asctime)s{rank} %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.addFilter(lambda record: record.exc_info is None)  # Python itself prints the traceback of an error there
+    terminal.addFilter(lambda record: not getattr(record, "file_only", False))
     handlers: list[logging.Handler] = [terminal]
     if accelerator.is_main_process and log_file is not None:
         handlers.append(LogFile(log_file, encoding="utf-8", errors="backslashreplace"))  # file names need not be UTF-8
@@ -109,7 +109,7 @@ def log_failed(error: BaseException) -> str:
     reason = str(error) if is_user_error else f"{type(error).__name__}: {error}"
     logger.error("failed: %s", reason)
     if not is_user_error:
-        logger.error("traceback", exc_info=error)
+        logger.error("traceback", exc_info=error, extra={"file_only": True})  # Python prints it on the terminal
     return reason
 
 
