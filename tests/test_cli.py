@@ -202,6 +202,10 @@ def test_push_without_a_token(cli, monkeypatch, tmp_path):
     assert "the Hub refused or did not answer" in error and "hf_secret" not in error
 
 
+def test_intermediate_uploads_need_an_upload(cli):
+    assert "hub.push_every_epochs is 5, but hub.push is false: set it to true" in cli.error(hub__push_every_epochs="5")
+
+
 def test_an_error_of_the_program_keeps_its_traceback(cli, monkeypatch):
     def broken(config):
         raise RuntimeError("out of memory")
