@@ -464,3 +464,14 @@ def test_infinite_gradients_before_the_first_checkpoint_end_the_run(faces, tmp_p
         trainer.kl.beta = lambda *_: math.nan
         with pytest.raises(RuntimeError, match="2 steps in a row had no finite gradient, before the first checkpoint"):
             trainer.run()
+
+
+@pytest.mark.parametrize(("num_epochs", "warned"), [(20, False), (400, True)])
+def test_a_minimum_beta_that_outgrows_the_target_range_is_a_warning(faces, tmp_path, session, num_epochs, warned):
+    presets = {"num_epochs": num_epochs, "kl_beta_init": 1e-4, "kl_beta_floor": 5e-5, "kl_floor_growth": 1.02}
+    trainer = Trainer(tiny.tiny_config(tmp_path, faces, training_presets=presets))
+    trainer.tracker.close()
+    trainer.setup.folder.release()
+    message = "the minimum beta grows to 1.4e-01 in epoch 400, above kl_beta_init 1.0e-04"
+    log = (trainer.run_dir / "training.log").read_text()
+    assert (message in log) == warned and ("kl_floor_growth to at most 1.0017" in log) == warned

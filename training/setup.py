@@ -7,6 +7,7 @@ objects, checkpoint. No file is written before the checks have passed.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -428,6 +429,17 @@ def _log_start(
             "training_presets.lr_schedule=%s lowers the learning rate towards the end of num_epochs, before which early "
             "stopping or max_train_minutes may end the run: set early_stopping_patience=0 and max_train_minutes=null",
             presets.lr_schedule,
+        )
+    last = KLController(presets, presets.kl_control_enabled).minimum_beta(presets.num_epochs - 1)
+    if last > presets.kl_beta_init:
+        slower = (presets.kl_beta_init / presets.kl_beta_floor) ** (1 / max(1, presets.num_epochs - 1))
+        logger.warning(
+            "the minimum beta grows to %.1e in epoch %d, above kl_beta_init %.1e: KL will leave its target range; set "
+            "training_presets.kl_floor_growth to at most %.4f, or a smaller kl_beta_floor",
+            last,
+            presets.num_epochs,
+            presets.kl_beta_init,
+            math.floor(1e4 * slower) / 1e4,
         )
     if config.loss.adversarial_weight > 0 and presets.best_metric != "lpips":
         logger.warning(
