@@ -230,6 +230,19 @@ def priors_of(model: Path) -> Path:
     return model / PRIORS
 
 
+def check_exported(model: Path) -> None:
+    """Check that files may be added to a model's folder.
+
+    Raises:
+        ValueError: It belongs to a checkpoint.
+    """
+    if (model.parent / MANIFEST).is_file():
+        raise ValueError(
+            f"{model} belongs to a checkpoint, which is removed when a better one comes: give the folder of an exported "
+            "model, when the training has ended."
+        )
+
+
 def _recorded_bests(run_dir: Path) -> Iterator[dict[str, Any]]:
     """Every record of the best model, the most trustworthy first."""
     for checkpoint in reversed(list_checkpoints(run_dir)):

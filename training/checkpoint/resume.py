@@ -40,7 +40,7 @@ FIXED_ON_RESUME = (
     "training_presets.seed",
     "training_presets.train_only",
 )
-# Of these, what not even --allow-changed changes: the groups of parameters and the optimizer's state depend on it.
+# Of these, keys that --allow-changed does not accept: the parameter groups and the optimizer's state depend on them.
 _ANOTHER_RUN = (
     "training_presets.muon_lr_scale",
     "training_presets.optimizer",

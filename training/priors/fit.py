@@ -32,7 +32,7 @@ from training.config import Config, config_from_dict, load_config
 from training.priors.diffusion import DiffusionTraining
 from training.priors.latents import encode_faces, training_faces, validation_faces
 from training.priors.sample import load_pipeline, seeded_generator
-from training.run_files import MANIFEST
+from training.run_files import check_exported
 
 _RIDGE = 1e-3  # added to the variances of the attributes, which are at most 1/4
 
@@ -176,11 +176,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{folder} is a saved pipeline: give the exported model's folder, and save the pipeline again."
         )
-    if (folder.parent / MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} belongs to a checkpoint, which is removed when a better one comes: give the folder of an exported "
-            "model, when the training has ended."
-        )
+    check_exported(folder)
     attributes = tuple(config.data.attribute_columns)
 
     def encode(vae: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.cli import add_option, resolve_model, run
-from training.run_files import MANIFEST
+from training.run_files import check_exported
 
 VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -174,12 +174,8 @@ def _export(arguments: argparse.Namespace) -> None:
     folder = Path(source.path)
     if not folder.is_dir():
         raise ValueError(f"{arguments.model} is on the Hub: download it first (`hf download`), and give its folder.")
-    if arguments.variant and (folder.parent / MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} belongs to a checkpoint, which is removed when a better one comes: give the folder of an exported "
-            "model, when the training has ended."
-        )
     if arguments.variant:
+        check_exported(folder)
         print(write_variant(folder, arguments.variant))
     elif arguments.onnx:
         for output, difference in write_onnx(folder, arguments.onnx).items():
