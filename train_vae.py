@@ -22,7 +22,8 @@ from training.launch import check_launch_environment
 
 _EXIT_CODES = """\
 exit codes: 0 finished; 2 the configuration, the data or the machine must be changed (one line beginning with `error:`
-names it); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 1 any other error
+names it); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 1 any other error, or the finished model
+could not be uploaded (hub.push)
 """
 
 

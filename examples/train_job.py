@@ -28,9 +28,10 @@
     hf jobs uv run --flavor l4x1 --timeout 30h --secrets HF_TOKEN examples/train_job.py \\
         --repository https://example.com/face-vae-trainer.git --repo-id org/name --config configs/ultra.json
 
-`uv` installs what the first lines list. The script clones the project and starts one process for each GPU. Unknown
-options are passed to train_vae.py, such as `--set training_presets.num_epochs=10`. The disk is lost when the job ends, so
-the best model is uploaded to a private repository; the token needs the right to write.
+`uv` installs what the first lines list. The script clones the project into `face-vae-trainer` in the current folder, or uses
+the clone that is there, and starts one process for each GPU. Unknown options are passed to train_vae.py, such as
+`--set training_presets.num_epochs=10`. The disk of a job is lost when it ends, so the best model is uploaded to a private
+repository; the token needs the right to write. The exit code is not 0 if the upload failed.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--branch", default="main", metavar="NAME", help="branch or tag (%(default)s)")
     parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="model repository on the Hub")
     arguments, options = parser.parse_known_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        clone = ["git", "clone", "--depth", "1", "--branch", arguments.branch, arguments.repository, folder]
-        if subprocess.run(clone).returncode:
-            return 2
-        push = ["--set", "hub.push=true", "--set", f"hub.repo_id={arguments.repo_id}"]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]
-        return subprocess.run([*launch, "train_vae.py", *push, *options], cwd=folder).returncode
+    folder = str(Path("face-vae-trainer").absolute())
+    clone = ["git", "clone", "--depth", "1", "--branch", arguments.branch, arguments.repository, folder]
+    if not Path(folder).is_dir() and subprocess.run(clone).returncode:
+        return 2
+    push = ["--set", "hub.push=true", "--set", f"hub.repo_id={arguments.repo_id}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]
+    return subprocess.run([*launch, "train_vae.py", *push, *options], cwd=folder).returncode
 
 
 if __name__ == "__main__":

@@ -226,8 +226,8 @@ def test_the_dependencies_of_the_job_are_those_of_the_project():
     assert metadata["requires-python"] == project["requires-python"]
 
 
-def test_the_job_clones_trains_on_every_gpu_and_uploads():
-    """Commands are printed instead of run."""
+def test_the_job_clones_trains_on_every_gpu_and_uploads(tmp_path):
+    """Commands are printed instead of run; an existing clone is used."""
     job = ROOT / "examples" / "train_job.py"
     assert subprocess.run([sys.executable, job, "--help"], capture_output=True).returncode == 0
     code = (
@@ -236,13 +236,16 @@ def test_the_job_clones_trains_on_every_gpu_and_uploads():
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     options = ["--repository", "https://example.com/x.git", "--repo-id", "org/name", "--config", "configs/ultra.json"]
-    done = subprocess.run([sys.executable, "-c", code, job, *options], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, job, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     clone, train = done.stdout.splitlines()
     assert clone.startswith("git clone --depth 1 --branch main https://example.com/x.git /")
     assert train.startswith("-m torch.distributed.run --standalone --nproc_per_node gpu train_vae.py ")
     assert "--set hub.push=true --set hub.repo_id=org/name --config configs/ultra.json" in train
-    assert train.split()[-1] == clone.split()[-1]  # in the clone
+    assert train.split()[-1] == clone.split()[-1] == str(tmp_path / "face-vae-trainer")  # in the clone
+    (tmp_path / "face-vae-trainer").mkdir()
+    assert subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout == train + "\n"
 
 
 def test_the_dockerfile_has_a_cpu_and_a_gpu_target_and_copies_what_exists():

@@ -16,6 +16,7 @@ from runs import run
 from training.budget import command
 from training.config import config_from_dict
 from training.data.synthetic_faces.render import render_face
+from training.losses.kl_control import KLController
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 STEPS, BATCH = 10, 4
@@ -36,6 +37,13 @@ def images() -> list[bytes]:
 def test_the_estimate_needs_no_data(path, capsys):
     assert command.main(["--config", str(path), "--device", "rtx3090"]) == 0
     assert "epoch  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_minimum_beta_stays_below_the_first_beta(path):
+    presets = config_from_dict(json.loads(path.read_text())).training_presets
+    last = KLController(presets, presets.kl_control_enabled).minimum_beta(presets.num_epochs - 1)
+    assert last <= presets.kl_beta_init, f"lower kl_floor_growth: {last:.1e}"
 
 
 @pytest.mark.slow

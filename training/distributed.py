@@ -8,6 +8,7 @@ import functools
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -96,6 +97,9 @@ def build_accelerator(precision: str, static_graph: bool) -> Accelerator:
     Raises:
         ValueError: The launcher asks for a sharded model.
     """
+    # torch 2.14 renamed the argument, and accelerate knows the old name only. The old one is right in all versions: the model
+    # has no buffer that changes.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=_use_cpu(),
         mixed_precision=precision,

@@ -133,11 +133,15 @@ class Run:
             self.learning_rate.restart_plateau()
 
     def apply_progress(self, saved: dict[str, Any]) -> None:
-        """Applies a restored progress to the model's configuration, the step and the stream."""
+        """Applies a restored progress to beta, the model's configuration, the step and the stream."""
         presets, before = self.config.training_presets, saved["config"]["training_presets"]
         changed = any(before.get(name) != getattr(presets, name) for name in ("max_images_per_epoch", "batch_size"))
         if changed or "steps_per_epoch" not in saved["progress"]:
             self.progress.steps_per_epoch = self.steps_per_epoch
+        # A new kl_beta_init applies at once; without control, beta is always kl_beta_init.
+        if not presets.kl_control_enabled or before.get("kl_beta_init", presets.kl_beta_init) != presets.kl_beta_init:
+            self.kl.restart()
+            self.progress.log_beta = self.kl.log_beta
         if self.progress.latents is not None:
             self.model.register_to_config(**self.progress.latents)
         if presets.micro_batch_size == "auto":  # rounding depends on the micro-batch size

@@ -64,7 +64,8 @@ class Trainer:
         """Trains to the end, or until a signal.
 
         Returns:
-            0 when finished (all epochs, early stopping or the time limit), `EXIT_STOPPED` after a signal.
+            0 when finished (all epochs, early stopping or the time limit), 1 when finished but not uploaded as `hub.push`
+            asks, `EXIT_STOPPED` after a signal.
 
         Raises:
             DataError: The source fails for good, or too many images are corrupt; the last checkpoint is intact.
@@ -81,8 +82,7 @@ class Trainer:
                 self.report.event(f"stopped by {stop.received}; resume with the same command and --resume auto")
                 self.report.status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
-            self._finish(reason)
-            return 0
+            return 0 if self._finish(reason) else 1
         except OutOfMemory as error:
             if self.accelerator.num_processes == 1:  # several may be at different steps; they have the last checkpoint
                 self._complete_step(self.train_step.finish(), stop)
@@ -339,8 +339,8 @@ class Trainer:
 
     # ------------------------------------------------------------------ the end
 
-    def _finish(self, reason: str) -> None:
-        """Exports and publishes the best model."""
+    def _finish(self, reason: str) -> bool:
+        """Exports and publishes the best model; returns `_publish`'s result."""
         output, progress = self.config.output, self.progress
         if progress.best is None:  # its checkpoint could not be written, or has been damaged since
             self._end_epoch(self._validate("at the end"), complete=False)
@@ -371,17 +371,19 @@ class Trainer:
         logger.info("grids        %s", self.run_dir / "samples")
         for name, command in self.tracker.viewers():
             logger.info("%-12s %s", name, command)
-        on_main_process(self.accelerator, self._publish)
+        return on_main_process(self.accelerator, self._publish)
 
-    def _publish(self) -> None:
-        """Uploads the model and its card if `hub.push` is set; a failure is logged and the run continues."""
+    def _publish(self) -> bool:
+        """Uploads the model and its card if `hub.push` is set; returns whether nothing failed, and logs what did."""
         if not self.config.hub.push:
-            return
+            return True
         try:
             logger.info("published    %s", publish(self.run_dir, self.config.hub))
+            return True
         except Exception as error:  # of the Hub or the network; the model is on disk
             self.report.event(
                 f"the upload failed ({type(error).__name__}: {error}); retry with: "
                 f"{publish_command(self.run_dir, self.config.hub)}",
                 "warning",
             )
+            return False

@@ -21,6 +21,7 @@ from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training.builders import build_model
 from training.checkpoint.resume import FinishedRun, check_unfinished
 from training.config import config_from_dict
+from training.publish.hub import PushError
 from training.run_files import STATE_FILE, list_checkpoints
 from training.signals import StopSignal
 from training.trainer import EXIT_STOPPED, Trainer
@@ -199,6 +200,44 @@ def test_resume_takes_new_optimizer_settings(finished, session, tmp_path):
     assert (plateau.patience, plateau.factor, plateau.min_lrs) == (3, 0.1, [1e-6])
     assert plateau.best < math.inf  # restored from the checkpoint
     assert "training_presets.learning_rate was 0.001, is now 0.00025" in (folder / "training.log").read_text()
+
+
+@pytest.mark.parametrize("changes", [{}, {"kl_beta_init": 2e-3}, {"kl_control_enabled": False}])
+def test_a_resume_takes_a_new_first_beta(finished, session, tmp_path, changes):
+    """Otherwise it continues with that of the checkpoint; without control there is only the first."""
+    folder = tmp_path / "tiny_20000101_000000"
+    checkpoint = shutil.copytree(
+        finished.folder / "checkpoints" / "step_00000010", folder / "checkpoints" / "step_00000010"
+    )
+    saved = json.loads((checkpoint / STATE_FILE).read_text())
+    values = finished.config.to_dict()
+    values["training_presets"] |= changes
+    trainer = Trainer(config_from_dict(values), str(folder))
+    trainer.tracker.close()
+    first = math.log(values["training_presets"]["kl_beta_init"])
+    assert saved["kl"]["log_beta"] != math.log(finished.config.training_presets.kl_beta_init)
+    assert trainer.kl.log_beta == (first if changes else saved["kl"]["log_beta"])
+    assert trainer.progress.log_beta == (first if changes else saved["progress"]["log_beta"])
+
+
+def test_a_run_whose_model_cannot_be_uploaded_says_so_by_its_exit_code(finished, session, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(finished.folder, tmp_path / finished.folder.name, symlinks=True)
+    monkeypatch.setattr("training.publish.hub.check_access", lambda hub: None)
+    results = iter([PushError("no network"), "https://example.com/org/name"])
+
+    def publish(run_dir, hub):
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr("training.trainer.publish", publish)
+    values = finished.config.to_dict()
+    values["hub"] |= {"push": True, "repo_id": "org/name"}
+    values["output"]["model_dir"] = str(tmp_path / "models")
+    for code, message in ((1, "the upload failed (PushError: no network); retry with: "), (0, "published    https://")):
+        assert Trainer(config_from_dict(values), str(run_dir)).run() == code
+        assert message in (run_dir / "training.log").read_text()
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, session, capsys):

@@ -444,16 +444,21 @@ def test_sharded_models_and_variants_are_published_and_load_back(hub, model, tmp
 # ---------------------------------------------------------------------- no traces of this machine
 
 
-def test_paths_of_this_machine_are_removed_from_the_training_configuration():
-    files = {"train": ["/data/me/faces-*.parquet", "faces/train.parquet"], "validation": "~/x/valid.parquet"}
-    assert publish.without_paths(
-        {"data_files": files, "dataset": "flwrlabs/celeba", "dir": "C:\\Users\\me\\faces", "n": 3}
-    ) == {
-        "data_files": {"train": ["faces-*.parquet", "faces/train.parquet"], "validation": "valid.parquet"},
-        "dataset": "flwrlabs/celeba",
+def test_paths_of_this_machine_are_removed_from_the_training_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "acme").mkdir(parents=True)
+    files = {"train": ["/data/me/faces-*.parquet", "acme/train.parquet"], "validation": "~/x/valid.parquet"}
+    files["test"] = "https://example.com/a/test.parquet"
+    values = {"data_files": files, "data_dir": "clients/acme/faces", "dataset": "flwrlabs/celeba", "n": 3}
+    values |= {"dir": "C:\\Users\\me\\faces", "init_from": "models/acme", "run_name": "faces"}
+    shortened = {"train": ["faces-*.parquet", "train.parquet"], "validation": "valid.parquet", "test": files["test"]}
+    assert publish.without_paths(values) == values | {
+        "data_files": shortened,
+        "data_dir": "faces",
         "dir": "faces",
-        "n": 3,
+        "init_from": "acme",
     }
+    assert publish.without_paths({"init_from": "org/model"}) == {"init_from": "org/model"}
 
 
 def test_help_needs_no_torch():

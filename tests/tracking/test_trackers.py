@@ -47,6 +47,21 @@ def test_the_log_file_has_the_traceback_of_a_bug(tmp_path, capsys, session):
     assert "of a library" in capsys.readouterr().err
 
 
+def test_the_log_file_begins_with_what_was_logged_before_it_existed(tmp_path, session):
+    accelerator = Accelerator(cpu=True)
+    setup_logging(accelerator, None)
+    logging.getLogger("training.data").warning("3 images left out")
+    setup_logging(accelerator, tmp_path / "training.log")
+    logging.getLogger("training.data").info("training starts")
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert [line.partition(" WARNING ")[2] or line.partition(" INFO ")[2] for line in lines] == [
+        "3 images left out",
+        "training starts",
+    ]
+    setup_logging(accelerator, tmp_path / "other.log")
+    assert (tmp_path / "other.log").read_text() == ""
+
+
 def test_non_finite_metrics_are_null_in_metrics_jsonl(tracker):
     tracker.log("train", {"loss/total": math.nan, "loss/kl": -math.inf, "loss/mse": 0.5}, **WHERE)
     (line,) = lines(tracker)

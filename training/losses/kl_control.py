@@ -174,6 +174,10 @@ class KLController:
             return schedule.kl_beta_max
         return schedule.kl_beta_floor * schedule.kl_floor_growth**epoch
 
+    def restart(self) -> None:
+        """Set the controlled beta to `kl_beta_init`; the moving averages stay."""
+        self.log_beta = math.log(self.schedule.kl_beta_init)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact resume needs, as JSON values."""
         return {name: getattr(self, name if name == "log_beta" else f"_{name}") for name in _STATE}

@@ -151,14 +151,26 @@ def _auto_class(config: Path) -> str:
     return auto_map["AutoModel"]
 
 
-def without_paths(value: Any) -> Any:
-    """A configuration with each path shortened to its last part, so that no folder of this machine is published."""
+# Keys whose values are paths, and not identifiers on the Hub, whatever they look like.
+_PATHS = ("cache_dir", "data_dir", "data_files", "model_dir", "runs_dir", "trunk_weights")
+
+
+def without_paths(value: Any, is_path: bool = False) -> Any:
+    """A configuration with each path shortened to its last part, so that no folder of this machine is published.
+
+    Args:
+        value: The configuration, or a part of it.
+        is_path: Strings in it are paths or URLs; otherwise those that look like a path of this machine.
+    """
     if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items()}
+        return {key: without_paths(entry, is_path or key in _PATHS) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_paths(entry) for entry in value]
-    # Absolute, home, Windows drive or UNC, `./` or `../`, or a file: URL.
-    if isinstance(value, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]|file:", value):
+        return [without_paths(entry, is_path) for entry in value]
+    if not isinstance(value, str):
+        return value
+    # Absolute, home, Windows drive or UNC, `./` or `../`, or a file: URL; or a relative path that exists.
+    is_local = re.match(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]|file:", value) or (is_path and "://" not in value)
+    if is_local or (re.search(r"[/\\]", value) and Path(value).exists()):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 

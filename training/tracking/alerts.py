@@ -284,14 +284,15 @@ class Alerts:
                 settled and mean < STRONG_DISCRIMINATOR,
                 mean > _STRONG_CLEARS,
                 f"loss/discriminator {mean:.2f} is below {STRONG_DISCRIMINATOR:g}: the discriminator separates nearly all "
-                "positions; raise loss.discriminator_penalty or lower loss.discriminator_learning_rate",
+                "positions; resume with a higher loss.discriminator_penalty or a lower loss.discriminator_learning_rate, and name "
+                "the key in --allow-changed",
             ),
             *self._alert(
                 "discriminator not trained",
                 settled and fraction > SKIPPED,
                 fraction < _SKIPPED_CLEARS,
                 f"discriminator/skipped {fraction:.2f} is above {SKIPPED:g}: its gradients are not finite; resume an earlier "
-                "checkpoint with a lower loss.discriminator_learning_rate",
+                "checkpoint with a lower loss.discriminator_learning_rate, and name the key in --allow-changed",
             ),
         ]
 

@@ -48,6 +48,7 @@ _CUSTOM_SCALARS = {
 def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     """Log to stderr and, on the main process, to a file; other processes log warnings only."""
     root = logging.getLogger()
+    early = next((each for each in root.handlers if isinstance(each, _EarlyMessages)), None)
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
@@ -58,9 +59,14 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     handlers: list[logging.Handler] = [terminal]
     if accelerator.is_main_process and log_file is not None:
         handlers.append(LogFile(log_file, encoding="utf-8", errors="backslashreplace"))  # file names need not be UTF-8
+    elif accelerator.is_main_process:
+        handlers.append(_EarlyMessages())
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)
+        if isinstance(handler, LogFile) and early is not None:
+            for record in early.records:
+                handler.handle(record)
     root.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "accelerate", "datasets", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -68,6 +74,17 @@ def setup_logging(accelerator: Accelerator, log_file: Path | None) -> None:
     if not sys.stderr.isatty():  # progress bars are unreadable in a file or a pipe
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
+
+
+class _EarlyMessages(logging.Handler):
+    """Keeps what is logged before the run has a folder, for its log file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class LogFile(logging.FileHandler):
