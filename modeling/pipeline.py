@@ -106,8 +106,9 @@ class FaceVAEPipeline(DiffusionPipeline):
             folder = Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **hub_options))
         is_pipeline = (folder / cls.config_name).is_file()
         vae_folder, prior_folder = (folder / "vae", folder) if is_pipeline else (folder, folder / "priors")
-        vae = autoencoder_kl_ultra.AutoencoderKLUltra.from_pretrained(vae_folder, **kwargs)
-        missing = [name for name, parameter in vae.named_parameters() if parameter.is_meta]
+        vae_class = autoencoder_kl_ultra.AutoencoderKLUltra
+        vae, info = vae_class.from_pretrained(vae_folder, **kwargs | {"output_loading_info": True})
+        missing = sorted(info["missing_keys"])
         if missing:  # diffusers only warns
             raise ValueError(f"the weights in {vae_folder} lack {', '.join(missing)}: download or export them again.")
         classes = {"gaussian": latent_prior.GaussianPrior, "diffusion": latent_prior.DiffusionPrior}
@@ -134,6 +135,7 @@ class FaceVAEPipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)
         sources = {folder: type(self)}
         for name, component in self.components.items():
+            component = getattr(component, "_orig_mod", component)  # of torch.compile
             if component is not None and not type(component).__module__.startswith("diffusers."):
                 sources[folder / name] = type(component)
                 index[name] = [Path(inspect.getfile(type(component))).stem, type(component).__name__]

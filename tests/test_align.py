@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ def detector(monkeypatch):
         def __init__(self, device: str | None) -> None: ...
 
         def __call__(self, image: Image.Image) -> Face | None:
+            if image.width == 900:
+                raise RuntimeError("out of memory")
             return self.face if image.width == 1400 else None
 
     monkeypatch.setattr(align, "Detector", Fake)
@@ -86,6 +89,8 @@ def test_faces_are_written_and_what_is_dropped_is_reported(detector, tmp_path, c
     image.save(source / "album" / "one.png")
     Image.new("RGB", (901, 700)).save(source / "nobody.png")
     (source / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    image.save(source / "rotated.png", exif=b"Exif\0\0no TIFF header")
+    Image.new("RGB", (900, 700)).save(os.fsencode(source) + b"/huge\xe9.png")
     assert align.main([str(source), str(output)]) == 0
     for name in ("one.png", "one.png.png"):  # neither replaces the other
         with Image.open(output / "album" / name) as face:
@@ -93,17 +98,18 @@ def test_faces_are_written_and_what_is_dropped_is_reported(detector, tmp_path, c
     with (output / align.REPORT).open(newline="") as file:
         results = {row["file"]: row["result"] for row in csv.DictReader(file)}
     assert results["album/one.jpg"] == "aligned" and results["nobody.png"] == "no face"
-    assert results["broken.jpg"].startswith("not readable")
+    assert results["broken.jpg"].startswith("not readable") and results["rotated.png"] == "aligned"
+    assert results["huge\\udce9.png"] == "not searched (out of memory)"
     out = capsys.readouterr().out
-    assert "not aligned like CelebA" in out and "4 photographs: 2 aligned" in out
+    assert "not aligned like CelebA" in out and "6 photographs: 3 aligned" in out
     assert align.main([str(source), "--check"]) == 1
     assert ": not aligned like CelebA, eyes " in capsys.readouterr().out
     assert align.main([str(source), str(output), "--min-eye-distance", "200"]) == 0
-    assert "2 too small" in capsys.readouterr().out
+    assert "3 too small" in capsys.readouterr().out
     left, right = detector.face.left_eye, detector.face.right_eye
     detector.face = Face((left[0] - 500, left[1]), (right[0] - 500, right[1]), 1.0, 0)
     assert align.main([str(source), str(output)]) == 0
-    assert "2 cut off" in capsys.readouterr().out
+    assert "3 cut off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,8 @@ def test_faces_are_written_and_what_is_dropped_is_reported(detector, tmp_path, c
         (["photographs"], "give the folder OUT"),
         (["photographs", "faces", "--check"], "give the folder OUT"),
         (["photographs", "photographs/faces"], "lies in photographs"),
-        (["nowhere", "faces"], "nowhere does not exist"),
+        (["nowhere", "faces"], "nowhere is not a folder"),
+        (["photographs/nobody.png", "faces"], "nobody.png is not a folder"),
         (["photographs", "--check"], "no face was found in 1 photographs"),
     ],
 )

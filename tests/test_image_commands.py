@@ -146,6 +146,13 @@ def test_reconstruct_crops_as_the_configuration_does(models, photographs, tmp_pa
     assert configured == given != whole
 
 
+def test_reconstruct_takes_the_first_images_of_a_large_folder(models, photographs, tmp_path, capsys, caplog):
+    strip = tmp_path / "strip.png"
+    result = output(capsys, reconstruct, models[0], photographs, *OFFLINE, "--max-images", "2", "--output", strip)
+    assert len(result["images"]) == 2
+    assert "the first 2 of 7 images; --max-images takes more" in caplog.text
+
+
 # ---- compare ----
 
 

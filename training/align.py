@@ -11,6 +11,7 @@ pixels is the center square of a CelebA image (178 of 178x218 pixels), so `data.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import logging
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.cli import UserError, add_option, positive_int, run, select_device
+from training.io import printable
 from training.reconstruct import list_images
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ REPORT = "align_report.csv"
 LEFT_EYE, RIGHT_EYE = ((89 - 19) / 178, (111 - 20) / 178), ((89 + 19) / 178, (111 - 20) / 178)
 _ALIGNED = 0.03  # eyes of an aligned folder are this close to their places, fraction of the size (CelebA's own: 0.01)
 _MAX_DETECTION_PX = 1024  # larger photographs are searched at this size
+_MIN_DETECTION_PX = 20  # the detector's smallest face; it fails where the photograph is smaller
 _MIN_PROBABILITY = 0.95
 _MAX_OUTSIDE = 0.1  # fraction of the square that may lie outside of the photograph, which is continued by reflection
 logger = logging.getLogger(__name__)
@@ -144,6 +147,8 @@ class Detector:
         """The largest face, or None."""
         scale = min(1.0, _MAX_DETECTION_PX / max(image.size))
         small = image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
+        if min(small.size) < _MIN_DETECTION_PX:
+            return None
         boxes, probabilities, points = self._network.detect(small, landmarks=True)
         if boxes is None:
             return None
@@ -167,7 +172,10 @@ def _load(path: Path) -> Image.Image:
 
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(ImageOps.exif_transpose(image), image.getextrema() if image.mode == "I" else None)
+            extrema = image.getextrema() if image.mode == "I" else None
+            with contextlib.suppress(Exception):  # broken EXIF data: as in training, the photograph is not rotated
+                image = ImageOps.exif_transpose(image)
+            return to_rgb(image, extrema)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise ValueError(f"not readable ({error})") from error
 
@@ -175,6 +183,8 @@ def _load(path: Path) -> Image.Image:
 def _align(arguments: argparse.Namespace) -> int:
     if (arguments.output is None) != arguments.check:
         raise ValueError("give the folder OUT for the aligned faces, or --check.")
+    if not arguments.folder.is_dir():
+        raise ValueError(f"{arguments.folder} is not a folder: give the folder of the photographs.")
     files = list_images([arguments.folder])[: arguments.max_images]
     if arguments.output is not None and arguments.output.resolve().is_relative_to(arguments.folder.resolve()):
         raise ValueError(f"{arguments.output} lies in {arguments.folder}, whose images are read: give another OUT.")
@@ -183,14 +193,18 @@ def _align(arguments: argparse.Namespace) -> int:
     rows, deviations, written = [], [], set()
     for path in files:
         name = path.relative_to(arguments.folder)
-        row = {"file": str(name), "result": "", "probability": "", "eye_distance": "", "other_faces": ""}
+        row = {"file": printable(str(name)), "result": "", "probability": "", "eye_distance": "", "other_faces": ""}
         rows.append(row)
         try:
             image = _load(path)
         except ValueError as error:
             row["result"] = str(error)
             continue
-        face = detect(image)
+        try:
+            face = detect(image)
+        except (RuntimeError, IndexError) as error:  # of the detector, such as memory that one huge photograph lacks
+            row["result"] = f"not searched ({error})"
+            continue
         if face is None:
             row["result"] = "no face"
             continue

@@ -69,8 +69,13 @@ def write_file(path: Path, data: bytes) -> None:
         OSError: The disk is full, read-only or broken; an older file is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
-    write_bytes(temporary, data)
-    os.replace(temporary, path)
+    try:
+        write_bytes(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.cli import IMAGE_SUFFIXES, add_option, check_output, lpips_trunks, run, select_device
+from training.cli import IMAGE_SUFFIXES, add_option, check_output, lpips_trunks, positive_int, run, select_device
 from training.config import Config, load_config
+from training.io import printable
 
 _STRIP_IMAGES, _STRIP_PAIRS = 64, 4  # at most in the strip; in one row of it
 
@@ -25,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_option(parser, "model")
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files, or folders of images")
+    parser.add_argument(
+        "--max-images", type=positive_int, default=2048, metavar="N", help="first N images only (default: %(default)s)"
+    )
     add_option(parser, "--crop-px")
     add_option(parser, "--resolution")
     add_option(parser, "--config", help="configuration of the training, for the defaults of --crop-px and --lpips")
@@ -70,6 +74,9 @@ def list_images(places: Sequence[Path]) -> list[Path]:
 def _reconstruct(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config) if arguments.config else Config()
     files = list_images(arguments.images)
+    if len(files) > arguments.max_images:
+        logging.warning("the first %d of %d images; --max-images takes more", arguments.max_images, len(files))
+        files = files[: arguments.max_images]
     check_output(arguments.output, IMAGE_SUFFIXES)
     import torch
     from torchvision.utils import make_grid, save_image
@@ -122,7 +129,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
         for (label, form), value in zip(labels, values):
             unit = " dB" if label.endswith(", dB") else ""
             texts.append(f"{label.removesuffix(', dB')} {form.format(value)}{unit}")
-        print(*texts, file, sep="  ")
+        print(*texts, printable(str(file)), sep="  ")
     print(f"{arguments.output}: {len(strip) // 2} originals (left) and reconstructions (right)")
 
 

@@ -240,6 +240,21 @@ def test_files_that_are_replaced_in_place_have_another_cache(tmp_path):
     assert seen == [example_id for batch in open_stream(fresh).epoch_batches(1) for example_id in batch.example_ids]
 
 
+def test_two_caches_that_fit_are_an_error_without_the_source(tmp_path, monkeypatch):
+    """Two projects with data in the same relative place."""
+    files, cache = {"train": "train-*.parquet"}, {"cache_dir": str(tmp_path / "cache")}
+    for count in (6, 12):
+        (tmp_path / str(count)).mkdir()
+        monkeypatch.chdir(tmp_path / str(count))
+        write_shards(Path("."), [image_bytes(coded_image(i)) for i in range(count)], 1)
+        stream = open_stream(parquet_config(files, **cache))
+        assert [len(list(stream.epoch_batches(epoch))) for epoch in (0, 1)] == [count // 6] * 2
+        if count == 6:
+            assert len(list(open_stream(parquet_config(files, cache="only", **cache)).epoch_batches(0))) == 1
+    with pytest.raises(ValueError, match='data.cache is "only", and 2 caches of different files fit'):
+        open_stream(parquet_config(files, cache="only", **cache))
+
+
 def test_a_resume_with_other_examples_is_refused(tmp_path):
     images = [image_bytes(coded_image(i)) for i in range(24)]
     stream = open_stream(parquet_config({"train": write_shards(tmp_path, images, 2)}))

@@ -168,6 +168,24 @@ def test_the_limit_counts_readable_images(tmp_path, caplog):
     assert "a1.png (not an image: the file is empty)" in caplog.text
 
 
+def test_each_of_two_processes_has_a_readable_validation_image(tmp_path):
+    """A corrupt one is left out before the processes share the images."""
+    write_images(tmp_path / "train", range(3))
+    write_images(tmp_path / "validation", range(10, 12), "b{}.png")
+    (tmp_path / "validation" / "a.png").write_bytes(b"")
+    for rank in (0, 1):
+        _, indices = validation_images(folder_config(tmp_path), rank=rank, world_size=2)
+        assert indices == [rank]
+
+
+def test_a_link_to_itself_is_left_out(tmp_path, caplog):
+    write_images(tmp_path, range(3))
+    (tmp_path / "self.png").symlink_to("self.png")
+    caplog.set_level("INFO")
+    assert len(opened(tmp_path, validation_split=None, holdout_fraction=1e-9)) == 3
+    assert "left out: 1 link that cannot be followed" in caplog.text
+
+
 def test_a_folder_that_two_links_reach_is_read_once(tmp_path):
     write_images(tmp_path / "root" / "b", range(3))
     (tmp_path / "root" / "a").symlink_to("b")

@@ -239,7 +239,7 @@ def test_a_file_that_lacks_weights_raises(tmp_path):
     random_priors()["gaussian"].save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({"mean": load_file(file)["mean"]}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack factor: remove .*, and fit or download the prior again"):
+    with pytest.raises(ValueError, match="lack directions, factor: remove .*, and fit or download the prior again"):
         GaussianPrior.from_pretrained(tmp_path)
 
 

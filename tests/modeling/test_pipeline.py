@@ -312,6 +312,21 @@ def test_a_variant_of_the_vae_loads_with_the_priors(exported, tmp_path):
     assert torch.equal(again.diffusion.network.conv_in.weight, loaded.diffusion.network.conv_in.weight)
 
 
+def test_a_compiled_component_is_saved_as_it_was(pipe, tmp_path):
+    loaded = FaceVAEPipeline(torch.compile(pipe.vae), pipe.gaussian, pipe.diffusion)
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"][1] == "AutoencoderKLUltra"
+    again = FaceVAEPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again.vae.encoder.conv_in.weight, pipe.vae.encoder.conv_in.weight)
+
+
+def test_weights_may_be_offloaded_to_disk(exported, tmp_path):
+    """Their parameters are on the meta device, and are not missing."""
+    loaded = FaceVAEPipeline.from_pretrained(exported, device_map={"": "disk"}, offload_folder=tmp_path)
+    assert loaded.fitted_priors == list(FITTED_PRIORS) and loaded.gaussian.mean.is_meta
+    assert FaceVAEPipeline.from_pretrained(exported, device_map="auto").fitted_priors == list(FITTED_PRIORS)
+
+
 def test_an_exported_folder_without_priors_and_a_saved_pipeline_without_priors(exported, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("priors"))

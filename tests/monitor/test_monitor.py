@@ -398,6 +398,8 @@ def test_the_newest_run_is_the_one_that_resume_auto_takes(tmp_path):
         (["--runs-dir", "empty"], "no run in empty: start a training first, or set --runs-dir"),
         (["typo"], "typo is not a run folder: start a training first, or set --runs-dir (runs in runs: faces_2025"),
         (["empty"], "empty is not a run folder"),
+        (["/nowhere/runs"], "/nowhere/runs is not a run folder"),
+        (["../*"], "../* is not a run folder"),
         (["--html", "metrics.jsonl"], "ends in .html"),
         (["--html", "absent/page.html"], "does not exist"),
         (["--refresh", "0"], "--refresh must be between 0.1 and 3600 seconds, got 0."),

@@ -231,7 +231,7 @@ def test_batches_are_samples_of_posteriors_with_some_attributes_left_out():
     assert keyed_generator(0, 1).initial_seed() != keyed_generator(0, 2).initial_seed()
 
 
-def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces):
+def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces, capsys):
     folder = tmp_path / "model"
     tiny.random_vae().save_pretrained(folder)
     settings = config(
@@ -248,6 +248,10 @@ def test_the_command_trains_both_priors_with_attributes(session, tmp_path, faces
     assert pipe.default_prior == "diffusion" and list(pipe.diffusion.config.attributes) == ["Eyeglasses", "Smiling"]
     images = pipe(2, attributes={"Smiling": 1}, guidance_scale=2.0, output_type="pt").images
     assert images.shape == (2, 3, 40, 40) and images.isfinite().all()
+    resumed = [str(folder), "--priors", "diffusion", "--config", str(file), "--resume", "auto", "--no-flip"]
+    capsys.readouterr()
+    assert fit.main(resumed) == 2
+    assert '"flips": true}, and not with' in capsys.readouterr().err
 
 
 def test_a_vae_without_pca_branch_raises(session, tmp_path):

@@ -69,7 +69,7 @@ def test_interpolations_between_samples_and_between_photographs(fitted, photogra
             ]
             assert np.abs(tile - sampled).max() <= 1
     images = [str(photographs / "train" / name) for name in ("0.png", "1.png", "2.png")]
-    assert sample.main([*command, *images, "--linear"]) == 0
+    assert sample.main([str(fitted), "--output", output, "--interpolate", *images, "--linear"]) == 0
     pixels = grid(output, 18, 9)
     assert (pixels[2:42, -42:-2] == pixels[44:84, 2:42]).all()  # one interpolation ends where the next begins
 
@@ -90,6 +90,10 @@ def test_interpolations_between_samples_and_between_photographs(fitted, photogra
         (["MODEL", "--guidance-scale", "-1"], "guidance_scale must be a number of at least 0, got -1.0"),
         (["MODEL", "--guidance-scale", "2", "--interpolate", "a", "b"], "has no attributes and no guidance"),
         (["MODEL", "--attribute-scale", "2", "--interpolate", "a", "b"], "has no attributes and no guidance"),
+        (["MODEL", "--linear"], "--linear interpolates: give --interpolate"),
+        (["MODEL", "--crop-px", "20"], "--crop-px crops the images of --interpolate"),
+        (["MODEL", "--crop-px", "20", "--interpolate"], "--crop-px crops the images of --interpolate"),
+        (["MODEL", "--prior", "standard", "--linear", "--interpolate", "a", "b"], "uses no prior: leave out --prior"),
         (["MODEL", "--attribute-scale", "2"], "attribute_scale 2 needs attributes"),
         (["MODEL", "--attributes", "Smiling"], "write NAME=1 for present"),
         (["MODEL", "--attributes", "Smiling=1"], "'Smiling' is unknown: this prior was trained on no attributes"),

@@ -134,6 +134,9 @@ def test_an_evaluation_adds_intervals(run, tmp_path, caplog):
     assert "on 1,234 images: org/photographs, split `test`" in card.text and "bootstrapped" in card.text
     (psnr,) = [result for result in card.data.eval_results if result.metric_type == "psnr"]
     assert (psnr.metric_value, psnr.dataset_type, psnr.dataset_split) == (20.5, "org/photographs", "test")
+    held_out = {"data": {"dataset": "imagefolder", "split": None}, "models": [ours]}
+    (run / "evaluation.json").write_text(json.dumps(held_out))
+    assert "on 1,234 images: a folder of images, examples held out by a hash" in card_of(run, tmp_path / "card").text
     earlier = {**ours, "weights": {**metadata, "step": "1"}}
     (run / "evaluation.json").write_text(json.dumps({**evaluation, "models": [earlier]}))
     assert "org/photographs" not in card_of(run, tmp_path / "card").text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fake_hub import TOKEN, FakeHub, Model
 from runs import EPOCHS, differences, run
 
 from training.publish.checkpoints import CheckpointUploader, download_run, push_checkpoints
+from training.publish.hub import upload
 from training.run_files import MODEL_FILE, PRIORS, list_checkpoints, step_folder
 from training.trainer import EXIT_STOPPED, Trainer
 
@@ -103,6 +105,26 @@ def test_a_failing_upload_is_logged_and_the_next_one_makes_up_for_it(hub, copied
     uploader.finish()
     assert len(warnings) == 1 and warnings[0].startswith(f"a checkpoint could not be uploaded to {REPO} (PushError: ")
     assert list_checkpoints(copied)[-1].name in steps_on(hub)
+
+
+def test_checkpoints_that_training_removes_meanwhile_are_uploaded(hub, copied, monkeypatch):
+    warnings, removed = [], threading.Event()
+
+    def upload_later(*arguments, **options):
+        assert removed.wait(60)
+        return upload(*arguments, **options)
+
+    monkeypatch.setattr("training.publish.checkpoints.upload", upload_later)
+    uploader = CheckpointUploader(copied, REPO, warnings.append)
+    newest = list_checkpoints(copied)[-1]
+    uploader.start()
+    newest.rename(copied / "removed")
+    removed.set()
+    assert uploader._running.result() == newest.name
+    assert newest.name in steps_on(hub) and not (copied / ".upload").exists()
+    (copied / "removed").rename(newest)
+    uploader.finish()
+    assert warnings == []
 
 
 def test_a_checkpoint_that_is_damaged_on_the_way_is_refused(hub, copied, tmp_path):

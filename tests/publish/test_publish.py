@@ -186,6 +186,22 @@ def test_secrets_in_headers_of_weights_in_cards_and_of_this_machine(model, monke
     }
 
 
+def test_weights_in_onnx_files_are_no_secrets(model):
+    (model / "onnx").mkdir()
+    file = model / "onnx" / "decoder.onnx"
+    file.write_bytes(b"a://\x01b:\x02@" * 40)  # as random bytes may be
+    assert find_secrets(files_to_publish(model)) == []
+    file.write_bytes(b"\x00\x01" + SECRETS["a Hugging Face token"].encode() + b"\x02")
+    assert [found.partition(", ")[0] for found in find_secrets(files_to_publish(model))] == ["onnx/decoder.onnx"]
+
+
+def test_remains_of_an_interrupted_fit_are_not_published(model):
+    names = set(files_to_publish(model))
+    (model / "priors" / ".gaussian.tmp").mkdir(parents=True)
+    (model / "priors" / ".gaussian.tmp" / "config.json").write_text("{}")
+    assert set(files_to_publish(model)) == names
+
+
 def test_truncated_weights_are_not_published(hub, model):
     weights = model / "diffusion_pytorch_model.safetensors"
     data = weights.read_bytes()

@@ -407,12 +407,21 @@ def find_complete(config, requested: dict) -> Path | None:
     """The newest complete cache of a requested identity, found without the source.
 
     A requested revision matches the revision that was downloaded, or its commit.
+
+    Raises:
+        ValueError: Caches of different files fit.
     """
-    found = []
+    found, contents = [], set()
     for path in cache_root(config).glob("*/manifest.json"):
         identity = (read_manifest(path.parent) or {}).get("identity", {})
         keys = (requested.keys() | {"attributes"}) - {"revision"}  # a request without attributes leaves their key out
         same = all(identity.get(key) == requested.get(key) for key in keys)
         if same and requested["revision"] in (identity["revision"], identity.get("commit")):
             found.append(path)
+            contents.add(json.dumps(identity.get("fingerprint")))
+    if len(contents) > 1:
+        raise ValueError(
+            f'data.cache is "only", and {len(found)} caches of different files fit this configuration: '
+            f"{', '.join(sorted(str(path.parent) for path in found))}: set data.cache_dir to a folder that holds one of them."
+        )
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None

@@ -83,9 +83,7 @@ def _log_once(message: str) -> None:
 
 
 def readable_paths(paths: list[str], limit: int) -> list[str]:
-    """The first `limit` paths whose images can be decoded; all of them where there are no more than that."""
-    if len(paths) <= limit:
-        return paths
+    """The first `limit` paths whose images can be decoded."""
     found: list[str] = []
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for start in range(0, len(paths), _READ_AHEAD):
@@ -167,6 +165,8 @@ def _list(root: Path) -> _Listing:
                 is_folder = entry.is_dir(follow_symlinks=False)
                 files = _count_files(entry.path) if is_folder else 1
                 listing.left_out["hidden or system file"] += files
+            elif not _can_follow(entry):
+                listing.left_out["link that cannot be followed"] += 1
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif not entry.is_file():
@@ -185,6 +185,15 @@ def _list(root: Path) -> _Listing:
                 suffix = os.path.splitext(path)[1].lower() or "no suffix"
                 listing.left_out[f"not a supported image ({suffix})"] += 1
     return listing
+
+
+def _can_follow(entry: os.DirEntry) -> bool:
+    """False for a link to itself, to a place without permission or to a stale mount; a broken link is no error here."""
+    try:
+        entry.is_dir()
+    except OSError:
+        return False
+    return True
 
 
 def _real_path(entry: os.DirEntry, real_folder: str) -> str:

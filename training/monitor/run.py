@@ -37,8 +37,9 @@ def select_run(run: str | None, runs_dir: Path) -> Path:
     for path in (Path(run), runs_dir / run) if run else ():
         if path.is_dir() and is_run(path):
             return path
-    if found := list_runs(runs_dir, run):
-        return found[0]
+    if run is None or Path(run).name == run:  # a name, not a path
+        if found := list_runs(runs_dir, run):
+            return found[0]
     known = ", ".join(path.name for path in list_runs(runs_dir)[:5])
     problem = f"{run} is not a run folder" if run else f"no run in {runs_dir}"
     raise ValueError(f"{problem}: start a training first, or set --runs-dir (runs in {runs_dir}: {known or 'none'}).")

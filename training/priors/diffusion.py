@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,6 +141,7 @@ class DiffusionTraining:
         attributes: Names of the attributes in the latents.
         resume: None, "auto" or a path (see `find_run`).
         allow_changed: Keys that a resume may find changed (see `check_resume`).
+        encoding: What `encode` depends on besides the configuration; a resume compares it.
 
     Raises:
         ValueError: Anything that the configuration, the files or the machine do not allow, before training starts.
@@ -154,6 +156,7 @@ class DiffusionTraining:
         attributes: tuple[str, ...] = (),
         resume: str | None = None,
         allow_changed: Sequence[str] = (),
+        encoding: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.model_dir, presets = config, model_dir, config.training_presets
         processes = join_processes()
@@ -179,19 +182,20 @@ class DiffusionTraining:
         precision, _ = resolve_precision(presets.mixed_precision, processes.device)
         self.folder = RunFolder(config)
         try:
-            self._build(vae, encode, attributes, resume, allow_changed, processes, precision)
+            self._build(vae, encode, attributes, resume, allow_changed, encoding, processes, precision)
         except BaseException:
             self.folder.release()
             raise
 
-    def _build(self, vae, encode, attributes, resume, allow_changed, processes, precision) -> None:
+    def _build(self, vae, encode, attributes, resume, allow_changed, encoding, processes, precision) -> None:
         config, presets = self.config, self.config.training_presets
         self.vae_fingerprint = fingerprint = latents_fingerprint(vae)
         prior = build_prior(config, vae, attributes)
 
         def open_run() -> dict[str, Any]:
             opened = self.folder.open(resume)
-            return {**opened, "vae": read_json(opened["run_dir"] / RUN_FILE).get("vae")}
+            record = read_json(opened["run_dir"] / RUN_FILE)
+            return {**opened, "vae": record.get("vae"), "encoding": record.get("encoding")}
 
         opened = on_main_process(processes, open_run)
         checkpoint, saved, notes = opened["checkpoint"], opened["state"], opened["notes"]
@@ -201,6 +205,11 @@ class DiffusionTraining:
                 raise ValueError(
                     f"--resume: the run {opened['run_dir']} learns the latents of a VAE with other weights: leave out "
                     "--resume to start a new run, or name the run to resume."
+                )
+            if opened["encoding"] not in (None, encoding):
+                raise ValueError(
+                    f"--resume: the latents of {opened['run_dir']} were encoded with {json.dumps(opened['encoding'])}, and not "
+                    f"with {json.dumps(encoding)}: give the same --max-images and --no-flip, or start a new run."
                 )
             if opened["vae"] is None:
                 notes.append("resume: the run has not recorded the weights of its VAE, which are not compared")
@@ -216,9 +225,12 @@ class DiffusionTraining:
             if checkpoint is None:
                 check_output(Path(config.output.runs_dir), what="output.runs_dir")
             latents = encode(vae) if checkpoint is None else None
-            run_dir, claimed = self.folder.claim(checkpoint, {"vae": fingerprint})
+            run_dir, claimed = self.folder.claim(checkpoint, {"vae": fingerprint, "encoding": encoding})
             if latents is not None:
-                save_file({name: tensor.contiguous() for name, tensor in latents.items()}, run_dir / LATENTS_FILE)
+                try:
+                    save_file({name: tensor.contiguous() for name, tensor in latents.items()}, run_dir / LATENTS_FILE)
+                except SafetensorError as error:
+                    raise ValueError(f"{run_dir / LATENTS_FILE} cannot be written ({error}): make room.") from None
             return run_dir, claimed
 
         run_dir, claimed = self.run_dir, _ = on_main_process(accelerator, prepare)

@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from modeling.latent_prior import GaussianPrior, LatentPrior, fit_gaussian
 from modeling.pipeline import FITTED_PRIORS, FaceVAEPipeline
-from training.cli import add_option, check_output, data_source, positive_int, run
+from training.cli import UserError, add_option, check_output, data_source, positive_int, run
 from training.config import Config, config_from_dict, load_config
 from training.priors.diffusion import DiffusionTraining
 from training.priors.latents import encode_faces, training_faces, validation_faces
@@ -129,7 +130,11 @@ def _save(prior: LatentPrior, folder: Path) -> None:
     """Writes a prior so that a reader finds the old one, none, or the new one, never half of one."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    prior.save_pretrained(temporary)
+    try:
+        prior.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error}): make room, and run the command again.") from None
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
@@ -205,6 +210,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             attributes,
             resume=arguments.resume,
             allow_changed=[key for keys in arguments.allow_changed for key in keys],
+            encoding={"max_images": arguments.max_images, "flips": not arguments.no_flip},
         )
     if "gaussian" in arguments.priors and (training is None or training.accelerator.is_main_process):
         latents = encode(vae) if training is None else training.latents

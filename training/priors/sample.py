@@ -149,7 +149,11 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
             arguments.batch_size,
         )
 
+    if arguments.crop_px is not None and not arguments.interpolate:
+        raise ValueError("--crop-px crops the images of --interpolate: leave it out.")
     if arguments.interpolate is None:
+        if arguments.linear:
+            raise ValueError("--linear interpolates: give --interpolate, or leave it out.")
         if len(temperatures) == 1:
             count = count or _NUM_SAMPLES
             return sample(count, temperatures[0]), max(1, round(count**0.5))
@@ -164,6 +168,8 @@ def _grid_latents(pipeline: FaceVAEPipeline, arguments: argparse.Namespace) -> t
             raise ValueError("--interpolate between images samples nothing: leave out --num-samples and --temperature.")
         if arguments.attributes or (arguments.guidance_scale, arguments.attribute_scale) != (None, None):
             raise ValueError("--interpolate between images has no attributes and no guidance: leave them out.")
+        if arguments.linear and arguments.prior:
+            raise ValueError("--linear between images uses no prior: leave out --prior.")
         latents = _encode_files(pipeline, arguments.interpolate, arguments.crop_px).split(1)
         pairs = list(zip(latents[:-1], latents[1:]))
     elif not arguments.linear:

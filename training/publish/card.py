@@ -294,6 +294,10 @@ def _run_sections(record: RunRecord, images: list[str]) -> list[str]:
     return [*sections, "## Training", _training(record), "## Data and license", _license(record.config)]
 
 
+def _describe_split(split: str | None) -> str:
+    return "examples held out by a hash of their bytes" if split is None else f"split `{split}`"
+
+
 def _evaluation(record: RunRecord) -> str:
     """Which weights and images the metrics are measured on."""
     best, data = record.best, record.config.data
@@ -303,15 +307,13 @@ def _evaluation(record: RunRecord) -> str:
         evaluated = record.evaluated
         name = _LOCAL_SOURCES.get(evaluated["dataset"], evaluated["dataset"])
         return (
-            f"{weights} Measured by `python -m training.evaluate` on {evaluated['images']:,} images: {name}, split "
-            f"`{evaluated['split']}`. The intervals are bootstrapped over images; they do not cover the variation between "
+            f"{weights} Measured by `python -m training.evaluate` on {evaluated['images']:,} images: {name}, "
+            f"{_describe_split(evaluated['split'])}. The intervals are bootstrapped over images; they do not cover the variation between "
             "training runs."
         )
-    split = (
-        f"split `{data.validation_split}`" if data.validation_split else "examples held out by a hash of their bytes"
-    )
     return (
-        f"{weights} Measured by the validation during training on {describe_data(record.config)}, {split}, at most "
+        f"{weights} Measured by the validation during training on {describe_data(record.config)}, "
+        f"{_describe_split(data.validation_split)}, at most "
         f"{data.max_validation_images:,} images, none of them trained on. The same images selected the epoch, so the "
         "values are slightly optimistic. One run, no intervals."
     )

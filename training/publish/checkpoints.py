@@ -37,6 +37,7 @@ from training.run_files import (
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub://"
+_LINKS = ".upload"
 _MANIFESTS = re.compile(rf"([^/]+_(\d{{8}}_\d{{6}}))/checkpoints/step_(\d{{8,}})/{re.escape(MANIFEST)}")
 
 
@@ -66,7 +67,16 @@ def push_checkpoints(run_dir: Path, repo_id: str) -> str:
 
     Raises:
         PushError: The upload failed; the repository still has the checkpoints of the last one.
-        OSError: A checkpoint was removed meanwhile.
+        OSError: The checkpoints cannot be linked or copied.
+    """
+    return _push(run_dir, repo_id, *_link_checkpoints(run_dir))
+
+
+def _link_checkpoints(run_dir: Path) -> tuple[str, dict[str, Path]]:
+    """Hard links to what is uploaded, in a hidden folder of the run: training may remove the checkpoints meanwhile.
+
+    Returns:
+        The name of the newest checkpoint, and name in the repository -> link.
     """
     newest = list_checkpoints(run_dir)[-1]
     best = read_state(newest)["progress"].get("best")
@@ -74,14 +84,31 @@ def push_checkpoints(run_dir: Path, repo_id: str) -> str:
     paths = [path for folder in sorted(folders) for path in sorted(folder.rglob("*")) if path.is_file()]
     paths += [path for name in (RUN_FILE, "config.json") if (path := run_dir / name).is_file()]
     paths += [path for path in sorted((run_dir / PRIORS).rglob("*")) if path.is_file()]
-    files = {f"{run_dir.name}/{path.relative_to(run_dir).as_posix()}": path for path in paths}
-    upload(
-        files,
-        HubConfig(repo_id=repo_id, private=True),
-        message=f"{run_dir.name}: {newest.name}",
-        is_owned=lambda name: name.startswith(f"{run_dir.name}/checkpoints/"),
-    )
-    return newest.name
+    shutil.rmtree(run_dir / _LINKS, ignore_errors=True)  # of a process that was killed
+    links = {}
+    for path in paths:
+        name = path.relative_to(run_dir).as_posix()
+        link = links[f"{run_dir.name}/{name}"] = run_dir / _LINKS / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # the file system has no hard links
+            shutil.copyfile(path, link)
+    return newest.name, links
+
+
+def _push(run_dir: Path, repo_id: str, newest: str, files: dict[str, Path]) -> str:
+    """Uploads the links and removes them; returns `newest`."""
+    try:
+        upload(
+            files,
+            HubConfig(repo_id=repo_id, private=True),
+            message=f"{run_dir.name}: {newest}",
+            is_owned=lambda name: name.startswith(f"{run_dir.name}/checkpoints/"),
+        )
+    finally:
+        shutil.rmtree(run_dir / _LINKS, ignore_errors=True)
+    return newest
 
 
 class CheckpointUploader:
@@ -104,7 +131,12 @@ class CheckpointUploader:
         if self._running is not None and not self._running.done():
             return
         self._report()
-        self._running = self._pool.submit(push_checkpoints, self._run_dir, self._repo_id)
+        try:
+            linked = _link_checkpoints(self._run_dir)  # here, where no checkpoint is being written or removed
+        except OSError as error:
+            self._warn_of(error)
+        else:
+            self._running = self._pool.submit(_push, self._run_dir, self._repo_id, *linked)
 
     def finish(self) -> None:
         """Wait until the newest checkpoint is uploaded or has failed to."""
@@ -122,8 +154,11 @@ class CheckpointUploader:
             self._uploaded = self._running.result()
             logger.info("uploaded  %s of %s to %s", self._uploaded, self._run_dir.name, self._repo_id)
         except Exception as error:  # of the Hub, the network or the disk
-            self._warn(f"a checkpoint could not be uploaded to {self._repo_id} ({type(error).__name__}: {error})")
+            self._warn_of(error)
         self._running = None
+
+    def _warn_of(self, error: Exception) -> None:
+        self._warn(f"a checkpoint could not be uploaded to {self._repo_id} ({type(error).__name__}: {error})")
 
 
 def download_run(address: str, runs_dir: Path, run_name: str) -> Path:

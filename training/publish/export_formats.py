@@ -11,13 +11,14 @@ without torch; a `.pth` is what older code expects. Fitted priors stay as they a
 from __future__ import annotations
 
 import argparse
-import os
+import io
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from training.cli import add_option, resolve_model, run
+from training.io import write_file
 from training.run_files import check_exported
 
 VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
@@ -37,7 +38,7 @@ def write_variant(folder: Path, variant: str) -> Path:
         ValueError: No model, or weights that are not finite in this precision.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from training.evaluate.models import load_model, weights_metadata
 
@@ -47,9 +48,7 @@ def write_variant(folder: Path, variant: str) -> Path:
         if not value.isfinite().all():
             raise ValueError(f"{name} has weights that {variant} cannot hold: use another variant.")
     file = folder / f"diffusion_pytorch_model.{variant}.safetensors"  # the name that from_pretrained looks for
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(weights, temporary, metadata={"format": "pt", **weights_metadata(str(folder))})
-    os.replace(temporary, file)
+    write_file(file, save(weights, metadata={"format": "pt", **weights_metadata(str(folder))}))
     return file
 
 
@@ -74,9 +73,9 @@ def write_pth(folder: Path, file: Path) -> None:
         raise ValueError(f"--pth {file}: there is no folder {file.parent}; make it first.")
     model = load_model(str(folder))
     config = {key: list(v) if isinstance(v, tuple) else v for key, v in model.config.items() if not key.startswith("_")}
-    temporary = file.with_name(file.name + ".tmp")
-    torch.save({"config": config, "state_dict": model.state_dict()}, temporary)
-    os.replace(temporary, file)
+    buffer = io.BytesIO()
+    torch.save({"config": config, "state_dict": model.state_dict()}, buffer)
+    write_file(file, buffer.getvalue())
 
 
 def write_onnx(folder: Path, destination: Path) -> dict[str, float]:

@@ -50,6 +50,7 @@ _SECRETS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"']+@",
 }
+_PRINTABLE = re.compile(rb"[\x20-\x7e]{12,}")
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL")
 
 
@@ -69,9 +70,10 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
         ValueError: There is no model in the folder.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if not name.startswith(".") and "/." not in name}
     if (priors := priors_of(folder)).parent != folder:
-        found = (path for path in sorted(priors.rglob("*")) if path.is_file())
-        files |= {f"priors/{path.relative_to(priors).as_posix()}": path for path in found}
+        found = {f"priors/{path.relative_to(priors).as_posix()}": path for path in sorted(priors.rglob("*"))}
+        files |= {name: path for name, path in found.items() if path.is_file() and "/." not in name}
     published = {name: path for name, path in files.items() if is_published(name)}
     for config in [name for name in published if PurePosixPath(name).name == "config.json"]:
         source = _source_of(published[config])
@@ -113,7 +115,7 @@ def find_secrets(files: dict[str, Path]) -> list[str]:
     """Locations of tokens, keys and passwords in files, as "file, line: kind", without the secrets themselves.
 
     Searches for well-known token formats, the Hub token in use, and the values of environment variables with names such
-    as `*_TOKEN` and `*_PASSWORD`. Of weights only the header, which is text, is searched.
+    as `*_TOKEN` and `*_PASSWORD`. Of weights only the header, which is text, is searched, and of ONNX files what is printable.
     """
     patterns = {kind: re.compile(pattern) for kind, pattern in _SECRETS.items()}
     for kind, value in _own_secrets():
@@ -121,6 +123,8 @@ def find_secrets(files: dict[str, Path]) -> list[str]:
     found = []
     for name, path in files.items():
         data = safetensors_header(path) if path.suffix == ".safetensors" else path.read_bytes()
+        if path.suffix == ".onnx":  # random bytes of weights may look like a secret
+            data = b"\n".join(_PRINTABLE.findall(data))
         for kind, pattern in patterns.items():
             for match in pattern.finditer(data):
                 line = data.count(b"\n", 0, match.start()) + 1
