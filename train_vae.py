@@ -22,8 +22,8 @@ from training.launch import check_launch_environment
 
 _EXIT_CODES = """\
 exit codes: 0 finished; 2 the configuration, the data or the machine must be changed (one line beginning with `error:`
-names it); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 1 any other error, or the finished model
-could not be uploaded (hub.push)
+names it); 75 stopped by a signal, with a checkpoint (resume with --resume auto); 130 interrupted before the first step, or
+by a second Ctrl-C; 1 any other error, or the finished model could not be uploaded (hub.push)
 """
 
 
@@ -101,6 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.explain or arguments.dry_run:
         return run(_explain if arguments.explain else _dry_run, arguments)
+    try:
+        return _train(arguments)
+    except KeyboardInterrupt:  # before the first step, or the second one
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
     try:
         check_launch_environment()
         config = _load_config(arguments)

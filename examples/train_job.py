@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, options = parser.parse_known_args(argv)
     folder = str(Path("face-vae-trainer").absolute())
     clone = ["git", "clone", "--depth", "1", "--branch", arguments.branch, arguments.repository, folder]
-    if not Path(folder).is_dir() and subprocess.run(clone).returncode:
+    if Path(folder).is_dir():
+        print(f"using the clone in {folder}; --repository and --branch have no effect", file=sys.stderr)
+    elif subprocess.run(clone).returncode:
         return 2
     push = ["--set", "hub.push=true", "--set", f"hub.repo_id={arguments.repo_id}"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]

@@ -229,6 +229,8 @@ def test_only_errors_that_the_user_can_correct_are_one_line_during_training(cli,
     error = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):
         cli()
+    error = KeyboardInterrupt()
+    assert cli()[::2] == (130, "interrupted\n")
 
 
 def test_every_process_prints_its_own_errors(cli, monkeypatch):

@@ -136,16 +136,6 @@ def test_the_feature_network_of_the_configuration_is_the_default(models, photogr
     assert "lpips_st_alexnet" in result["mean"]
 
 
-def test_reconstruct_crops_as_the_configuration_does(models, photographs, tmp_path, capsys):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"data": {"crop_px": 20}, "output": {"eval_lpips_trunk": "st_alexnet"}}))
-    strips = [tmp_path / name for name in ("configured.png", "given.png", "whole.png")]
-    for strip, options in zip(strips, (["--config", file], [*OFFLINE, "--crop-px", "20"], OFFLINE)):
-        output(capsys, reconstruct, models[0], photographs, *options, "--output", strip)
-    configured, given, whole = (strip.read_bytes() for strip in strips)
-    assert configured == given != whole
-
-
 def test_reconstruct_takes_the_first_images_of_a_large_folder(models, photographs, tmp_path, capsys, caplog):
     strip = tmp_path / "strip.png"
     result = output(capsys, reconstruct, models[0], photographs, *OFFLINE, "--max-images", "2", "--output", strip)

@@ -45,16 +45,6 @@ def test_the_rate_never_falls_below_its_minimum():
     assert rates(learning_rate) == [4e-4, pytest.approx(4e-5)]
 
 
-def test_the_plateau_schedule_starts_from_the_configured_rate_after_another_one():
-    before = build(lr_schedule="cosine")
-    before.before_step(10, 1.0)
-    assert before.value < 1e-5
-    for schedule, expected in (("plateau", [1e-3, 1e-4]), ("cosine", rates(before))):
-        after = build(lr_schedule=schedule)
-        after.load_state_dict(before.state_dict())
-        assert rates(after) == pytest.approx(expected)
-
-
 def test_a_restored_state_continues_and_follows_a_changed_configuration():
     before = build()
     for _ in range(3):

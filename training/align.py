@@ -200,11 +200,7 @@ def _align(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             row["result"] = str(error)
             continue
-        try:
-            face = detect(image)
-        except (RuntimeError, IndexError) as error:  # of the detector, such as memory that one huge photograph lacks
-            row["result"] = f"not searched ({error})"
-            continue
+        face = detect(image)
         if face is None:
             row["result"] = "no face"
             continue

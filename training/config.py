@@ -423,7 +423,7 @@ class HubConfig(_Section):
     repo_id: str | None = None  # "organization/name"
     private: bool = True  # visibility of a repository that this creates
     push_every_epochs: int | None = constrained(None, ge=1)  # also upload the best model so far; null: only at the end
-    # "organization/name": upload the newest and the best checkpoint to this private repository after each one is written,
+    # "organization/name": upload the newest and the best checkpoint to this private repository as they are written,
     # for `--resume hub://organization/name` on another machine. null: checkpoints stay on this machine.
     push_checkpoints: str | None = None
 

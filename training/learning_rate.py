@@ -68,6 +68,11 @@ class LearningRate:
             self._plateau.step(validation_loss)
         return before, self.value
 
+    def restart(self) -> None:
+        """Sets the configured rates."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._presets.learning_rate * group["lr_scale"]
+
     def restart_plateau(self) -> None:
         """Forgets the best value, for another metric; the rates stay."""
         self._plateau.best, self._plateau.num_bad_epochs = math.inf, 0
@@ -78,19 +83,13 @@ class LearningRate:
         return {
             "rates": [group["lr"] for group in self._optimizer.param_groups],
             "learning_rate": self._presets.learning_rate,
-            "schedule": self._presets.lr_schedule,
             "plateau": {key: plateau[key] for key in _PLATEAU_STATE},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the rates, scaled if `training_presets.learning_rate` has changed since, and the plateau state.
-
-        After another schedule, "plateau" starts from the configured rate, because it never raises one.
-        """
-        starts = self._presets.lr_schedule == "plateau" != state.get("schedule", "plateau")
+        """Restores the rates, scaled if `training_presets.learning_rate` has changed since, and the plateau state."""
         for group, rate in zip(self._optimizer.param_groups, state["rates"], strict=True):
-            scaled = rate * (self._presets.learning_rate / state["learning_rate"])
-            group["lr"] = self._presets.learning_rate * group["lr_scale"] if starts else scaled
+            group["lr"] = rate * (self._presets.learning_rate / state["learning_rate"])
         self._plateau.load_state_dict(state["plateau"])
 
 

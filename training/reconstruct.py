@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_option(parser, "--crop-px")
     add_option(parser, "--resolution")
-    add_option(parser, "--config", help="configuration of the training, for the defaults of --crop-px and --lpips")
+    add_option(parser, "--config", help="configuration of the training, for the default of --lpips")
     add_option(
         parser,
         "--lpips",
@@ -92,11 +92,10 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     lpips = lpips_trunks(arguments.lpips or config.output.eval_lpips_trunk)
     weights = arguments.trunk_weights or config.loss.trunk_weights
     networks = MetricNetworks(lpips, load_trunks(lpips, weights, device, model.resolution), None)
-    crop_px = arguments.crop_px or config.data.crop_px
     decoded, skipped = {}, {}
     for file in files:
         try:
-            decoded[file] = torch.from_numpy(decode_image(file.read_bytes(), crop_px, model.resolution))
+            decoded[file] = torch.from_numpy(decode_image(file.read_bytes(), arguments.crop_px, model.resolution))
         except (CorruptImage, OSError) as error:
             skipped[str(file)] = str(error)
             logging.warning("%s skipped: %s", file, error)

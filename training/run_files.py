@@ -38,6 +38,7 @@ DISCRIMINATOR_FILE = "training_state/discriminator.safetensors"
 GUIDE_FILE = "training_state/next_guide.safetensors"
 MODEL_FILE = f"model/{WEIGHTS}"
 PRIORS = "priors"  # of the model that a run of the decoder alone started from
+UPLOAD_LINKS = ".upload"  # hard links to the checkpoints that are being uploaded
 RUN_FILE = "run.json"  # when and where the run was created, and from which weights
 _REQUIRED = ("model/config.json", MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _MAX_MANIFEST_BYTES = 16 << 20

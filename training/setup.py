@@ -133,7 +133,7 @@ class Run:
             self.learning_rate.restart_plateau()
 
     def apply_progress(self, saved: dict[str, Any]) -> None:
-        """Applies a restored progress to beta, the model's configuration, the step and the stream."""
+        """Applies a restored progress to beta, the learning rate, the model's configuration, the step and the stream."""
         presets, before = self.config.training_presets, saved["config"]["training_presets"]
         changed = any(before.get(name) != getattr(presets, name) for name in ("max_images_per_epoch", "batch_size"))
         if changed or "steps_per_epoch" not in saved["progress"]:
@@ -142,6 +142,8 @@ class Run:
         if not presets.kl_control_enabled or before.get("kl_beta_init", presets.kl_beta_init) != presets.kl_beta_init:
             self.kl.restart()
             self.progress.log_beta = self.kl.log_beta
+        if presets.lr_schedule == "plateau" and before.get("lr_schedule", "plateau") != "plateau":
+            self.learning_rate.restart()  # because a plateau never raises the rate that another schedule has lowered
         if self.progress.latents is not None:
             self.model.register_to_config(**self.progress.latents)
         if presets.micro_batch_size == "auto":  # rounding depends on the micro-batch size

@@ -64,8 +64,8 @@ class Trainer:
         """Trains to the end, or until a signal.
 
         Returns:
-            0 when finished (all epochs, early stopping or the time limit), 1 when finished but not uploaded as `hub.push`
-            asks, `EXIT_STOPPED` after a signal.
+            0 when finished (all epochs, early stopping or the time limit), 1 on the main process when finished but not
+            uploaded as `hub.push` asks, `EXIT_STOPPED` after a signal.
 
         Raises:
             DataError: The source fails for good, or too many images are corrupt; the last checkpoint is intact.
@@ -82,7 +82,8 @@ class Trainer:
                 self.report.event(f"stopped by {stop.received}; resume with the same command and --resume auto")
                 self.report.status(state="stopped", reason=stop.received)
                 return EXIT_STOPPED
-            return 0 if self._finish(reason) else 1
+            # Of the main process alone: a launcher ends the others' work when one fails.
+            return 0 if self._finish(reason) or not self.accelerator.is_main_process else 1
         except OutOfMemory as error:
             if self.accelerator.num_processes == 1:  # several may be at different steps; they have the last checkpoint
                 self._complete_step(self.train_step.finish(), stop)

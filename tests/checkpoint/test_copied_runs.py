@@ -20,7 +20,9 @@ from training.checkpoint.format import write_checkpoint
 from training.checkpoint.resume import FIXED_ON_RESUME, FREE_ON_RESUME, check_resume, find_run
 from training.config import Config
 from training.io import file_sha256
+from training.publish.checkpoints import link_checkpoints
 from training.run_files import MANIFEST, MODEL_FILE, STATE_FILE, best_checkpoint, list_checkpoints, read_state
+from training.trainer import Trainer
 
 LINKS = ("best", "checkpoints/best", "checkpoints/latest")
 
@@ -112,6 +114,33 @@ def edit_state(checkpoint: Path, change: Callable[[dict], object]) -> None:
     size, digest = (checkpoint / STATE_FILE).stat().st_size, file_sha256(checkpoint / STATE_FILE)
     manifest["files"][STATE_FILE] = {"size": size, "sha256": digest}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_the_plateau_starts_from_the_configured_rate_after_another_schedule(finished, session, tmp_path):
+    run_dir = tmp_path / "tiny_20000101_000000"
+    checkpoint = run_dir / "checkpoints" / "step_00000010"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", checkpoint)
+
+    def change(state: dict) -> None:
+        state["config"]["training_presets"]["lr_schedule"] = "cosine"
+        state["learning_rate"]["rates"] = [1e-7 for _ in state["learning_rate"]["rates"]]
+
+    edit_state(checkpoint, change)
+    trainer = Trainer(finished.config, str(run_dir))
+    trainer.tracker.close()
+    trainer.setup.folder.release()
+    assert trainer.learning_rate.value == finished.config.training_presets.learning_rate
+
+
+def test_links_of_an_upload_that_was_killed_are_removed_by_a_resume(finished, session, tmp_path):
+    run_dir = tmp_path / "tiny_20000101_000000"
+    shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")
+    link_checkpoints(run_dir)
+    assert (run_dir / ".upload" / "checkpoints" / "step_00000010" / MANIFEST).is_file()
+    trainer = Trainer(finished.config, str(run_dir))
+    trainer.tracker.close()
+    trainer.setup.folder.release()
+    assert not (run_dir / ".upload").exists()
 
 
 def test_a_checkpoint_with_a_field_more_and_a_field_less_is_resumed(finished, faces, tmp_path, capfd):

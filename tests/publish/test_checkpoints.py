@@ -14,7 +14,7 @@ import tiny
 from fake_hub import TOKEN, FakeHub, Model
 from runs import EPOCHS, differences, run
 
-from training.publish.checkpoints import CheckpointUploader, download_run, push_checkpoints
+from training.publish.checkpoints import CheckpointUploader, download_run, link_checkpoints, push_checkpoints
 from training.publish.hub import upload
 from training.run_files import MODEL_FILE, PRIORS, list_checkpoints, step_folder
 from training.trainer import EXIT_STOPPED, Trainer
@@ -73,18 +73,18 @@ def test_priors_of_the_initial_model_travel_with_the_run(hub, copied, tmp_path):
     prior = copied / PRIORS / "gaussian" / "config.json"
     prior.parent.mkdir(parents=True)
     prior.write_text("{}")
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     downloaded = download_run(f"hub://{REPO}", tmp_path / "there", "tiny")
     assert (downloaded / prior.relative_to(copied)).read_text() == "{}"
 
 
 def test_the_repository_keeps_the_newest_and_the_best_checkpoint(hub, copied):
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     first = steps_on(hub)
     assert list_checkpoints(copied)[-1].name in first and len(first) <= 2
     newest = list_checkpoints(copied)[-1]
     shutil.copytree(newest, step_folder(copied, 16))
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     assert "step_00000016" in steps_on(hub) and len(steps_on(hub)) <= 2
     assert hub.models[REPO].commits[-1] == f"{copied.name}: step_00000016"
 
@@ -93,7 +93,7 @@ def test_the_repository_keeps_the_newest_and_the_best_checkpoint(hub, copied):
 @pytest.mark.parametrize("fault", ["cut", "503"])
 def test_an_upload_that_is_interrupted_is_repeated(hub, copied, kind, fault):
     hub.push_faults[kind] = [fault, "ok"]
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     assert list_checkpoints(copied)[-1].name in steps_on(hub)
 
 
@@ -128,7 +128,7 @@ def test_checkpoints_that_training_removes_meanwhile_are_uploaded(hub, copied, m
 
 
 def test_a_checkpoint_that_is_damaged_on_the_way_is_refused(hub, copied, tmp_path):
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     files = hub.models[REPO].files
     name = next(name for name in files if name.endswith(MODEL_FILE))
     good, files[name] = files[name], files[name][:-1] + b"x"
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_is_damaged_on_the_way_is_refused(hub, copied, tmp_pat
 
 
 def test_newer_checkpoints_on_this_machine_are_kept(hub, copied):
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     shutil.copytree(list_checkpoints(copied)[-1], step_folder(copied, 16))
     assert download_run(f"hub://{REPO}", copied.parent, "tiny") == copied
     assert list_checkpoints(copied)[-1].name == "step_00000016"
@@ -156,7 +156,7 @@ def test_what_cannot_be_resumed_is_an_error(hub, copied, tmp_path, faces, sessio
         ValueError, match="hub://org/nothing: the Hub refused or did not answer .*check the name, log in"
     ):
         download_run("hub://org/nothing", tmp_path, "tiny")
-    push_checkpoints(copied, REPO)
+    push_checkpoints(copied, REPO, *link_checkpoints(copied))
     with pytest.raises(ValueError, match="it has no checkpoint of other: check output.run_name"):
         download_run(f"hub://{REPO}", tmp_path, "other")
     with pytest.raises(ValueError, match="hub.push_checkpoints to else/where: somebody is neither else nor a member"):

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from training.publish.checkpoints import PREFIX, download_run
 from training.run_files import (
     PRIORS,
     RUN_FILE,
+    UPLOAD_LINKS,
     InvalidCheckpointError,
     list_checkpoints,
     list_runs,
@@ -95,6 +97,7 @@ class RunFolder:
                 "where the configuration file has another; for a new run, leave out --resume."
             )
         self._lock = RunLock(self.path)
+        shutil.rmtree(self.path / UPLOAD_LINKS, ignore_errors=True)  # of a process that was killed
         notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(self.path)]
         checkpoint, skipped = newest_valid(self.path, named)
         state = read_state(checkpoint)

@@ -101,7 +101,7 @@ def readable_paths(paths: list[str], limit: int) -> list[str]:
 
 
 def _split_folder(root: Path, data_dir: str, split: str, train_split: str, validation_split: str | None) -> Path:
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = sorted(path.name for path in root.iterdir() if os.path.isdir(path))
     # A file system that ignores case finds "Train" as "train", another does not: names are compared exactly.
     if (root / split).is_dir() and (split in names or len(Path(split).parts) != 1):
         return root / split

@@ -27,6 +27,7 @@ from training.run_files import (
     MANIFEST,
     PRIORS,
     RUN_FILE,
+    UPLOAD_LINKS,
     InvalidCheckpointError,
     list_checkpoints,
     read_state,
@@ -37,7 +38,6 @@ from training.run_files import (
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub://"
-_LINKS = ".upload"
 _MANIFESTS = re.compile(rf"([^/]+_(\d{{8}}_\d{{6}}))/checkpoints/step_(\d{{8,}})/{re.escape(MANIFEST)}")
 
 
@@ -55,28 +55,12 @@ def check_repository(repo_id: str) -> None:
         )
 
 
-def push_checkpoints(run_dir: Path, repo_id: str) -> str:
-    """Upload the newest and the best checkpoint of a run, and delete the others of that run from the repository.
-
-    Args:
-        run_dir: The run's folder.
-        repo_id: "organization/name"; created as a private repository if it does not exist.
+def link_checkpoints(run_dir: Path) -> tuple[str, dict[str, Path]]:
+    """Link the newest and the best checkpoint of a run, which training may remove during an upload.
 
     Returns:
-        The name of the newest checkpoint.
-
-    Raises:
-        PushError: The upload failed; the repository still has the checkpoints of the last one.
-        OSError: The checkpoints cannot be linked or copied.
-    """
-    return _push(run_dir, repo_id, *_link_checkpoints(run_dir))
-
-
-def _link_checkpoints(run_dir: Path) -> tuple[str, dict[str, Path]]:
-    """Hard links to what is uploaded, in a hidden folder of the run: training may remove the checkpoints meanwhile.
-
-    Returns:
-        The name of the newest checkpoint, and name in the repository -> link.
+        The name of the newest checkpoint, and name in the repository -> hard link, or the file itself where the file system
+        has no hard links.
     """
     newest = list_checkpoints(run_dir)[-1]
     best = read_state(newest)["progress"].get("best")
@@ -84,21 +68,34 @@ def _link_checkpoints(run_dir: Path) -> tuple[str, dict[str, Path]]:
     paths = [path for folder in sorted(folders) for path in sorted(folder.rglob("*")) if path.is_file()]
     paths += [path for name in (RUN_FILE, "config.json") if (path := run_dir / name).is_file()]
     paths += [path for path in sorted((run_dir / PRIORS).rglob("*")) if path.is_file()]
-    shutil.rmtree(run_dir / _LINKS, ignore_errors=True)  # of a process that was killed
     links = {}
     for path in paths:
         name = path.relative_to(run_dir).as_posix()
-        link = links[f"{run_dir.name}/{name}"] = run_dir / _LINKS / name
-        link.parent.mkdir(parents=True, exist_ok=True)
+        link = run_dir / UPLOAD_LINKS / name
         try:
+            link.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, link)
-        except OSError:  # the file system has no hard links
-            shutil.copyfile(path, link)
+        except OSError:
+            link = path
+        links[f"{run_dir.name}/{name}"] = link
     return newest.name, links
 
 
-def _push(run_dir: Path, repo_id: str, newest: str, files: dict[str, Path]) -> str:
-    """Uploads the links and removes them; returns `newest`."""
+def push_checkpoints(run_dir: Path, repo_id: str, newest: str, files: dict[str, Path]) -> str:
+    """Upload checkpoints, delete the others of the run from the repository, and remove the links.
+
+    Args:
+        run_dir: The run's folder.
+        repo_id: "organization/name"; created as a private repository if it does not exist.
+        newest, files: Of `link_checkpoints`.
+
+    Returns:
+        `newest`.
+
+    Raises:
+        PushError: The upload failed; the repository still has the checkpoints of the last one.
+        OSError: A file was removed meanwhile.
+    """
     try:
         upload(
             files,
@@ -107,7 +104,7 @@ def _push(run_dir: Path, repo_id: str, newest: str, files: dict[str, Path]) -> s
             is_owned=lambda name: name.startswith(f"{run_dir.name}/checkpoints/"),
         )
     finally:
-        shutil.rmtree(run_dir / _LINKS, ignore_errors=True)
+        shutil.rmtree(run_dir / UPLOAD_LINKS, ignore_errors=True)
     return newest
 
 
@@ -132,11 +129,11 @@ class CheckpointUploader:
             return
         self._report()
         try:
-            linked = _link_checkpoints(self._run_dir)  # here, where no checkpoint is being written or removed
-        except OSError as error:
+            linked = link_checkpoints(self._run_dir)  # here, where no checkpoint is being written or removed
+        except Exception as error:  # of the disk
             self._warn_of(error)
         else:
-            self._running = self._pool.submit(_push, self._run_dir, self._repo_id, *linked)
+            self._running = self._pool.submit(push_checkpoints, self._run_dir, self._repo_id, *linked)
 
     def finish(self) -> None:
         """Wait until the newest checkpoint is uploaded or has failed to."""

@@ -70,10 +70,10 @@ def files_to_publish(folder: Path) -> dict[str, Path]:
         ValueError: There is no model in the folder.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not name.startswith(".") and "/." not in name}
     if (priors := priors_of(folder)).parent != folder:
-        found = {f"priors/{path.relative_to(priors).as_posix()}": path for path in sorted(priors.rglob("*"))}
-        files |= {name: path for name, path in found.items() if path.is_file() and "/." not in name}
+        found = (path for path in sorted(priors.rglob("*")) if path.is_file())
+        files |= {f"priors/{path.relative_to(priors).as_posix()}": path for path in found}
+    files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
     published = {name: path for name, path in files.items() if is_published(name)}
     for config in [name for name in published if PurePosixPath(name).name == "config.json"]:
         source = _source_of(published[config])

@@ -19,6 +19,7 @@ import dataclasses
 import filecmp
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -152,7 +153,7 @@ def _auto_class(config: Path) -> str:
 
 
 # Keys whose values are paths, and not identifiers on the Hub, whatever they look like.
-_PATHS = ("cache_dir", "data_dir", "data_files", "model_dir", "runs_dir", "trunk_weights")
+_PATHS = {"cache_dir", "data_dir", "data_files", "model_dir", "runs_dir", "trunk_weights"}
 
 
 def without_paths(value: Any, is_path: bool = False) -> Any:
@@ -163,14 +164,14 @@ def without_paths(value: Any, is_path: bool = False) -> Any:
         is_path: Strings in it are paths or URLs; otherwise those that look like a path of this machine.
     """
     if isinstance(value, dict):
-        return {key: without_paths(entry, is_path or key in _PATHS) for key, entry in value.items()}
+        local = {"init_from"} if os.path.exists(value.get("init_from") or "") else set()  # or an identifier
+        return {key: without_paths(entry, is_path or key in _PATHS | local) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_paths(entry, is_path) for entry in value]
     if not isinstance(value, str):
         return value
-    # Absolute, home, Windows drive or UNC, `./` or `../`, or a file: URL; or a relative path that exists.
-    is_local = re.match(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]|file:", value) or (is_path and "://" not in value)
-    if is_local or (re.search(r"[/\\]", value) and Path(value).exists()):
+    # Absolute, home, Windows drive or UNC, `./` or `../`, or a file: URL.
+    if re.match(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]|file:", value) or (is_path and "://" not in value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
