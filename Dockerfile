@@ -5,8 +5,8 @@
 # Runs, models and downloads go to /data. Torch's wheels contain the CUDA libraries, so the host needs the driver and the
 # NVIDIA container toolkit only.
 FROM python:3.12-slim AS base
-# gcc: torch.compile and Triton
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# g++: torch.compile and Triton
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HOME=/data/huggingface TORCH_HOME=/data/torch
 VOLUME /data
 WORKDIR /data

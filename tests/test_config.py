@@ -40,6 +40,12 @@ def ultra() -> Config:
     return load_config(ULTRA)
 
 
+def test_folders_of_outputs_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    output = config_from_dict({"output": {"runs_dir": "~/runs"}}).output
+    assert (output.runs_dir, output.model_dir) == ("/home/somebody/runs", "model_weights")
+
+
 def test_the_documented_files_exist():
     assert {path.stem for path in FILES} >= {"quickstart", "standard", "ultra"}
 

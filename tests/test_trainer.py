@@ -25,6 +25,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
 from training import trainer as trainer_module
+from training.checkpoint.resume import FinishedRun
 from training.config import load_config
 from training.data.images import normalize
 from training.evaluate.validation import Validation
@@ -366,6 +367,23 @@ def test_plateau_early_stopping_and_best_model(faces, tmp_path, monkeypatch, sto
     assert load_file(exported).keys() == load_file(checkpoints / "best/model" / exported.name).keys()
     for name, value in load_file(checkpoints / "best/model" / exported.name).items():
         assert torch.equal(load_file(exported)[name], value)
+
+
+def test_a_run_that_stops_early_between_two_checkpoints_saves_its_end(faces, tmp_path, monkeypatch):
+    """A resume then knows that it has finished."""
+    config = tiny.tiny_config(
+        tmp_path,
+        faces,
+        training_presets=PLATEAU,
+        loss={"lpips_weight": 0, "perceptual_weight": 0},
+        output={"checkpoint_every_epochs": 10},
+    )
+    monkeypatch.setattr(trainer_module, "validate", scripted(LOSSES))
+    ended = run(config)
+    assert list_checkpoints(ended.folder)[-1].name == "step_00000006"
+    assert (ended.folder / "samples" / "tiny_samples_epoch_0006.png").is_file()
+    with pytest.raises(FinishedRun, match="raise training_presets.early_stopping_patience"):
+        run(config, "auto")
 
 
 def test_the_time_limit_ends_a_run_cleanly(faces, tmp_path):

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import json
 import operator
+import os
 import re
 import sys
 import typing
@@ -407,6 +408,8 @@ class OutputConfig(_Section):
     eval_lpips_trunk: str = constrained("alexnet", choices=TRUNKS)  # LPIPS of validation; weights as for loss.trunk
 
     def _check_together(self) -> None:
+        for name in ("runs_dir", "model_dir"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         valid = all(name in TRACKERS for name in self.trackers) and len(set(self.trackers)) == len(self.trackers)
         self._require(valid, "trackers", f"a list without repetition of {_either([json.dumps(n) for n in TRACKERS])}")
         valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.run_name) is not None

@@ -46,7 +46,8 @@ class StepNoise:
         def move(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or device.type == "cpu":
                 return tensor
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+            # Elsewhere (MPS) a copy that does not wait would read memory that is free again.
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
         return StepNoise(move(self.noise), tuple(move(crop) for crop in self.crops), move(self.affine_params))
 

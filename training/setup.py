@@ -51,7 +51,7 @@ from training.publish import hub
 from training.publish.checkpoints import check_repository
 from training.publish.export import model_files
 from training.publish.run_record import describe_hardware
-from training.run_files import DISCRIMINATOR_FILE
+from training.run_files import DISCRIMINATOR_FILE, saved_config
 from training.step import TrainStep
 from training.tracking.alerts import Alerts
 from training.tracking.progress import Progress
@@ -76,6 +76,7 @@ class Run:
         eval_lpips_trunk: Feature network of the LPIPS that validation reports.
         loss: The reconstruction loss.
         stream: Training images.
+        steps_per_epoch: Steps of an epoch, or None if unknown; the same on every process.
         validation_images: uint8, (n, 3, H, W), on the host; this process's part.
         validation_indices: Their indices in the validation set.
         parameters: Trained parameters.
@@ -97,6 +98,7 @@ class Run:
     eval_lpips_trunk: PerceptualTrunk
     loss: ReconstructionLoss
     stream: TrainStream
+    steps_per_epoch: int | None
     validation_images: Tensor
     validation_indices: list[int]
     parameters: list[nn.Parameter]
@@ -116,17 +118,15 @@ class Run:
         """Most global batches in an epoch, or None."""
         return _max_batches(self.config)
 
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Steps of an epoch, or None if unknown."""
-        return _steps_per_epoch(self.config, self.stream)
-
     def load(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """Restores a checkpoint; see `CheckpointManager.restore`."""
         self.checkpoints.restore(checkpoint, saved)
         self.apply_progress(saved)
         best, before = self.progress.best, saved["config"]["training_presets"]
-        same_kind = before.get("best_metric", "reconstruction_loss") == self.config.training_presets.best_metric
+        metric = self.config.training_presets.best_metric
+        same_kind = before.get("best_metric", "reconstruction_loss") == metric
+        if metric == "reconstruction_loss":  # the weights of its terms, their networks and crops
+            same_kind &= _loss_terms(saved_config(saved["config"])) == _loss_terms(self.config)
         if not same_kind or (best is not None and self.checkpoints.best_metric not in best):
             # Accepted by --allow-changed: values of two metrics cannot be compared.
             self.progress.best, self.progress.early_stopping_bad_epochs = None, 0
@@ -138,6 +138,7 @@ class Run:
         changed = any(before.get(name) != getattr(presets, name) for name in ("max_images_per_epoch", "batch_size"))
         if changed or "steps_per_epoch" not in saved["progress"]:
             self.progress.steps_per_epoch = self.steps_per_epoch
+        self.progress.batch = self.progress.batch * before.get("batch_size", presets.batch_size) // presets.batch_size
         # A new kl_beta_init applies at once; without control, beta is always kl_beta_init.
         if not presets.kl_control_enabled or before.get("kl_beta_init", presets.kl_beta_init) != presets.kl_beta_init:
             self.kl.restart()
@@ -222,6 +223,8 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
     # All checks have passed; from here on files are written.
     run_dir, claimed = on_main_process(accelerator, lambda: folder.claim(checkpoint, origin, priors))
     setup_logging(accelerator, run_dir / "training.log")
+    # The main process's, because machines may know the number of examples from caches that are complete or not.
+    steps_per_epoch = on_main_process(accelerator, lambda: _steps_per_epoch(config, stream))
     num_validation = accelerator.reduce(torch.tensor(len(validation_images), device=accelerator.device)).item()
     notes.append(f"held out  {num_validation} images for validation")
     _log_start(config, accelerator, stream, run_dir, precision, precision_source, [*notes, *claimed])
@@ -272,7 +275,8 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         learning_rate,
         kl,
         latent_dim=model.config.latent_dim,
-        steps_per_epoch=_steps_per_epoch(config, stream),
+        sample_size=model.config.sample_size,
+        steps_per_epoch=steps_per_epoch,
     )
     components = {"progress": progress, "learning_rate": learning_rate, "kl": kl, "alerts": alerts}
     adversarial_weight, other_tensors = None, {}
@@ -305,6 +309,7 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         eval_lpips_trunk=eval_lpips_trunk,
         loss=loss,
         stream=stream,
+        steps_per_epoch=steps_per_epoch,
         validation_images=validation_images,
         validation_indices=validation_indices,
         parameters=parameters,
@@ -329,6 +334,11 @@ def _build(config: Config, folder: RunFolder, resume: str | None, allow_changed:
         report.failed(error)
         raise
     return run
+
+
+def _loss_terms(config: Config) -> dict[str, Any]:
+    """Section `loss` without the place of its networks."""
+    return {name: value for name, value in config.to_dict()["loss"].items() if name != "trunk_weights"}
 
 
 def _max_batches(config: Config) -> int | None:

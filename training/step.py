@@ -146,10 +146,10 @@ class TrainStep:
         first = accelerator.process_index * count
         noise = noise[first : first + count].to(accelerator.device)
         beta = torch.full((), beta, device=accelerator.device)
-        means = torch.zeros((), device=accelerator.device)
+        means, on_cuda = torch.zeros((), device=accelerator.device), accelerator.device.type == "cuda"
         for start in range(0, count, self.micro_batch):
             images = slice(start, start + self.micro_batch)
-            pixels = normalize(pixels_uint8[images].to(accelerator.device, non_blocking=True))
+            pixels = normalize(pixels_uint8[images].to(accelerator.device, non_blocking=on_cuda))
             micro_noise, fraction = noise[images], len(pixels) / count
             if self.augment:
                 pixels = random_affine(pixels, micro_noise.affine_params)

@@ -109,9 +109,8 @@ class Trainer:
             progress.steps_per_epoch = self.setup.steps_per_epoch
             self._validate("before training")
         while progress.epoch < presets.num_epochs:
-            bad_epochs = progress.early_stopping_bad_epochs
-            if presets.early_stopping_patience and bad_epochs >= presets.early_stopping_patience:
-                return f"no improvement in {bad_epochs} epochs (early stopping)"
+            if progress.stops_early(presets):
+                return f"no improvement in {progress.early_stopping_bad_epochs} epochs (early stopping)"
             try:
                 reason = self._train_epoch(stop)
             except RollBack:
@@ -125,8 +124,8 @@ class Trainer:
                 return reason
             progress.epoch += 1
             progress.batch = 0
-            is_last = progress.epoch == presets.num_epochs
             is_best = self._end_epoch(self._validate(f"epoch {progress.epoch}"))
+            is_last = progress.epoch == presets.num_epochs or progress.stops_early(presets)
             if is_last or progress.epoch % self.config.output.sample_every_epochs == 0:
                 with self._ema_applied():
                     label = f"epoch_{progress.epoch:04d}"

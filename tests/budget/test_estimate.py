@@ -256,6 +256,8 @@ def test_a_step_takes_the_longest_of_compute_memory_and_launches():
     assert estimate_step(memory, replace(device, launch_us=2e6), 2, 1)["step"] == 20
     # The exchange of two processes, 0.5 s, is hidden behind the last backward pass; a slow link's is not.
     assert estimate_step(memory, device, 2, 2)["exchange"] == 0.5
+    after = estimate_step(memory, device, 2, 2, overlaps=False)["step"]  # with micro_batch_size "auto"
+    assert after == pytest.approx(estimate_step(memory, device, 2, 2)["step"] + 0.5)
     assert estimate_step(memory, device, 2, 2)["step"] == pytest.approx(14.6 + optimizer)
     assert estimate_step(memory, replace(device, link_gbps=1), 2, 2)["step"] == pytest.approx(15.3 + optimizer)
 

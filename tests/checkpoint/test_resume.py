@@ -125,6 +125,38 @@ def test_resume_refuses_another_run_by_the_names_of_its_keys(finished, session, 
     assert named in str(caught.value)
 
 
+def test_ema_weights_cannot_end_within_a_run(finished, session):
+    values = finished.config.to_dict()
+    values["training_presets"]["ema_decay"] = 0
+    with pytest.raises(
+        ValueError, match="start a new run, because training_presets.ema_decay cannot change within one"
+    ):
+        Trainer(config_from_dict(values), str(finished.folder), ["training_presets.ema_decay"])
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "batch", "is_kept"),
+    [
+        ("loss", {"trunk_weights": None}, 3, True),
+        ("loss", {"mse_weight": 0.5}, 3, False),
+        ("training_presets", {"batch_size": 2}, 6, True),
+        ("training_presets", {"batch_size": 8}, 1, True),
+    ],
+)
+def test_an_allowed_change_keeps_its_place_and_drops_a_best_value_of_another_loss(
+    finished, faces, session, tmp_path, section, changes, batch, is_kept
+):
+    config = tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS})
+    stopped = run(config, stop_after={7: signal.SIGTERM})  # in the third step of the second epoch
+    assert (stopped.trainer.progress.batch, stopped.trainer.progress.best is None) == (3, False)
+    values = config.to_dict()
+    values[section] |= changes
+    trainer = Trainer(config_from_dict(values), str(stopped.folder), [f"{section}.{name}" for name in changes])
+    trainer.tracker.close()
+    trainer.setup.folder.release()
+    assert (trainer.progress.batch, trainer.progress.best is not None) == (batch, is_kept)
+
+
 def test_a_change_is_accepted_where_it_is_allowed_by_name(finished, session, faces, tmp_path, capsys):
     run_dir = tmp_path / "tiny_20000101_000000"
     shutil.copytree(finished.folder / "checkpoints" / "step_00000010", run_dir / "checkpoints" / "step_00000010")

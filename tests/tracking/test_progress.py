@@ -17,7 +17,7 @@ PRESETS = TrainingPresets()
 
 
 def add_step(progress: Progress, **terms: float) -> None:
-    parts = {"total": 0.5, "mse": 0.1, "kl": 2.0, "weighted/kl": 0.1} | terms
+    parts = {"total": 0.5, "reconstruction": 0.4, "mse": 0.1, "kl": 2.0, "weighted/kl": 0.1} | terms
     progress.add_step(parts, beta=1e-3, grad_norm=2.0, max_grad_norm=1.0, seconds=0.5, waited=0.1)
 
 
@@ -35,6 +35,20 @@ def test_a_window_is_logged_as_means_over_its_steps():
     assert values["speed/images_per_second"] == pytest.approx(2 * PRESETS.batch_size)
     assert values["speed/data_wait_fraction"] == pytest.approx(0.2)
     assert progress.window == {} and progress.train_seconds == 1.0
+
+
+def test_the_kl_fraction_is_of_the_terms_that_are_controlled():
+    progress = Progress()
+    add_step(progress, total=0.9, **{"weighted/adversarial": 0.4})
+    assert take_window(progress)["kl/loss_fraction"] == pytest.approx(0.2)
+
+
+def test_the_time_left_knows_the_pixels_of_each_epoch():
+    presets = TrainingPresets(num_epochs=4, batch_size=8)
+    progress = Progress(epoch=0, batch=5)
+    small_first = [0.25, 0.25, 1.0, 1.0]
+    assert progress.seconds_left(presets, 10, 8.0) == 35
+    assert progress.seconds_left(presets, 10, 8.0, small_first.__getitem__) == 5 + 10 + 2 * 40
 
 
 def test_a_step_without_measurements_counts_in_the_speed_only():
@@ -101,7 +115,7 @@ def test_the_progress_line_shows_non_finite_metrics(caplog):
     progress = Progress(epoch=0, step=7)
     add_step(progress, total=math.nan)
     with caplog.at_level("INFO"):
-        ProgressLine(None, 0).show(progress, take_window(progress), 60.0)
+        ProgressLine(None).show(progress, take_window(progress), 60.0)
     assert "epoch 1 step 7: loss nan mse 0.10000 kl 2.000 " in caplog.text and "time_left 0:01:00" in caplog.text
 
 

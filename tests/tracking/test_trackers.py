@@ -62,6 +62,16 @@ def test_the_log_file_begins_with_what_was_logged_before_it_existed(tmp_path, se
     assert (tmp_path / "other.log").read_text() == ""
 
 
+@pytest.mark.parametrize("state", ["finished", "failed"])
+def test_a_failed_run_does_not_wait_for_the_other_processes(tracker, monkeypatch, state):
+    """Leaving the group of processes waits for all of them where it is NCCL's."""
+    left = []
+    monkeypatch.setattr(tracker.accelerator, "end_training", lambda: left.append(True))
+    tracker.update_status(state=state)
+    tracker.close()
+    assert left == [True] * (state == "finished")
+
+
 def test_non_finite_metrics_are_null_in_metrics_jsonl(tracker):
     tracker.log("train", {"loss/total": math.nan, "loss/kl": -math.inf, "loss/mse": 0.5}, **WHERE)
     (line,) = lines(tracker)

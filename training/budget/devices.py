@@ -181,9 +181,11 @@ def measure_device(device: torch.device, title: str, memory_bytes: int) -> Devic
         value.backward()
 
     on_cpu = device.type == "cpu"
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.bfloat16 if has_bf16 else torch.float16  # as `resolve_precision`
     return Device(
         title=title,
-        half_tflops=tflops(torch.bfloat16),
+        half_tflops=tflops(half),
         float32_tflops=tflops(torch.float32),
         memory_gib=memory_bytes / 2**30,
         bandwidth_gbps=3 * maps.nbytes / seconds(lambda: maps * maps) / 1e9,

@@ -149,7 +149,9 @@ def estimate_micro_batch(config: Config, processes: int, limit_bytes: float) -> 
     return bisect.bisect_left(range(1, local_batch), True, key=too_large)
 
 
-def estimate_step(memory: MemoryEstimate, device: Device, micro_batches: float, processes: int) -> dict[str, float]:
+def estimate_step(
+    memory: MemoryEstimate, device: Device, micro_batches: float, processes: int, overlaps: bool = True
+) -> dict[str, float]:
     """Seconds of one optimizer step, by part.
 
     Processes all-reduce their float32 gradients in the backward pass of the last micro-batch: a ring of n processes
@@ -162,6 +164,7 @@ def estimate_step(memory: MemoryEstimate, device: Device, micro_batches: float, 
         device: Its rates.
         micro_batches: Forward passes of a process; a fraction where the last one is smaller.
         processes: One per device.
+        overlaps: Whether the exchange runs beside the backward pass, not after it.
 
     Returns:
         `forward`, `backward`, `exchange`, `optimizer`, `host` (to launch the operations, beside the device) and `step`,
@@ -183,7 +186,7 @@ def estimate_step(memory: MemoryEstimate, device: Device, micro_batches: float, 
     exchange = 2 * (processes - 1) / processes * 4 * memory.trained / (device.link_gbps * 1e9)
     optimizer = passes * 4 * memory.trained / bandwidth + memory.optimizer_flop / peak[True]
     host = 1e-6 * device.launch_us * launches
-    hidden = min(exchange, backward / math.ceil(micro_batches))
+    hidden = min(exchange, backward / math.ceil(micro_batches)) if overlaps else 0.0
     step = max(forward + backward + exchange - hidden + optimizer, host)
     return {
         "forward": forward,
@@ -243,7 +246,8 @@ def estimate_cost(
     timed = replace(device, half_tflops=tflops)
     roofline = replace(timed, efficiency=1, bandwidth_efficiency=1, kernel_us=0, launch_us=0)
     seconds, roofline_seconds = (
-        estimate_step(memory, each, local_batch / micro_batch, num_processes) for each in (timed, roofline)
+        estimate_step(memory, each, local_batch / micro_batch, num_processes, presets.micro_batch_size != "auto")
+        for each in (timed, roofline)
     )
     estimate = {
         **cost,
@@ -258,7 +262,11 @@ def estimate_cost(
             "total_bytes": memory.total_bytes,
             "fits": memory.total_bytes <= limit,
         },
-        "time": {"seconds": seconds, "roofline_step_seconds": roofline_seconds["step"]},
+        "time": {
+            "seconds": seconds,
+            "exchange_overlaps": presets.micro_batch_size != "auto",
+            "roofline_step_seconds": roofline_seconds["step"],
+        },
     }
     if search:
         estimate["memory"]["largest_micro_batch"] = estimate_micro_batch(config, num_processes, limit)
@@ -320,10 +328,11 @@ def format_estimate(estimate: dict[str, Any], layout: str) -> str:
             f"{device['kernel_us']:g} us for the smallest kernel, {device['launch_us']:g} us of host time per launch"
         )
     if processes > 1:
+        place = "beside" if time["exchange_overlaps"] else "after"
         size = 4 * estimate["trained_parameters"] / 1e6
         lines.append(
             f"exchange  {size:.1f} MB gradients x 2 x {processes - 1} / {processes} at {device['link_gbps']:g} GB/s "
-            f"({device['link']}, assumed) = {1e3 * seconds['exchange']:.1f} ms per step, beside a backward pass of "
+            f"({device['link']}, assumed) = {1e3 * seconds['exchange']:.1f} ms per step, {place} a backward pass of "
             f"{1e3 * seconds['backward']:.1f} ms"
         )
     if "epoch" not in estimate:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint.format import CheckpointWriter, Snapshot, quarantine_newer
-from training.checkpoint.resume import newest_valid
+from training.checkpoint.resume import drop_lost_best, newest_valid
 from training.checkpoint.state import TrainingState
 from training.config import OutputConfig
 from training.distributed import on_main_process
@@ -189,7 +189,10 @@ class CheckpointManager:
         def find() -> tuple[Path, dict[str, Any]]:
             checkpoint, _ = newest_valid(self.run_dir, None)
             quarantine_newer(self.run_dir, checkpoint)
-            return checkpoint, read_state(checkpoint)
+            state = read_state(checkpoint)
+            for note in drop_lost_best(self.run_dir, checkpoint, state):
+                self._warn(note)
+            return checkpoint, state
 
         checkpoint, saved = on_main_process(self.state.accelerator, find)
         self.restore(checkpoint, saved)

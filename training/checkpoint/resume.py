@@ -20,6 +20,7 @@ from training.run_files import (
     list_runs,
     read_json,
     saved_config,
+    step_folder,
     verify,
 )
 
@@ -137,19 +138,22 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
         if key not in saved | now and key != "data":  # "data": the examples themselves, which the stream compares
             raise unknown_key(key, list(saved | now))
     changed = [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]
+    another_run = set(_ANOTHER_RUN)
+    if 0 in (saved.get("training_presets.ema_decay"), now["training_presets.ema_decay"]):
+        another_run.add("training_presets.ema_decay")  # EMA weights cannot begin or end within a run
     by_lpips = config.training_presets.best_metric == "lpips"
     refused = [
         key
         for key in changed
         if (key.startswith(FIXED_ON_RESUME) or (by_lpips and key == "output.eval_lpips_trunk"))
         and key not in FREE_ON_RESUME
-        and (key not in allowed or key in _ANOTHER_RUN)
+        and (key not in allowed or key in another_run)
         # The cache has one example order, whichever of the two modes filled it.
         and not (key == "data.cache" and {saved[key], now[key]} == {"on", "only"})
     ]
     if refused:
         shown = ", ".join(f"{key} ({_json(saved, key)} -> {_json(now, key)})" for key in refused)
-        if fixed := [key for key in refused if key in _ANOTHER_RUN]:
+        if fixed := [key for key in refused if key in another_run]:
             remedy = f"or start a new run, because {' and '.join(fixed)} cannot change within one"
         else:
             remedy = f"start a new run, or accept the change with --allow-changed {' '.join(refused)}"
@@ -163,6 +167,22 @@ def check_resume(config: Config, processes: int, state: dict[str, Any], allowed:
 def _json(values: dict[str, Any], key: str) -> str:
     """A value as the configuration has it."""
     return json.dumps(values.get(key))
+
+
+def drop_lost_best(run_dir: Path, checkpoint: Path, state: dict[str, Any]) -> list[str]:
+    """Set the best model in a trainer state to None if its files, which another checkpoint holds, are damaged.
+
+    Returns:
+        A line for the log if so.
+    """
+    best = state["progress"].get("best")
+    try:
+        if best is not None and step_folder(run_dir, best["step"]) != checkpoint:
+            verify(step_folder(run_dir, best["step"]), "model/")
+    except InvalidCheckpointError as error:
+        state["progress"]["best"] = None
+        return [f"resume: the best model so far, step {best['step']}, is lost ({error}); the next one counts"]
+    return []
 
 
 class FinishedRun(Exception):

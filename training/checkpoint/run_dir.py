@@ -21,7 +21,7 @@ import filelock
 import psutil
 
 from training.checkpoint.format import quarantine_newer, sweep
-from training.checkpoint.resume import find_run, newest_valid
+from training.checkpoint.resume import drop_lost_best, find_run, newest_valid
 from training.config import Config
 from training.io import copy_folder, write_json
 from training.publish.checkpoints import PREFIX, download_run
@@ -29,13 +29,10 @@ from training.run_files import (
     PRIORS,
     RUN_FILE,
     UPLOAD_LINKS,
-    InvalidCheckpointError,
     list_checkpoints,
     list_runs,
     read_json,
     read_state,
-    step_folder,
-    verify,
 )
 
 LOCK_FILE = "run.lock"
@@ -101,13 +98,7 @@ class RunFolder:
         notes += [f"resume: removed {name}, left by an interrupted write" for name in sweep(self.path)]
         checkpoint, skipped = newest_valid(self.path, named)
         state = read_state(checkpoint)
-        best = state["progress"].get("best")
-        try:
-            if best is not None and step_folder(self.path, best["step"]) != checkpoint:
-                verify(step_folder(self.path, best["step"]), "model/")
-        except InvalidCheckpointError as error:
-            notes.append(f"resume: the best model so far, step {best['step']}, is lost ({error}); the next one counts")
-            state["progress"]["best"] = None
+        notes += drop_lost_best(self.path, checkpoint, state)
         return {"run_dir": self.path, "checkpoint": checkpoint, "state": state, "notes": notes + skipped}
 
     def claim(

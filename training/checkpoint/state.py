@@ -100,7 +100,7 @@ class TrainingState:
         def copy(tensor: Tensor) -> Tensor:
             start = next(places)
             place = staging[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            return place.copy_(tensor.detach(), non_blocking=True)
+            return place.copy_(tensor.detach(), non_blocking=on_gpu)
 
         copies = {file: {name: copy(each) for name, each in tensors.items()} for file, tensors in files.items()}
         if on_gpu:

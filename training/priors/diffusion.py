@@ -410,9 +410,8 @@ class DiffusionTraining:
         if limit is not None and progress.train_seconds >= 60 * limit:  # resumed; the same on all processes
             return f"the limit of {limit:g} minutes of training"
         while progress.epoch < presets.num_epochs:
-            bad_epochs = progress.early_stopping_bad_epochs
-            if presets.early_stopping_patience and bad_epochs >= presets.early_stopping_patience:
-                return f"no improvement in {bad_epochs} epochs (early stopping)"
+            if progress.stops_early(presets):
+                return f"no improvement in {progress.early_stopping_bad_epochs} epochs (early stopping)"
             out_of_time = False
             while progress.batch < self.steps_per_epoch and not out_of_time:
                 flags = self._step(stop)
@@ -425,8 +424,8 @@ class DiffusionTraining:
                     self.checkpoints.save()
             if progress.batch >= self.steps_per_epoch:  # more if a resume has shortened the epochs
                 progress.epoch, progress.batch = progress.epoch + 1, 0
-            is_last = out_of_time or progress.epoch == presets.num_epochs
             is_best = self._validate(complete=progress.batch == 0)
+            is_last = out_of_time or progress.epoch == presets.num_epochs or progress.stops_early(presets)
             if is_last or progress.epoch % output.sample_every_epochs == 0:
                 on_main_process(self.accelerator, self._save_grid)
             if is_last or self.checkpoints.is_due_at_epoch(is_best, is_last):

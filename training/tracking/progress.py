@@ -7,7 +7,7 @@ import datetime
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -82,7 +82,8 @@ class Progress:
         sums = {"steps": 1.0, "seconds": seconds, "waited": waited}
         if parts is not None:
             sums |= {f"loss/{name}" if "/" not in name else name: value for name, value in parts.items()}
-            sums["kl/loss_fraction"] = parts["weighted/kl"] / parts["total"] if parts["total"] else math.nan
+            controlled = parts["reconstruction"] + parts["weighted/kl"]  # the total without an adversarial term
+            sums["kl/loss_fraction"] = parts["weighted/kl"] / controlled if controlled else math.nan
             sums["kl/beta"] = beta
             sums["optim/grad_norm"] = grad_norm
             sums["optim/clipped_fraction"] = float(grad_norm > max_grad_norm)
@@ -103,7 +104,7 @@ class Progress:
         Args:
             presets: For the batch size.
             kl: The KL controller.
-            latent_dim: Latent dimensions of an image.
+            latent_dim: Latent dimensions of an image, at the present resolution.
             learning_rate: Current learning rate.
         """
         window, self.window = self.window, {}
@@ -129,14 +130,29 @@ class Progress:
         part = min(1.0, self.batch / self.steps_per_epoch) if self.steps_per_epoch else 0.0
         return min(1.0, (self.epoch + part) / num_epochs)
 
+    def stops_early(self, presets: TrainingPresets) -> bool:
+        """Whether early stopping ends the run."""
+        return 0 < presets.early_stopping_patience <= self.early_stopping_bad_epochs
+
     def seconds_left(
-        self, presets: TrainingPresets, steps_per_epoch: int | None, images_per_second: float
+        self,
+        presets: TrainingPresets,
+        steps_per_epoch: int | None,
+        images_per_second: float,
+        pixels: Callable[[int], float] = lambda epoch: 1.0,
     ) -> float | None:
-        """Training time to the last epoch or the time limit; None where the length of an epoch is unknown."""
+        """Training time to the last epoch or the time limit; None where the length of an epoch is unknown.
+
+        Args:
+            presets: The settings.
+            steps_per_epoch: Steps of an epoch.
+            images_per_second: In the present epoch.
+            pixels: Pixels of an image in an epoch, in any unit; a step takes time in proportion.
+        """
         left = None
         if steps_per_epoch is not None:
-            steps = presets.num_epochs * steps_per_epoch - (self.epoch * steps_per_epoch + self.batch)
-            left = max(0, steps) * presets.batch_size / images_per_second
+            epochs = sum(pixels(epoch) / pixels(self.epoch) for epoch in range(self.epoch, presets.num_epochs))
+            left = max(0.0, epochs * steps_per_epoch - self.batch) * presets.batch_size / images_per_second
         if presets.max_train_minutes is not None:
             limit = max(0.0, 60 * presets.max_train_minutes - self.train_seconds)
             left = limit if left is None else min(left, limit)
@@ -148,11 +164,10 @@ class ProgressLine:
 
     Args:
         total_steps: Optimizer steps of the run; None if unknown.
-        initial: Steps done before.
     """
 
-    def __init__(self, total_steps: int | None, initial: int) -> None:
-        self._total, self._initial = total_steps, initial
+    def __init__(self, total_steps: int | None) -> None:
+        self._total = total_steps
         self._bar: tqdm | None = None
 
     def show(self, progress: Progress, values: dict[str, Any], seconds_left: float | None) -> None:
@@ -167,7 +182,8 @@ class ProgressLine:
             logger.info("epoch %d step %d: %s", progress.epoch + 1, progress.step, text)
             return
         if self._bar is None:
-            self._bar = tqdm(total=self._total, initial=self._initial, unit="step", dynamic_ncols=True)
+            # Its speed counts from here: the run may have been resumed.
+            self._bar = tqdm(total=self._total, initial=progress.step, unit="step", dynamic_ncols=True)
         self._bar.set_postfix_str(text)
         self._bar.update(progress.step - self._bar.n)
 

@@ -27,7 +27,8 @@ class RunReport:
         alerts: Judge the metrics.
         progress: Where the run stands.
         learning_rate, kl: Reported with the metrics.
-        latent_dim: Latent dimensions of an image.
+        latent_dim: Latent dimensions of an image of `sample_size` pixels.
+        sample_size: Of the model.
         steps_per_epoch: Steps of an epoch, or None if unknown.
     """
 
@@ -41,6 +42,7 @@ class RunReport:
         kl: KLController,
         *,
         latent_dim: int,
+        sample_size: int,
         steps_per_epoch: int | None,
     ) -> None:
         self._presets, self._run_name = config.training_presets, config.output.run_name
@@ -48,7 +50,8 @@ class RunReport:
         self._learning_rate, self._kl = learning_rate, kl
         self._latent_dim, self._steps_per_epoch = latent_dim, steps_per_epoch
         total = None if steps_per_epoch is None else steps_per_epoch * self._presets.num_epochs
-        self._line = ProgressLine(total, progress.step)
+        self._sample_size = sample_size
+        self._line = ProgressLine(total)
 
     def event(self, message: str, level: str = "info") -> None:
         """Logs a message, "info" or "warning", with the step; the monitor shows it too."""
@@ -77,10 +80,12 @@ class RunReport:
     def step_metrics(self) -> None:
         """Reports the means over the steps since the last call."""
         progress = self._progress
+        latent_dim = round(self._latent_dim * self._pixels(progress.epoch))
         values = progress.take_window(
-            self._presets, self._kl, latent_dim=self._latent_dim, learning_rate=self._learning_rate.value
+            self._presets, self._kl, latent_dim=latent_dim, learning_rate=self._learning_rate.value
         )
-        left = progress.seconds_left(self._presets, self._steps_per_epoch, values["speed/images_per_second"])
+        speed = values["speed/images_per_second"]
+        left = progress.seconds_left(self._presets, self._steps_per_epoch, speed, self._pixels)
         self._tracker.log("train", values, **progress.where)
         with self._tracker.guard("alerts"):
             self.warn(self._alerts.observe_window(values, images_seen=progress.images_seen, step=progress.step))
@@ -88,6 +93,10 @@ class RunReport:
         if self._tracker.active:
             with self._tracker.guard("progress bar"):
                 self._line.show(progress, values, left)
+
+    def _pixels(self, epoch: int) -> float:
+        """Pixels of a training image in an epoch, relative to the full resolution."""
+        return ((self._presets.resolution(epoch) or self._sample_size) / self._sample_size) ** 2
 
     def validation(self, when: str, result: Validation) -> None:
         """Reports a validation.

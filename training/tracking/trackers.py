@@ -325,10 +325,14 @@ class Tracker:
                 write_json(self.run_dir / "status.json", self.status)
 
     def close(self) -> None:
-        """Flush and close the trackers, and leave the group of processes."""
+        """Flush and close the trackers, and leave the group of processes unless the run has failed.
+
+        NCCL would wait there for the others, which may be waiting for this process; when it exits, the launcher ends them.
+        """
         self._each("", lambda name, tracker: tracker.finish())
-        with self.guard("the group of processes"):
-            self.accelerator.end_training()
+        if self.status.get("state") != "failed":
+            with self.guard("the group of processes"):
+                self.accelerator.end_training()
 
     def viewers(self) -> Iterator[tuple[str, str]]:
         """The name of each tracker, and the command that shows or uploads what it has recorded."""
