@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step import Bench, add_common_arguments, environment, measure_peak, read_config
 from training.budget.estimate import count_flops
-from training.config import Config
+from training.config import Config, TrainingPresets
 from training.data.images import normalize
 from training.losses.perceptual import PerceptualTrunk
 
@@ -73,6 +73,17 @@ def baseline_loss(model: nn.Module, lpips_trunk: PerceptualTrunk, feature_trunk:
     )
 
 
+def optimizer_class(presets: TrainingPresets) -> type[torch.optim.Optimizer]:
+    """The optimizer of a baseline.
+
+    Raises:
+        ValueError: Muon, which the baselines do not have.
+    """
+    if presets.optimizer == "muon":
+        raise ValueError('the baselines have no Muon: add --set training_presets.optimizer="adam" (or "adamw").')
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+
+
 class BaselineStep:
     """Optimizer steps of a baseline on the pixels of a `Bench`, `micro_batch` of them in one forward pass."""
 
@@ -81,7 +92,7 @@ class BaselineStep:
         self.model = build_baseline(name).to(bench.device, memory_format=bench.format).train()
         self.parameters = list(self.model.parameters())
         presets = bench.config.training_presets
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+        kind = optimizer_class(presets)
         fused = bench.device.type in ("cpu", "cuda")
         optimizer = kind(self.parameters, lr=presets.learning_rate, weight_decay=presets.weight_decay, fused=fused)
         self.optimizer = bench.accelerator.prepare(optimizer)

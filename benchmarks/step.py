@@ -168,6 +168,7 @@ def measure_peak(bench: Bench, seconds: float) -> dict[str, float]:
 
 def time_parts(bench: Bench, rounds: int) -> dict[str, list[float]]:
     """Seconds of each part of a step and of the full step, `rounds` times after a warm-up."""
+    bench.full_step()  # first, because a gradient scaler cannot unscale before it has scaled a loss
     _one_round(bench)
     found = [_one_round(bench) for _ in range(rounds)]
     return {name: [values[name] for values in found] for name in found[0]}
@@ -191,6 +192,8 @@ def _one_round(bench: Bench) -> dict[str, float]:
     with bench.autocast():
         timed("decoder", lambda: model.decode(latents).sample)
     for name in ("encoder", "decoder"):
+        if not kept[name].requires_grad:  # frozen
+            continue
         gradient = torch.full_like(kept[name], 1e-6)
         timed(f"{name} backward", lambda name=name, gradient=gradient: kept[name].backward(gradient))
     if bench.loss.networks:
@@ -278,6 +281,7 @@ def measure_loop(config: Config, batch: int, steps: int) -> dict[str, float]:
             "cache_dir": folder,
         }
         presets = {"num_epochs": 1, "batch_size": batch, "micro_batch_size": None, "max_images_per_epoch": None}
+        presets |= {"resolution_schedule": {}, "init_from": None, "train_only": "all"}
         values["training_presets"] |= presets
         values["output"] |= {
             "runs_dir": folder,

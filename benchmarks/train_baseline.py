@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from benchmarks.compare_baseline import BASELINES, build_baseline
+from benchmarks.compare_baseline import BASELINES, build_baseline, optimizer_class
 from benchmarks.step import add_common_arguments, read_config
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltraOutput
 from training.config import Config
@@ -65,7 +65,7 @@ def build_step(config: Config, name: str) -> tuple[AutoencoderKL, TrainStep]:
         model.enable_gradient_checkpointing()
     wrapped = BaselineModel(model).train()
     parameters = list(wrapped.parameters())
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[presets.optimizer]
+    kind = optimizer_class(presets)
     betas = (presets.adam_beta1, presets.adam_beta2)
     optimizer = kind(parameters, lr=presets.learning_rate, betas=betas, weight_decay=presets.weight_decay)
     ema = EMAWeights(parameters, decay=presets.ema_decay, use_ema_warmup=True, power=presets.ema_power)

@@ -19,7 +19,6 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from training import setup
 from training.config import Config
 from training.run_files import STATE_FILE, list_checkpoints
 from training.trainer import Trainer
@@ -121,7 +120,6 @@ def fork(job: Callable[[], int], log: Path, **environment: str) -> int:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
         os.environ.update({"OMP_NUM_THREADS": "1"} | environment)  # without, accelerate warns where there are several
         torch.set_num_threads(1)  # threads of the parent do not exist here
-        setup.describe_estimate = lambda *_: "(no estimate)"  # counting its operations takes longer than the run
         with tiny.process_state():
             code = job()
     except BaseException:

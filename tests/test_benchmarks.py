@@ -169,7 +169,7 @@ def test_a_device_is_measured_in_one_command(benchmark, config_file, session, tm
     assert list(result["steps"]) == ["bf16 eager", "no eager"]
     for name, row in result["steps"].items():
         assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
-        assert 0 < row["fraction_of_roofline"] and 0.7 < row["estimated_memory_gib"] < 1
+        assert 0 < row["fraction_of_roofline"] and 0 < row["estimated_memory_gib"] < 0.3
         assert f"| {name} |" in table
     assert result["loader"]["images_per_second"]["1 threads"] > 0
     assert result["resume"] == {"bitwise_equal": True, "files": 3, "different": []}

@@ -145,11 +145,13 @@ def call(words: list[str]) -> str:
         main, arguments = train_vae.main, words[2:]
     else:
         main, arguments = runpy.run_path(str(ROOT / words[1]))["main"], words[2:]
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(errors):
+    errors, printed = io.StringIO(), io.BytesIO()
+    output = io.TextIOWrapper(printed, encoding="utf-8", write_through=True)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         code = main(arguments)
-    assert not code, f"{' '.join(words)}\n{output.getvalue()}\n{errors.getvalue()}"
-    return output.getvalue()
+    text = printed.getvalue().decode()
+    assert not code, f"{' '.join(words)}\n{text}\n{errors.getvalue()}"
+    return text
 
 
 @pytest.fixture(scope="module")

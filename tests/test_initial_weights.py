@@ -211,7 +211,6 @@ def test_a_refit_without_a_model_or_of_a_frozen_encoder_is_refused(faces, tmp_pa
 # ---------------------------------------------------------------------- the Hub
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers passes it
 def test_a_model_on_the_hub_becomes_the_base_model_of_the_card(finished, tmp_path, monkeypatch):
     folder = Path(finished.status["model_dir"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 from PIL import Image
+from test_guides import call, expand
 
 from training.__main__ import COMMANDS
 from training.config import Config
@@ -130,7 +128,6 @@ def test_the_settings_in_brackets_are_those_of_the_shipped_configuration():
 def workplace(tmp_path_factory, faces) -> Path:
     """A folder in which the configurations of the README are tiny ones, after its quickstart."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "train_vae.py").symlink_to(ROOT / "train_vae.py")
     (folder / "configs").mkdir()
     for name, run_name in (("quickstart", "quickstart"), ("ultra", "ultra_high_quality")):
         values = tiny.tiny_settings(folder, faces, training_presets={"num_epochs": 1})
@@ -139,39 +136,35 @@ def workplace(tmp_path_factory, faces) -> Path:
     (folder / "faces").mkdir()
     for number in range(24):
         Image.fromarray(render_face(number)).save(folder / "faces" / f"{number}.png")
-    run(folder, "python train_vae.py --config configs/quickstart.json")
+    with pytest.MonkeyPatch.context() as patch, tiny.process_state():
+        patch.chdir(folder)
+        call(["python", "train_vae.py", "--config", "configs/quickstart.json"])
     return folder
 
 
-def run(folder: Path, script: str) -> str:
-    """Run lines of bash; returns the output."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    script = f'python() {{ "{sys.executable}" "$@"; }}\n{script}'
-    done = subprocess.run(
-        ["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+@pytest.fixture
+def in_workplace(workplace, monkeypatch, session) -> Path:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HOME", str(workplace))
+    return workplace
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in RUNNABLE if "quickstart.json" not in line or "-m" in line])
-def test_a_command_runs(workplace, line):
+def test_a_command_runs(in_workplace, line):
     assignments = [other for other in bash_lines() if is_assignment(other)]
     extra = [arguments for part, arguments in EXTRA_ARGUMENTS.items() if part in line]
-    if "training.sample" in line and not (workplace / "model_weights/vae_quickstart/priors/gaussian").exists():
-        run(workplace, "python -m training.fit_prior model_weights/vae_quickstart --config configs/quickstart.json "
-            + EXTRA_ARGUMENTS["training.fit_prior"])  # fmt: skip
-    assert run(workplace, "\n".join([*assignments, " ".join([line, *extra])]))
+    if "training.sample" in line and not Path("model_weights/vae_quickstart/priors/gaussian").exists():
+        fit = "python -m training.fit_prior model_weights/vae_quickstart --config configs/quickstart.json"
+        call([*fit.split(), *EXTRA_ARGUMENTS["training.fit_prior"].split()])
+    words = expand("README", " ".join([line, *extra]), assignments)
+    assert call(words) or words[1] == "train_vae.py"
 
 
 @pytest.mark.slow
-def test_the_python_blocks_run(workplace):
+def test_the_python_blocks_run(in_workplace):
     size = tiny.SETTINGS["model"]["sample_size"]
     for code in blocks("python"):
-        (workplace / "block.py").write_text(code.replace("64, 64", f"{size}, {size}"))
-        run(workplace, "python block.py")
-    with Image.open(workplace / "face.png") as face:
+        exec(compile(code.replace("64, 64", f"{size}, {size}"), "README", "exec"), {})
+    with Image.open("face.png") as face:
         assert face.size == (size, size)

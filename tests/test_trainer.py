@@ -24,7 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from modeling.autoencoder_kl_ultra import AutoencoderKLUltra
+from training import setup
 from training import trainer as trainer_module
+from training.budget.estimate import describe_estimate
 from training.checkpoint.resume import FinishedRun
 from training.config import load_config
 from training.data.images import normalize
@@ -91,10 +93,18 @@ def test_a_run_ends_well_and_leaves_its_files(finished):
     assert (folder / "best").resolve().name == f"step_{status['best']['step']:08d}"
     log = (finished.folder / "training.log").read_text()
     assert "precision no (from the configuration)" in log
-    assert "epoch     20 images / 4 = 5 steps; x 3 epochs = 15 steps" in log
     assert "PSNR" in log.splitlines()[-4] and "WARNING" not in log
     leftovers = [path for path in finished.folder.rglob("*") if path.suffix in (".tmp", ".old")]
     assert not leftovers
+
+
+def test_the_log_begins_with_the_estimate(faces, tmp_path, session, monkeypatch):
+    monkeypatch.setattr(setup, "describe_estimate", describe_estimate)
+    trainer = Trainer(tiny.tiny_config(tmp_path, faces, training_presets={"num_epochs": EPOCHS}))
+    trainer.tracker.close()
+    trainer.setup.folder.release()
+    log = (trainer.run_dir / "training.log").read_text()
+    assert "epoch     20 images / 4 = 5 steps; x 3 epochs = 15 steps" in log
 
 
 def test_grids_show_what_they_say(finished):

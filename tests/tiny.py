@@ -95,9 +95,15 @@ def random_vae(**settings: Any) -> AutoencoderKLUltra:
 
 @contextlib.contextmanager
 def process_state() -> Iterator[None]:
-    """Undo what a run does to its process: log handlers, captured warnings, accelerate's singletons."""
+    """Undo what a run does to its process: log handlers, captured warnings, accelerate's singletons.
+
+    A run in it logs no cost estimate: counting its operations takes longer than a tiny run.
+    """
     from accelerate.state import AcceleratorState, GradientState
 
+    from training import setup
+
+    estimate, setup.describe_estimate = setup.describe_estimate, lambda *_: "(no estimate)"
     root = logging.getLogger()
     handlers, level, show = list(root.handlers), root.level, warnings.showwarning
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -105,6 +111,7 @@ def process_state() -> Iterator[None]:
     try:
         yield
     finally:
+        setup.describe_estimate = estimate
         for handler in list(root.handlers):
             root.removeHandler(handler)
             if handler not in handlers:

@@ -118,8 +118,11 @@ def test_an_interrupted_download_resumes_at_the_last_chunk(tmp_path, monkeypatch
     assert examples == examples_in_order(DatasetCache(tmp_path / "fresh", 5.0, fresh.source), fresh.source)
 
 
-@pytest.mark.parametrize("trouble", ["flipped bit", "cut short", "missing"])
-@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    ("trouble", "complete"),
+    # Contents are compared when a cache is completed, not at every start.
+    [("flipped bit", False), ("cut short", False), ("missing", False), ("cut short", True), ("missing", True)],
+)
 def test_corrupt_chunks_are_found_and_downloaded_again(tmp_path, trouble, complete):
     counted = CountedSource()
     expected = examples_in_order(DatasetCache(tmp_path, 5.0, counted.source), counted.source, 1)
@@ -132,8 +135,6 @@ def test_corrupt_chunks_are_found_and_downloaded_again(tmp_path, trouble, comple
     else:
         place = good.index(b"2-13") + 1
         chunk.write_bytes(good[:-9] if trouble == "cut short" else good[:place] + b"/" + good[place + 1 :])
-    if complete and trouble == "flipped bit":
-        return  # contents are compared when a cache is completed, not at every start
     if complete:
         with pytest.raises(ValueError, match=r"chunk-00003.arrow is corrupt; delete .* and download it again"):
             DatasetCache(tmp_path, 5.0, None)

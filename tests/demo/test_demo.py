@@ -194,8 +194,9 @@ def test_the_space_has_the_demo_its_requirements_and_a_card(tmp_path):
     card = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
     assert (card["sdk"], card["app_file"], card["models"]) == ("gradio", "app.py", ["org/vae_tiny"])
     requirements = (tmp_path / "requirements.txt").read_text().splitlines()
-    assert "torch" in [line.partition("==")[0] for line in requirements]
-    assert all("==" in line and "+" not in line for line in requirements)
+    assert card["python_version"] == ".".join(map(str, sys.version_info[:2]))
+    assert {line.partition("==")[0] for line in requirements if "==" in line} == {"diffusers", "torch"}
+    assert "pillow" in requirements and not any("+" in line for line in requirements)
     assert len(list((tmp_path / "examples").glob("*.jpg"))) == 16
     for path in files.values():
         if path.suffix == ".py":

@@ -263,7 +263,7 @@ def test_a_series_is_reduced_to_means_and_rewound_by_a_resume():
     assert series.xs[-2:] == [999, 1000] and series.ys[-1] == -1.0
 
 
-def test_a_large_file_is_read_once(tmp_path):
+def test_a_large_file_is_read_once(tmp_path, monkeypatch):
     path = make_run(tmp_path, status_of(), [])
     text = "".join(json.dumps(train_line(step)) + "\n" for step in range(1, 201)).encode()
     chunks = [text.replace(b'"images_seen": ', b'"images_seen": %d' % (index + 1)) for index in range(30)]
@@ -271,9 +271,8 @@ def test_a_large_file_is_read_once(tmp_path):
     run = Run(path)
     assert (path / "metrics.jsonl").stat().st_size > 1 << 22 and run.unreadable == 0
     assert all(len(series.xs) <= 2048 for series in run.series.values())
-    start = time.perf_counter()
-    run.refresh()
-    assert time.perf_counter() - start < 0.2  # nothing new to read
+    monkeypatch.setattr(run, "_add_line", None)
+    run.refresh()  # nothing new to read
 
 
 def test_sparklines():

@@ -1,6 +1,6 @@
 """Shows a trained model in the browser: reconstructions, samples, interpolations and latent dimensions.
 
-    pip install 'face-vae-trainer[demo]'
+    pip install --editable '.[demo]'
     python -m training.demo model_weights/vae_quickstart
 
 Listens on this machine only; the address is printed. `python -m training.publish --space` puts the same pages on the Hub.

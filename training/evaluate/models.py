@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def load_model(
         )
     try:
         # Without low_cpu_mem_usage=False, missing weights would stay on the meta device.
+        # Of huggingface_hub, about an argument that diffusers passes.
+        warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
         loaded, info = CLASSES[name].from_pretrained(
             source.path,
             subfolder=source.subfolder,

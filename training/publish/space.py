@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import platform
 import shutil
 from pathlib import Path
 
 import modeling
 from training.synthetic_faces import FIRST_SEED, write_faces
 
-_PACKAGES = ("accelerate", "diffusers", "huggingface_hub", "pillow", "safetensors", "torch", "transformers")
+# The rest is left to the resolver, because Gradio limits the versions of some.
+_PINNED, _PACKAGES = ("diffusers", "torch"), ("accelerate", "pillow", "safetensors", "transformers")
 _NUM_EXAMPLES = 16
 _DEMO = Path(__file__).parents[1] / "demo" / "app.py"
 _APP = """\
@@ -30,7 +32,8 @@ _CARD = """\
 ---
 title: {title}
 sdk: gradio
-{sdk_version}app_file: app.py
+{sdk_version}python_version: "{python_version}"
+app_file: app.py
 license: apache-2.0
 models:
   - {repo_id}
@@ -64,12 +67,13 @@ def stage_space(folder: Path, repo_id: str) -> dict[str, Path]:
         shutil.copyfile(source, folder / "modeling" / source.name)
     write_faces(folder / "examples", range(FIRST_SEED, FIRST_SEED + _NUM_EXAMPLES))
     # The versions that this model has been saved and loaded with; "+cpu" and the like are builds for one machine.
-    pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _PACKAGES]
-    (folder / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf-8")
+    pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _PINNED]
+    (folder / "requirements.txt").write_text("\n".join([*pins, *_PACKAGES]) + "\n", encoding="utf-8")
     try:
         sdk_version = f"sdk_version: {importlib.metadata.version('gradio')}\n"
     except importlib.metadata.PackageNotFoundError:
         sdk_version = ""  # the Hub takes the newest
-    card = _CARD.format(title=title, repo_id=repo_id, sdk_version=sdk_version)
+    python_version = ".".join(platform.python_version_tuple()[:2])
+    card = _CARD.format(title=title, repo_id=repo_id, sdk_version=sdk_version, python_version=python_version)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
