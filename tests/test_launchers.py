@@ -214,11 +214,12 @@ def poison(trainer: Trainer, folder: Path) -> None:
     rank = trainer.accelerator.process_index
     finish, at = trainer._finish, {"step": -1}
 
-    def finish_and_save(reason: str) -> None:
-        finish(reason)
+    def finish_and_save(reason: str) -> bool:
+        is_published = finish(reason)
         tensors = {name: value.detach().contiguous() for name, value in trainer.model.state_dict().items()}
         tensors |= {f"average.{i}": value.contiguous() for i, value in enumerate(trainer.ema.shadow_params)}
         save_file(tensors, folder / f"rank{rank}.safetensors")
+        return is_published
 
     trainer._finish = finish_and_save
     if rank == 0:
