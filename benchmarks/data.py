@@ -208,11 +208,13 @@ def main() -> None:
 
         print(f"images/s, median of {arguments.repeats} x {arguments.seconds:g} s, interleaved")
         print("                    a core's CPU second    1 worker   2 workers")
+        threads = torch.get_num_threads()
         for resolution in arguments.resolution:
             rates: dict[tuple[str, int], list[float]] = {}
             for _, workers in itertools.product(range(arguments.repeats), (0, 1, 2)):
                 # 0 workers: all in one process whose CPU time is taken; ours then decodes in one thread.
                 clock = time.perf_counter if workers else time.process_time
+                torch.set_num_threads(threads if workers else 1)  # as in a worker: others would spin and be counted
                 ours = our_batches(our_stream(folder, resolution, workers or 1), 1)
                 split = our_batches(our_stream(folder, resolution, 1, processes=workers or 1), 1)
                 plain = plain_batches(folder, resolution, workers)
