@@ -52,10 +52,10 @@ class LatentPrior(ModelMixin, ConfigMixin):
         """
         with_info = kwargs.pop("output_loading_info", False)
         prior, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"the weights of the prior lack {', '.join(sorted(info['missing_keys']))}: remove {args[0] if args else 'them'}, and "
-                "fit or download the prior again."
+                f"the weights of the prior lack {', '.join(missing)}: remove {args[0] if args else 'them'}, and fit or "
+                "download the prior again."
             )
         for parameter in prior.parameters():
             parameter.data = parameter.data.clone()

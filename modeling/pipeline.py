@@ -108,8 +108,7 @@ class FaceVAEPipeline(DiffusionPipeline):
         vae_folder, prior_folder = (folder / "vae", folder) if is_pipeline else (folder, folder / "priors")
         vae_class = autoencoder_kl_ultra.AutoencoderKLUltra
         vae, info = vae_class.from_pretrained(vae_folder, **kwargs | {"output_loading_info": True})
-        missing = sorted(info["missing_keys"])
-        if missing:  # diffusers only warns
+        if missing := sorted(info["missing_keys"]):  # diffusers only warns
             raise ValueError(f"the weights in {vae_folder} lack {', '.join(missing)}: download or export them again.")
         classes = {"gaussian": latent_prior.GaussianPrior, "diffusion": latent_prior.DiffusionPrior}
         variant, priors = kwargs.pop("variant", None), {}

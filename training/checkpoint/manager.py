@@ -191,7 +191,7 @@ class CheckpointManager:
             quarantine_newer(self.run_dir, checkpoint)
             state = read_state(checkpoint)
             for note in drop_lost_best(self.run_dir, checkpoint, state):
-                self._warn(note)
+                self._warn(note.removeprefix("resume: "))
             return checkpoint, state
 
         checkpoint, saved = on_main_process(self.state.accelerator, find)
